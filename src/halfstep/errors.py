@@ -1,0 +1,29 @@
+"""The errors a user meets: one line that says where, what was found, what was expected and what to do."""
+
+
+class HalfstepError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is 2 when the input is at fault, 1 when the work failed."""
+
+    exit_code = 1
+
+
+class InputError(HalfstepError, ValueError):
+    """Something the user gave cannot be used: an option, a file, a folder, a value."""
+
+    exit_code = 2
+
+
+class StoreError(HalfstepError, OSError):
+    """A store could not be read or written; what was committed before is untouched."""
+
+
+class StoreBusyError(StoreError):
+    """Another process holds the store."""
+
+
+class UnsafePickleError(InputError):
+    """A pickle asks for more than plain data and arrays."""
+
+
+class NumericsError(HalfstepError, ArithmeticError):
+    """A value that is not finite, or does not fit its number format, where it must."""

@@ -1,0 +1,16 @@
+"""Choose a precision in one place, measure whether the device has it, apply it to a module."""
+
+from halfstep.precision.apply import prepare
+from halfstep.precision.policy import PRESETS, STORAGE_TYPES, PrecisionPolicy, torch_dtype
+from halfstep.precision.probe import ProbeResult, TypeReport, probe
+
+__all__ = [
+    "PRESETS",
+    "STORAGE_TYPES",
+    "PrecisionPolicy",
+    "ProbeResult",
+    "TypeReport",
+    "prepare",
+    "probe",
+    "torch_dtype",
+]

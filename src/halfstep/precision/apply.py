@@ -1,0 +1,154 @@
+"""prepare(module, policy): make a module run in the formats of a policy, and keep it that way."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfstep.errors import InputError
+from halfstep.precision.policy import PrecisionPolicy, torch_dtype
+from halfstep.precision.probe import probe, tf32
+
+TensorMap = Callable[[torch.Tensor], torch.Tensor]
+
+
+def prepare(module: nn.Module, policy: PrecisionPolicy) -> nn.Module:
+    """Apply `policy` to `module` in place and return it.
+
+    *true* policies cast weights, buffers and, at each call, inputs; *mixed* policies keep fp32 weights and run the call
+    under autocast. Modules that match `policy.islands` keep fp32 weights and run in fp32 also under autocast; they
+    return the type they were given. Results are cast to `policy.output`. Modules with 2-D convolutions use
+    channels_last where `probe` measured it faster on the module's device.
+
+    The formats are pinned: `.to(device)` moves the module, `.to(dtype)`, `.half()` and the like leave its types alone.
+    They survive `deepcopy`, `state_dict` (same names) and `torch.compile`. `auto` is resolved for inference on the
+    module's device. Raises InputError when a pattern of `islands` matches no module.
+    """
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    policy = policy.resolve(device, "sample")
+    islands = _find_islands(module, policy.islands)
+    inside_islands = {id(child) for island in islands for child in island.modules()}
+    for child in module.modules():
+        dtype = torch.float32 if id(child) in inside_islands else torch_dtype(policy.params)
+        child._apply(_cast_to(dtype), recurse=False)
+    if any(isinstance(child, nn.Conv2d) for child in module.modules()) and (
+        probe(device).types[policy.compute].prefers_channels_last
+    ):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        memory_format = torch.channels_last
+    else:
+        memory_format = torch.contiguous_format
+    for island in islands:
+        island.__class__ = _pinned_class(type(island), _Island)
+    module.__class__ = _pinned_class(type(module), _Prepared)
+    module._halfstep_policy = policy  # type: ignore[assignment]
+    module._halfstep_memory_format = memory_format  # type: ignore[assignment]
+    return module
+
+
+def _find_islands(module: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
+    named = dict(module.named_modules())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named if name):
+            near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3)
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            raise InputError(f"precision.islands: {pattern!r} matches no module of {type(module).__name__}{hint}")
+    return [child for name, child in named.items() if name and any(fnmatchcase(name, p) for p in patterns)]
+
+
+def _cast_to(dtype: torch.dtype) -> TensorMap:
+    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _map_tensors(fn: TensorMap, value: Any) -> Any:
+    """`fn` over the tensors in nested tuples, lists and dicts; what holds no tensor that changes stays the same object,
+    because some networks pass lists on to be filled in place."""
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if type(value) in (tuple, list):
+        mapped = [_map_tensors(fn, item) for item in value]
+        return value if all(a is b for a, b in zip(mapped, value, strict=True)) else type(value)(mapped)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(fn, item) for item in value))
+    if type(value) is dict:
+        mapped_items = {key: _map_tensors(fn, item) for key, item in value.items()}
+        return value if all(mapped_items[key] is value[key] for key in value) else mapped_items
+    return value
+
+
+class _Pinned(nn.Module):
+    """A module whose floating-point types do not follow `.to(dtype)`."""
+
+    def _apply(self, fn: TensorMap, recurse: bool = True) -> nn.Module:
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse=recurse)  # type: ignore[no-any-return]
+
+
+class _Prepared(_Pinned):
+    _halfstep_policy: PrecisionPolicy
+    _halfstep_memory_format: torch.memory_format
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        policy, memory_format = self._halfstep_policy, self._halfstep_memory_format
+        dtype, output_dtype = torch_dtype(policy.params), torch_dtype(policy.output)
+
+        def enter(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            if tensor.dim() == 4 and memory_format is torch.channels_last:
+                return tensor.to(dtype, memory_format=torch.channels_last)
+            return tensor.to(dtype)
+
+        args, kwargs = _map_tensors(enter, args), _map_tensors(enter, kwargs)
+        device_type = next((t.device.type for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), "cpu")
+        with _arithmetic(policy, device_type):
+            result = super().forward(*args, **kwargs)
+        return _map_tensors(_cast_to(output_dtype), result)
+
+
+class _Island(_Pinned):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
+        args, kwargs = (_map_tensors(_cast_to(torch.float32), values) for values in (args, kwargs))
+        if given is None:
+            return super().forward(*args, **kwargs)
+        with torch.autocast(given.device.type, enabled=False):
+            result = super().forward(*args, **kwargs)
+        return _map_tensors(_cast_to(given.dtype), result) if given.is_floating_point() else result
+
+
+@contextmanager
+def _arithmetic(policy: PrecisionPolicy, device_type: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        if policy.is_mixed:
+            # The cache keeps a half copy of every weight beside the fp32 one for the length of the call. Training needs
+            # those copies for the backward pass anyway; inference would only pay for them.
+            stack.enter_context(
+                torch.autocast(device_type, torch_dtype(policy.compute), cache_enabled=torch.is_grad_enabled())
+            )
+        elif device_type == "cuda" and policy.params == "fp32":
+            stack.enter_context(tf32(policy.compute == "tf32"))
+        yield
+
+
+@cache
+def _pinned_class(cls: type[nn.Module], behaviour: type[_Pinned]) -> type[nn.Module]:
+    """`cls` with `behaviour` in front. A subclass instead of a wrapper keeps parameter names, and instead of hooks is
+    safe when several threads call the module at once."""
+    original = next(base for base in cls.__mro__ if base not in _GENERATED)
+    generated = type(original.__name__, (behaviour, original), {"__module__": original.__module__})
+    _GENERATED.add(generated)
+    return generated
+
+
+_GENERATED: set[type] = set()

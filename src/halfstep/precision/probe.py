@@ -1,0 +1,219 @@
+"""Measure what a device really does with each number format: speed against fp32, range, rounding, accumulation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import conv2d, scaled_dot_product_attention
+from torch.utils.benchmark import Timer
+
+from halfstep.errors import InputError
+from halfstep.precision.policy import PrecisionPolicy, torch_dtype
+
+_CACHE_VERSION = 1
+_ROUNDS = 3
+_WORTHWHILE = 1.1  # below this a half type costs accuracy and buys nothing that a rerun would still see
+
+# The share of each operation in a task's time. An autoencoder is convolutions with one attention block; the
+# transformers spend 62% of their time in products and 10% in attention (measured on EqM-XL/2), the rest alike.
+_TASKS = {
+    "encode": {"conv": 0.9, "attention": 0.1},
+    "sample": {"matmul": 0.85, "attention": 0.15},
+    "train": {"matmul": 0.85, "attention": 0.15},
+}
+
+
+@dataclass(frozen=True)
+class TypeReport:
+    """One number format on one device. Times are milliseconds for one call, the best of interleaved rounds.
+
+    `sound` holds when overflow gives infinity, rounding is to nearest even and products accumulate wider than the type.
+    """
+
+    matmul_ms: float
+    conv_ms: float
+    conv_channels_last_ms: float
+    attention_ms: float
+    sound: bool
+
+    def time_ms(self, operation: str) -> float:
+        if operation == "conv":
+            return min(self.conv_ms, self.conv_channels_last_ms)
+        return self.matmul_ms if operation == "matmul" else self.attention_ms
+
+    @property
+    def prefers_channels_last(self) -> bool:
+        """Measured no slower than contiguous; a tie within the noise counts, so that the answer does not flip."""
+        return self.conv_channels_last_ms < 1.1 * self.conv_ms
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What `probe` measured: the device's name, torch's version and a TypeReport for each of fp32, bf16, fp16 (and tf32
+    on CUDA)."""
+
+    device: str
+    torch_version: str
+    threads: int
+    types: dict[str, TypeReport]
+
+    def speedup(self, type_name: str, task: str) -> float:
+        """How many times as fast as fp32 the task's mix of operations runs; 1.0 for fp32."""
+        report, fp32 = self.types[type_name], self.types["fp32"]
+        return 1 / sum(share * report.time_ms(op) / fp32.time_ms(op) for op, share in _TASKS[task].items())
+
+
+def probe(device: str | torch.device = "cpu", *, refresh: bool = False) -> ProbeResult:
+    """Time matmul, convolution and attention in each format on `device`, and check range and rounding there.
+
+    Takes a few seconds once; the result is kept in the user's cache folder for this device, torch version and number of
+    threads. `refresh` measures again. Raises InputError when torch has no such device.
+    """
+    target = _open_device(device)
+    name = _device_name(target)
+    identity = f"{_CACHE_VERSION}|{name}|{torch.__version__}|{torch.get_num_threads()}"
+    cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache_root / "halfstep" / f"probe-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    if not refresh and (cached := _read_cache(path)) is not None:
+        return cached
+    with torch.random.fork_rng(devices=[]):
+        result = ProbeResult(name, torch.__version__, torch.get_num_threads(), _measure(target))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(result), indent=1))
+        temporary.replace(path)
+    except OSError as error:
+        warnings.warn(f"{path}: could not keep the measurement ({error}); it is repeated next time", stacklevel=2)
+    return result
+
+
+def choose(device: str, task: str) -> PrecisionPolicy:
+    """The policy for `task` that the measurement of `device` supports. See `PrecisionPolicy.auto`."""
+    if task not in _TASKS:
+        raise InputError(f"precision: got task {task!r}; expected one of {', '.join(_TASKS)}")
+    result = probe(device)
+    speedups = {name: result.speedup(name, task) for name in result.types if name != "fp32"}
+    told = ", ".join(
+        f"{name} {speedup:.2f}x" + ("" if result.types[name].sound else " (unsound range or rounding)")
+        for name, speedup in speedups.items()
+    )
+    usable = [name for name, speedup in speedups.items() if speedup >= _WORTHWHILE and result.types[name].sound]
+    best = max(usable, key=speedups.__getitem__, default="fp32")
+    reason = f"Measured on {result.device} for {task}, speed against fp32: {told}; {best} is the fastest sound type."
+    if best in ("fp32", "tf32"):
+        return PrecisionPolicy(compute=best, storage="fp16", reason=reason)
+    if task == "train":
+        loss_scale = "dynamic" if best == "fp16" else None
+        return PrecisionPolicy(compute=best, storage="fp16", loss_scale=loss_scale, reason=reason)
+    return PrecisionPolicy(params=best, compute=best, storage="fp16", reason=reason)
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """Allow or forbid TF32 products on CUDA within the block; convolutions allow it by default, so fp32 must say no."""
+    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
+
+
+def _open_device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device: got {str(device)!r}; expected one that torch can use here ({reason})") from error
+    return target
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
+    return device.type
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _read_cache(path: Path) -> ProbeResult | None:
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        types = {name: TypeReport(**report) for name, report in values.pop("types").items()}
+        return ProbeResult(types=types, **values)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        warnings.warn(f"{path}: not a readable measurement ({error}); measuring again", stacklevel=3)
+        return None
+
+
+def _measure(device: torch.device) -> dict[str, TypeReport]:
+    names = ["fp32", "bf16", "fp16"] + (["tf32"] if device.type == "cuda" else [])
+    calls = {(name, op): call for name in names for op, call in _operations(device, torch_dtype(name)).items()}
+    best = dict.fromkeys(calls, math.inf)
+    for _ in range(_ROUNDS):  # the formats take turns, so that a busy moment does not fall on one of them alone
+        for (name, op), call in calls.items():
+            if best[name, op] > 100 and best[name, op] < math.inf:
+                continue  # once is enough to know that an emulated format is slow
+            with tf32(name == "tf32"):
+                timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+                best[name, op] = min(best[name, op], timer.blocked_autorange(min_run_time=0.02).median * 1e3)
+    return {
+        name: TypeReport(
+            matmul_ms=best[name, "matmul"],
+            conv_ms=best[name, "conv"],
+            conv_channels_last_ms=best[name, "conv_channels_last"],
+            attention_ms=best[name, "attention"],
+            sound=_is_sound(device, torch_dtype(name)),
+        )
+        for name in names
+    }
+
+
+def _operations(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
+    """The calls to time, sized for milliseconds: on a GPU they must outweigh the launch."""
+    size, batch, heads = (4096, 16, 16) if device.type == "cuda" else (384, 1, 4)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    pixels = torch.randn(batch, 128, 32, 32, device=device, dtype=dtype)
+    kernel = torch.randn(128, 128, 3, 3, device=device, dtype=dtype)
+    pixels_last, kernel_last = (t.contiguous(memory_format=torch.channels_last) for t in (pixels, kernel))
+    query = torch.randn(batch, heads, 512, 64, device=device, dtype=dtype)
+    return {
+        "matmul": lambda: a @ a,
+        "conv": lambda: conv2d(pixels, kernel, padding=1),
+        "conv_channels_last": lambda: conv2d(pixels_last, kernel_last, padding=1),
+        "attention": lambda: scaled_dot_product_attention(query, query, query),
+    }
+
+
+def _is_sound(device: torch.device, dtype: torch.dtype) -> bool:
+    info = torch.finfo(dtype)
+    one = torch.ones((), device=device, dtype=dtype)
+    overflows = torch.isinf(one * info.max * 2).item()
+    nearest_even = (one + info.eps / 2 == 1).item() and (one + 1.5 * info.eps == 1 + 2 * info.eps).item()
+    ones = torch.ones(8, 4096, device=device, dtype=dtype)
+    # A sum of ones kept in bf16 stalls at 256, in fp16 at 2048.
+    wide_accumulation = (ones @ ones.T == 4096).all().item()
+    return bool(overflows and nearest_even and wide_accumulation)
