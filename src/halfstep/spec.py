@@ -51,7 +51,7 @@ class LatentSpec:
             values = getattr(self, name)
             if len(values) not in (1, self.channels):
                 raise InputError(
-                    f"LatentSpec.{name}: got {len(values)} values; expected 1 or one for each of {self.channels} channels"
+                    f"LatentSpec.{name}: got {len(values)} values; expected 1 or {self.channels}, one a channel"
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,20 +30,21 @@ def prepare(module: nn.Module, policy: PrecisionPolicy) -> nn.Module:
     They survive `deepcopy`, `state_dict` (same names) and `torch.compile`. `auto` is resolved for inference on the
     module's device. Raises InputError when a pattern of `islands` matches no module.
     """
+    for child in module.modules():  # what an earlier call made of it is undone
+        child.__class__ = _ORIGINALS.get(type(child), type(child))
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     policy = policy.resolve(device, "sample")
     islands = _find_islands(module, policy.islands)
     inside_islands = {id(child) for island in islands for child in island.modules()}
     for child in module.modules():
         dtype = torch.float32 if id(child) in inside_islands else torch_dtype(policy.params)
-        child._apply(_cast_to(dtype), recurse=False)
-    if any(isinstance(child, nn.Conv2d) for child in module.modules()) and (
-        probe(device).types[policy.compute].prefers_channels_last
-    ):
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        child._apply(_cast_to(dtype), recurse=False)  # type: ignore[no-untyped-call]
+    convolutions = [child for child in module.modules() if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d))]
+    memory_format = torch.contiguous_format
+    if convolutions and probe(device).types[policy.compute].prefers_channels_last:
         memory_format = torch.channels_last
-    else:
-        memory_format = torch.contiguous_format
+        for convolution in convolutions:
+            convolution.to(memory_format=memory_format)  # type: ignore[call-overload]
     for island in islands:
         island.__class__ = _pinned_class(type(island), _Island)
     module.__class__ = _pinned_class(type(module), _Prepared)
@@ -91,7 +91,7 @@ class _Pinned(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse=recurse)  # type: ignore[no-any-return]
+        return super()._apply(keep_dtype, recurse=recurse)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Prepared(_Pinned):
@@ -141,14 +141,17 @@ def _arithmetic(policy: PrecisionPolicy, device_type: str) -> Iterator[None]:
         yield
 
 
-@cache
-def _pinned_class(cls: type[nn.Module], behaviour: type[_Pinned]) -> type[nn.Module]:
-    """`cls` with `behaviour` in front. A subclass instead of a wrapper keeps parameter names, and instead of hooks is
-    safe when several threads call the module at once."""
-    original = next(base for base in cls.__mro__ if base not in _GENERATED)
+def _pinned_class(original: type[nn.Module], behaviour: type[_Pinned]) -> type[nn.Module]:
+    """`original` with `behaviour` in front. A subclass instead of a wrapper keeps parameter names, and instead of hooks
+    is safe when several threads call the module at once."""
+    known = _GENERATED.get((original, behaviour))
+    if known is not None:
+        return known
     generated = type(original.__name__, (behaviour, original), {"__module__": original.__module__})
-    _GENERATED.add(generated)
+    _GENERATED[original, behaviour] = generated
+    _ORIGINALS[generated] = original
     return generated
 
 
-_GENERATED: set[type] = set()
+_GENERATED: dict[tuple[type[nn.Module], type[_Pinned]], type[nn.Module]] = {}
+_ORIGINALS: dict[type, type[nn.Module]] = {}

@@ -75,8 +75,8 @@ class PrecisionPolicy:
                 raise InputError(f"precision.{name}: got {value!r}; expected one of {', '.join(allowed)}")
         if not undecided and self.params != "fp32" and self.compute != self.params:
             raise InputError(
-                f"precision.compute: got {self.compute!r} with {self.params} weights; half-precision weights compute in "
-                "their own type, use fp32 weights for autocast"
+                f"precision.compute: got {self.compute!r} with {self.params} weights; half-precision weights compute "
+                "in their own type, use fp32 weights for autocast"
             )
         if undecided and self.compute != "auto":
             raise InputError("precision: auto chooses weights and arithmetic together; name a preset to set them")

@@ -13,7 +13,7 @@ import numpy as np
 
 from halfstep.errors import InputError, StoreError
 from halfstep.spec import LatentSpec
-from halfstep.store.formats import Array, Float32, to_float32
+from halfstep.store.formats import LATENT_ARRAYS, Array, Float32, to_float32
 from halfstep.store.index import READING_COLUMNS, read_table
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import Manifest, parse_manifest
@@ -34,7 +34,10 @@ class DatasetStore:
     def __init__(self, location: str | Path) -> None:
         self._location = str(location)
         remote = "://" in self._location
-        self._filesystem, self._root = fsspec.core.url_to_fs(self._location) if remote else (None, self._location)
+        self._filesystem: Any = None
+        self._root = self._location
+        if remote:
+            self._filesystem, self._root = fsspec.core.url_to_fs(self._location)
         try:
             manifest = self._read_file(MANIFEST_NAME)
             parts = self._index_parts()
@@ -50,7 +53,11 @@ class DatasetStore:
             self._add_part(part)
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         shift, scale = self.spec.shift, self.spec.scale
-        self._affine = None if set(shift) == {0.0} and set(scale) == {1.0} else (np.float32(shift), np.float32(scale))
+        self._affine = (
+            None
+            if set(shift) == {0.0} and set(scale) == {1.0}
+            else (np.array(shift, np.float32), np.array(scale, np.float32))
+        )
 
     @classmethod
     def open(cls, location: str | Path) -> Self:
@@ -86,6 +93,18 @@ class DatasetStore:
         self._place(key)
         return self._labels[self._keys[key]]
 
+    def latent_bytes(self) -> int:
+        """Bytes of all latents (mean, variance, mirrored ones), without poses, index and headers."""
+        total = 0
+        sizes: dict[int, int] = {}
+        for row in self._keys.values():
+            number, _, length = self._places[row]
+            if number not in sizes:
+                layouts = self._shard(number).layouts
+                sizes[number] = sum(layouts[name].row_bytes for name in LATENT_ARRAYS if name in layouts)
+            total += sizes[number] * length
+        return total
+
     def arrays(self, key: str) -> set[str]:
         """The names of the arrays stored for a sequence: `latents`, `frame`, and those asked for when encoding."""
         return set(self._shard(self._place(key)[0]).layouts) - {"index"}
@@ -96,30 +115,34 @@ class DatasetStore:
         """Latents of frames [start, stop) as float32 [n, C, (T,) H, W], model-ready: `(stored - shift) * scale`.
 
         With `raw=True`: as stored, unscaled; fp16 and fp32 stores give their own type without a copy, bf16, which numpy
-        does not have, is widened to the float32 of equal value. `name` chooses `latents_mirror` instead. Raises InputError for an unknown
-        key or frames outside the sequence.
+        does not have, is widened to the float32 of equal value. `name` chooses `latents_mirror` instead. Raises
+        InputError for an unknown key or frames outside the sequence.
         """
         stored, type_name = self._rows(key, start, stop, name)
         if raw:
             return to_float32(stored, type_name) if type_name == "BF16" else stored
         latents = to_float32(stored, type_name)
         if self._affine is not None:
-            shift, scale = (np.reshape(v, (-1,) + (1,) * (latents.ndim - 2)) for v in self._affine)
+            shift, scale = (values.reshape(-1, *[1] * (latents.ndim - 2)) for values in self._affine)
             latents -= shift
             latents *= scale
         return latents
 
     def read_array(self, key: str, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows [start, stop) of another array of the sequence: `frame` (number in the source), `position` [n, 2] metres,
-        `yaw` [n] radians, `logvar` (float32, of the unscaled latents)."""
+        """Rows [start, stop) of another array of the sequence: `frame` (number in the source), `position` [n, 2]
+        metres, `yaw` [n] radians, `logvar` (float32, of the unscaled latents)."""
         stored, type_name = self._rows(key, start, stop, name)
         return to_float32(stored, type_name) if type_name in ("F16", "BF16") else stored
+
+    def stored_rows(self, key: str, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows [start, stop) of any array exactly as they lie in the shard (bf16 as its bits in uint16)."""
+        return self._rows(key, start, stop, name)[0]
 
     def posterior(self, key: str, start: int = 0, stop: int | None = None) -> tuple[Float32, Float32]:
         """Mean and standard deviation, model-ready, of frames whose store keeps moments. Draw `mean + std * noise`."""
         mean = self.read(key, start, stop)
         std = np.exp(0.5 * self.read_array(key, "logvar", start, stop))
-        return mean, std * np.reshape(np.float32(self.spec.scale), (-1,) + (1,) * (std.ndim - 2))
+        return mean, std * np.array(self.spec.scale, np.float32).reshape(-1, *[1] * (std.ndim - 2))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"location": self._location}

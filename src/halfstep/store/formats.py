@@ -12,6 +12,9 @@ from halfstep.errors import InputError, NumericsError
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
+# The arrays of a shard that are latents, and so in the store's type.
+LATENT_ARRAYS = ("latents", "logvar", "latents_mirror", "logvar_mirror")
+
 # The safetensors name of each type that a shard may hold, and the numpy type that carries its bytes.
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),

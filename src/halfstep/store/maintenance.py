@@ -34,7 +34,8 @@ from halfstep.store.writer import SHARD_BYTES, DatasetWriter, combine_checksums,
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found. `shards` and `items` count what is committed and readable; `problems` are lines for people."""
+    """What `verify` found. `shards` and `items` count what is committed and readable; `problems` are lines for
+    people."""
 
     shards: int
     items: int
@@ -272,7 +273,7 @@ def _is_intact(root: Path, row: Row) -> bool:
         arrays = _row_arrays(MappedShard(shard_path(root, row.shard)), row)
     except (StoreError, KeyError):
         return False
-    sums = {name: zlib.crc32(np.ascontiguousarray(values)) for name, values in arrays.items()}
+    sums = {name: zlib.crc32(np.ascontiguousarray(values).data) for name, values in arrays.items()}
     return all(len(v) == row.length for v in arrays.values()) and combine_checksums(sums) == row.checksum
 
 

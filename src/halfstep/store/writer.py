@@ -22,7 +22,7 @@ from halfstep.store.commit import (
     write_all,
     write_durably,
 )
-from halfstep.store.formats import NUMPY_TYPES, Array, safetensors_name, to_storage
+from halfstep.store.formats import LATENT_ARRAYS, NUMPY_TYPES, Array, safetensors_name, to_storage
 from halfstep.store.index import (
     Row,
     checksum_path,
@@ -37,7 +37,6 @@ from halfstep.store.shard import write_shard
 
 SHARD_BYTES = 128 << 20
 COMMIT_SECONDS = 60.0
-_LATENT_ARRAYS = ("latents", "logvar", "latents_mirror", "logvar_mirror")
 _NATIVE_TYPES = {np.dtype("<f8"): "F64", np.dtype("<f4"): "F32", np.dtype("<i4"): "I32"}
 
 
@@ -107,7 +106,7 @@ class DatasetWriter:
         not fit, InputError when shapes disagree with the sequences before.
         """
         stored = {
-            name: to_storage(values, self._storage) if name in _LATENT_ARRAYS else np.asarray(values)
+            name: to_storage(values, self._storage) if name in LATENT_ARRAYS else np.asarray(values)
             for name, values in arrays.items()
         }
         if "latents" not in stored or stored["latents"].shape[1] != self._spec.channels:
@@ -200,7 +199,7 @@ class DatasetWriter:
         return same
 
     def _type_name(self, name: str, values: Array) -> str:
-        if name in _LATENT_ARRAYS:
+        if name in LATENT_ARRAYS:
             return safetensors_name(self._storage)
         if values.dtype not in _NATIVE_TYPES:
             raise InputError(f"{name}: got {values.dtype}; expected one of float64, float32, int32")
@@ -280,7 +279,8 @@ def claim_number(root: Path) -> tuple[int, Path]:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what writers that no longer live left uncommitted. Only for a caller that holds the writers' lock alone."""
+    """Remove what writers that no longer live left uncommitted. Only for a caller that holds the writers' lock
+    alone."""
     for staging in sorted((root / "staging").iterdir()):
         number = int(staging.name)
         if not index_path(root, number).exists():

@@ -1,0 +1,32 @@
+"""Autoencoders by name: `dct8`, a diffusers hub id or folder, or a folder with the two files of taef2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from halfstep.autoencoders.base import Autoencoder, Posterior
+from halfstep.autoencoders.gate import Checked, EncodeGate
+from halfstep.errors import InputError
+
+__all__ = ["Autoencoder", "Checked", "EncodeGate", "Posterior", "load_autoencoder"]
+
+
+def load_autoencoder(identifier: str = "dct8", revision: str | None = None, *, tiled: bool = False) -> Autoencoder:
+    """Load an autoencoder in fp32 on the CPU.
+
+    `identifier` is `dct8` (built in), a folder that holds a diffusers autoencoder or pipeline, a folder with
+    `taef2_encoder.pth` and `taef2_decoder.pth`, or a hub id (`stabilityai/sd-vae-ft-ema`) with its `revision`. `tiled`
+    turns on the library's tiling, for pictures that do not fit in memory. Raises InputError, naming what is available
+    locally, when it cannot be loaded.
+    """
+    from halfstep.autoencoders.builtin import dct8
+    from halfstep.autoencoders.diffusers import from_diffusers
+    from halfstep.autoencoders.tiny import ENCODER_FILE, taef2
+
+    if identifier == "dct8":
+        return dct8()
+    if (Path(identifier) / ENCODER_FILE).is_file():
+        return taef2(Path(identifier))
+    if identifier == "taef2":
+        raise InputError(f"taef2: give the folder that holds {ENCODER_FILE} and its decoder as the autoencoder")
+    return from_diffusers(identifier, revision, tiled=tiled)

@@ -1,0 +1,161 @@
+"""Autoencoders of the diffusers library: AutoencoderKL, AutoencoderTiny and, for video, AutoencoderKLWan."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfstep.autoencoders.base import Autoencoder, weights_sha256
+from halfstep.errors import InputError
+from halfstep.spec import LatentSpec
+
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLWan")
+
+
+class _Encoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        encoded = self.vae.encode(pixels)
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean, encoded.latent_dist.logvar
+        latents: torch.Tensor = encoded.latents
+        return latents
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self.vae.decode(latents).sample
+        return pixels
+
+
+def from_diffusers(identifier: str, revision: str | None = None, *, tiled: bool = False) -> Autoencoder:
+    """Load by hub id or local folder, from its root or from its `vae` subfolder (a whole pipeline).
+
+    The library's scaling and shift factor, or Wan's mean and standard deviation a channel, become the spec's scale and
+    shift. `tiled` lets the library encode and decode large pictures in overlapping tiles. Raises InputError when it
+    cannot be found or is of another class.
+    """
+    import diffusers
+
+    config, subfolder, offline = _load_config(identifier, revision)
+    name = config.get("_class_name")
+    if name not in CLASSES:
+        raise InputError(f"{identifier}: is a {name}; expected one of {', '.join(CLASSES)}")
+    try:
+        vae = getattr(diffusers, name).from_pretrained(
+            identifier,
+            revision=revision,
+            subfolder=subfolder,
+            local_files_only=offline,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,  # its other way needs accelerate
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{identifier}: its weights cannot be loaded ({reason})") from error
+    if tiled:
+        vae.enable_tiling()
+    vae.eval()
+    spec = _spec(identifier, config.get("_commit_hash") or vae.config.get("_commit_hash") or revision or "", vae)
+    reload = partial(from_diffusers, identifier, revision, tiled=tiled)
+    # Wan's causal convolutions pass frames on through the module itself.
+    return Autoencoder(
+        spec,
+        _Encoder(vae),
+        _Decoder(vae),
+        reload,
+        reentrant=name != "AutoencoderKLWan",
+        variational=name != "AutoencoderTiny",
+    )
+
+
+def _spec(identifier: str, revision: str, vae: Any) -> LatentSpec:
+    config = vae.config
+    digest = weights_sha256(vae)
+    if type(vae).__name__ == "AutoencoderKLWan":
+        return LatentSpec(
+            identifier,
+            channels=config.z_dim,
+            spatial_factor=config.scale_factor_spatial,
+            temporal_factor=config.scale_factor_temporal,
+            scale=tuple(1 / std for std in config.latents_std),
+            shift=tuple(config.latents_mean),
+            weights_sha256=digest,
+            revision=revision,
+        )
+    blocks = config.encoder_block_out_channels if "encoder_block_out_channels" in config else config.block_out_channels
+    return LatentSpec(
+        identifier,
+        channels=config.latent_channels,
+        spatial_factor=2 ** (len(blocks) - 1),
+        scale=(float(config.scaling_factor),),
+        shift=(float(config.get("shift_factor") or 0.0),),
+        weights_sha256=digest,
+        revision=revision,
+    )
+
+
+def _load_config(identifier: str, revision: str | None) -> tuple[dict[str, Any], str | None, bool]:
+    """Config, the subfolder it was found in, and whether only this machine's files can be had."""
+    from diffusers import AutoencoderKL
+
+    is_folder = Path(identifier).is_dir()
+    offline = is_folder or not _hub_answers(identifier, revision)
+    for subfolder in (None, "vae"):
+        try:
+            config = AutoencoderKL.load_config(
+                identifier, revision=revision, subfolder=subfolder, local_files_only=offline
+            )
+        except (OSError, ValueError):
+            continue  # the next place may have it; when none does, the line below says so
+        if "_class_name" in config and not config["_class_name"].endswith("Pipeline"):
+            return config, subfolder, offline
+    if is_folder:
+        raise InputError(f"{identifier}: no autoencoder here; expected a diffusers config.json or the files of taef2")
+    raise InputError(f"{identifier}: {'no network' if offline else 'no autoencoder in it'}; {_local_alternatives()}")
+
+
+def _hub_answers(identifier: str, revision: str | None) -> bool:
+    """Ask once, because the download functions retry for most of a minute before they find that there is no network.
+
+    Raises InputError when the hub says that it has no such model.
+    """
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        HfApi().model_info(identifier, revision=revision, timeout=10)
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise InputError(
+            f"{identifier}: not a folder, and not on the hub ({reason}); {_local_alternatives()}"
+        ) from error
+    except (httpx2.TransportError, OfflineModeIsEnabled):
+        return False
+    return True
+
+
+def _local_alternatives() -> str:
+    return f"available here: {', '.join(['dct8', *_cached_models()])}, or the folder of an autoencoder on disk"
+
+
+def _cached_models() -> list[str]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+    except CacheNotFound:
+        return []

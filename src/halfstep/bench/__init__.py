@@ -1,0 +1,1 @@
+"""Benchmarks: one file a case, against what people use today."""

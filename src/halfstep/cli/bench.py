@@ -1,0 +1,55 @@
+"""halfstep bench encode | read"""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure halfstep against what people use today, in turn in one run.", no_args_is_help=True)
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command()
+def encode(
+    images: Annotated[int, typer.Option(min=16)] = 64,
+    size: Annotated[int, typer.Option(min=8, help="Pixels on a side.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    autoencoder: Annotated[str, typer.Option(metavar="ID", help="As in encode, or sd-vae-shaped.")] = "sd-vae-shaped",
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory of ever larger runs too.")] = True,
+    json: _Json = False,
+) -> None:
+    """Encode pictures: the plain fp32 loop against `halfstep encode`, with the same autoencoder."""
+    from halfstep.bench.encode import bench_encode
+
+    _print(bench_encode(images=images, size=size, rounds=rounds, autoencoder=autoencoder, memory=memory), json)
+
+
+@app.command()
+def read(
+    trajectories: Annotated[int, typer.Option(min=4)] = 100,
+    windows: Annotated[int, typer.Option(min=1)] = 2000,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    json: _Json = False,
+) -> None:
+    """Read random context windows: a store against `.pt` files, zarr and the streaming formats that are installed."""
+    from halfstep.bench.read import bench_read
+
+    _print(bench_read(trajectories=trajectories, windows=windows, rounds=rounds), json)
+
+
+def _print(result: dict[str, Any], json: bool) -> None:
+    if json:
+        typer.echo(json_module.dumps(result, indent=1))
+        return
+    typer.echo(f"{result['benchmark']} on {result['machine']['device']}, {result['machine']['cores']} cores")
+    for name, timing in result["seconds"].items():
+        typer.echo(
+            f"  {name:24} {timing['median']:9.4g} s   ({timing['smallest']:.4g} to {timing['largest']:.4g}, "
+            f"{timing['rounds']} rounds)"
+        )
+    for name, value in result.items():
+        if name not in ("benchmark", "command", "machine", "seconds"):
+            typer.echo(f"  {name}: {value}")

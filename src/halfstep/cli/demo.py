@@ -1,0 +1,24 @@
+"""halfstep demo"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for everything it makes.")
+    ] = Path("demo"),
+) -> None:
+    """Make a toy world, encode it, check and decode it, and write a report that shows what was saved and what it
+    cost."""
+    from halfstep.demo.report import write_report
+    from halfstep.demo.run import run_demo
+
+    result = run_demo(output, typer.echo)
+    report = output / "report.html"
+    write_report(result, report)
+    typer.echo(f"\n{report.resolve()}")

@@ -1,0 +1,144 @@
+"""halfstep encode"""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfstep.errors import InputError
+
+if TYPE_CHECKING:
+    from halfstep.data.sources import SourceConfig
+    from halfstep.encode import EncodeReport
+
+
+def encode(
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[SRC]...", help="More sources.")] = None,
+    source: Annotated[
+        list[Path] | None,
+        typer.Option("-i", "--input", metavar="SRC", help="Folder, file, or YAML list of sources; may be repeated."),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder of the store.")] = ...,  # type: ignore[assignment]
+    autoencoder: Annotated[
+        str, typer.Option(metavar="ID", help="dct8, a diffusers hub id or folder, or the folder of taef2's files.")
+    ] = "dct8",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    precision: Annotated[
+        str, typer.Option(metavar="P", help="fp32, bf16-true, bf16-mixed, 16-true, 16-mixed or auto (measured).")
+    ] = "auto",
+    storage: Annotated[str | None, typer.Option(metavar="TYPE", help="fp16, bf16 or fp32.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="N|WxH", help="Pixels that the autoencoder sees.")] = None,
+    clip_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Frames to a latent, for an autoencoder that compresses time.")
+    ] = None,
+    stride: Annotated[int, typer.Option(metavar="N", help="Take every N-th frame of videos.")] = 1,
+    fps: Annotated[float | None, typer.Option(metavar="F", help="Take F frames a second of videos.")] = None,
+    moments: Annotated[bool, typer.Option("--moments", help="Keep the variance too, for fresh samples.")] = False,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Store the flipped pictures' latents too.")] = False,
+    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Samples to a batch.")] = "auto",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that read and decode.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first sequences, up to N items.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first failure.")] = False,
+    keep_missing: Annotated[bool, typer.Option("--keep-missing", help="Keep what the sources no longer have.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    ray: Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Encode pictures, videos or trajectories into a latent store; run it again to bring the store up to date."""
+    paths = [*(source or []), *(more or [])]
+    if not paths:
+        raise InputError("encode: no source; give at least one with -i")
+    from halfstep.cli.progress import BarProgress
+    from halfstep.encode import EncodeOptions
+    from halfstep.encode import encode as run_encode
+
+    options = EncodeOptions(
+        output=output,
+        autoencoder=autoencoder,
+        revision=revision,
+        precision=precision,
+        storage=storage,
+        size=_parse_size(size),
+        clip_length=clip_length,
+        moments=moments,
+        mirror=mirror,
+        batch_size=_parse_batch_size(batch_size),
+        workers=workers,
+        limit=limit,
+        strict=strict,
+        keep_missing=keep_missing,
+        device=device,
+    )
+    sources = _read_sources(paths, stride, fps)
+    with BarProgress(hidden=quiet) as progress:
+        if ray and not dry_run:
+            from halfstep.encode.ray import encode_on_ray
+
+            report = encode_on_ray(sources, options, progress)
+        else:
+            report = run_encode(sources, options, dry_run=dry_run, progress=progress)
+    if progress.speaks:
+        typer.echo(json_module.dumps(asdict(report)) if json else _summary(report, keep_missing))
+    raise typer.Exit(1 if report.failed else 0)
+
+
+def _read_sources(paths: list[Path], stride: int, fps: float | None) -> list[SourceConfig]:
+    from halfstep.config import load_yaml
+    from halfstep.data.sources import SourceConfig
+
+    sources: list[SourceConfig] = []
+    for path in paths:
+        if path.suffix in (".yaml", ".yml"):
+            sources += load_yaml(path, list[SourceConfig])
+        else:
+            sources.append(SourceConfig(path=path, stride=stride, fps=fps))
+    return sources
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not width.isdecimal() or (height and not height.isdecimal()):
+        raise InputError(f"--size: got {text!r}; expected N or WxH in pixels")
+    return int(width), int(height or width)
+
+
+def _parse_batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--batch-size: got {text!r}; expected a positive number or auto")
+    return int(text)
+
+
+def _summary(report: EncodeReport, keep_missing: bool) -> str:
+    did = "would encode" if report.dry_run else "encoded"
+    lines = [
+        f"{did} {report.encoded} items, {report.skipped} unchanged, {report.removed} "
+        f"{'to remove' if report.dry_run else 'removed'}, {report.failed} failed; precision {report.policy}"
+    ]
+    if not report.dry_run:
+        lines.append(
+            f"{report.store}: {report.items} items in {report.sequences} sequences, "
+            f"{report.bytes / 1e6:.1f} MB of latents, {report.items_per_second:.1f} items/s"
+        )
+    if report.retried_in_fp32:
+        lines.append(f"{report.retried_in_fp32} items overflowed in half precision and were encoded again in fp32")
+    if report.missing:
+        what = "kept, though the sources no longer have them" if keep_missing else "no longer in the sources"
+        lines.append(f"{len(report.missing)} sequences {what}: {_some(report.missing)}")
+    lines += [f"failed: {failure.reason}" for failure in report.failures[:5]]
+    if report.failed:
+        lines.append(f"{report.failed} failures; each is a line of {Path(report.store) / 'failures.jsonl'}")
+    return "\n".join(lines)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

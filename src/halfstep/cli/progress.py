@@ -1,0 +1,47 @@
+"""The progress bar of long verbs, on stderr."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from halfstep.encode import Progress
+
+
+class BarProgress(Progress):
+    """Items done of all, items a second, bytes written, time left. Under torchrun only the first process shows its own
+    share, and only it `speaks` at the end."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        self.speaks = os.environ.get("RANK", "0") == "0"
+        self._bar = RichProgress(
+            TextColumn("encoding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.1f} items/s"),
+            TextColumn("{task.fields[megabytes]:.1f} MB"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=hidden or not self.speaks,
+        )
+        self._bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def start(self, items: int) -> None:
+        self._task = self._bar.add_task("encoding", total=items or None, rate=0.0, megabytes=0.0)
+        self._bar.start()
+
+    def advance(self, items: int, latent_bytes: int) -> None:
+        self._bytes += latent_bytes
+        task = self._bar.tasks[0]
+        self._bar.update(self._task, advance=items, rate=task.speed or 0.0, megabytes=self._bytes / 1e6)

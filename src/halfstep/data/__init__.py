@@ -1,0 +1,1 @@
+"""Sources of pixels and latents, and torch datasets over them."""

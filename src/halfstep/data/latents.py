@@ -1,0 +1,267 @@
+"""Datasets for torch's DataLoader over latents: pictures, clips, navigation samples.
+
+An item depends on (seed, epoch, index) alone, so the number of workers changes nothing, and `SeededOrder` makes the
+place
+in an epoch an offset: training resumes in mid-epoch where it was. All datasets can be pickled to worker processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from halfstep.config import Config, load_yaml, validate
+from halfstep.data.base import contiguous_runs
+from halfstep.data.frames import FrameReader, StoreFrames, open_frames
+from halfstep.data.navigation import METRIC_WAYPOINT_SPACING, goal_actions, relative_time, sample_index
+from halfstep.errors import InputError
+from halfstep.spec import PixelSpec
+from halfstep.store.dataset import DatasetStore
+
+
+class SeededDataset(Dataset[Any]):
+    """Base: a random generator for each (seed, epoch, index). Call `set_epoch` before each epoch."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other goals, flips and samples from now on. Not seen by workers that live on (`persistent_workers`)."""
+        self.epoch = epoch
+
+    def generator(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, self.epoch, index))
+
+
+class SeededOrder(Sampler[int]):
+    """A shuffled order of `length` items that depends on (seed, epoch) alone, from item `start` on, every `size`-th
+    item beginning at `rank`. Resuming an epoch after n items is `start=n`."""
+
+    def __init__(
+        self, length: int, *, seed: int = 0, epoch: int = 0, start: int = 0, rank: int = 0, size: int = 1
+    ) -> None:
+        self.length, self.seed, self.epoch, self.start, self.rank, self.size = length, seed, epoch, start, rank, size
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return iter(order[self.start :][self.rank :: self.size].tolist())
+
+    def __len__(self) -> int:
+        return len(range(self.start + self.rank, self.length, self.size))
+
+
+class ImageLatents(SeededDataset):
+    """Pictures of a store with class labels: items (latent float32 [C, h, w], label int).
+
+    Labels number the class folders in alphabetical order (`classes`); without them all are 0. Where the store has
+    mirrored latents one of the two is drawn; where it has moments, a fresh sample `mean + std * noise` is.
+    """
+
+    def __init__(self, store: DatasetStore | str | Path, *, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.store = store if isinstance(store, DatasetStore) else DatasetStore.open(store)
+        self.keys = self.store.keys()
+        self.classes = _classes(StoreFrames(self.store), self.keys)
+        lengths = [self.store.frames(key) for key in self.keys]
+        self._ends = np.cumsum(lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        key = self.keys[place]
+        frame = index - (int(self._ends[place - 1]) if place else 0)
+        rng = self.generator(index)
+        arrays = self.store.arrays(key)
+        suffix = "_mirror" if "latents_mirror" in arrays and rng.random() < 0.5 else ""
+        latent = self.store.read(key, frame, frame + 1, name=f"latents{suffix}")[0]
+        if "logvar" in arrays:
+            logvar = self.store.read_array(key, f"logvar{suffix}", frame, frame + 1)[0]
+            scale = np.array(self.store.spec.scale, np.float32).reshape(-1, *[1] * (latent.ndim - 1))
+            latent = latent + np.exp(0.5 * logvar) * scale * rng.standard_normal(latent.shape, np.float32)
+        return torch.from_numpy(latent), _label_number(self.store.label(key), self.classes)
+
+
+class ClipLatents(SeededDataset):
+    """Clips of consecutive frames: items (latents float32 [C, T, h, w], label int).
+
+    `clip_length` frames, each `stride` frames after the one before, from a random start in the sequence; one item a
+    sequence that is long enough. Missing frames are never inside a clip. Raises InputError when no sequence is long
+    enough.
+    """
+
+    def __init__(self, store: DatasetStore | str | Path, clip_length: int, *, stride: int = 1, seed: int = 0) -> None:
+        super().__init__(seed)
+        opened = store if isinstance(store, DatasetStore) else DatasetStore.open(store)
+        self.reader = StoreFrames(opened)
+        self.clip_length, self.stride = clip_length, stride
+        span = (clip_length - 1) * stride + 1
+        self._starts: list[tuple[str, list[tuple[int, int]]]] = []
+        for key in self.reader.keys():
+            numbers = self.reader.numbers(key)
+            # Videos are thinned when they are encoded: their numbers grow by a constant step.
+            step = int(np.diff(numbers).min()) if len(numbers) > 1 else 1
+            runs = contiguous_runs(numbers // step)
+            starts = [(first, last - span + 1) for first, last in runs if last - first >= span]
+            if starts:
+                self._starts.append((key, starts))
+        if not self._starts:
+            raise InputError(f"{opened.location}: no sequence has {span} consecutive frames; use shorter clips")
+        self.classes = _classes(self.reader, [key for key, _ in self._starts])
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        key, ranges = self._starts[index]
+        choices = np.concatenate([np.arange(first, last) for first, last in ranges])
+        start = int(self.generator(index).choice(choices))
+        latents = self.reader.read(key, start, start + (self.clip_length - 1) * self.stride + 1)[:: self.stride]
+        clip = torch.from_numpy(np.ascontiguousarray(latents)).transpose(0, 1)
+        return clip, _label_number(self.reader.label(key), self.classes)
+
+
+class NavigationLatents(SeededDataset):
+    """Samples of a navigation world model: items (frames float32 [context + goals, C, h, w], actions float32 [goals,
+    3], rel_t float32 [goals]).
+
+    Context frames end at the current one; goal offsets are drawn uniformly from the range of `sample_index`. Poses give
+    the actions (`goal_actions`). A missing frame ends a trajectory for sampling, as if it were two. `names` limits it
+    to some trajectories (a list in `traj_names.txt`).
+    """
+
+    def __init__(
+        self,
+        frames: FrameReader,
+        *,
+        spacing: float,
+        context_size: int,
+        len_traj_pred: int,
+        min_dist_cat: int,
+        max_dist_cat: int,
+        goals_per_obs: int = 1,
+        names: list[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed)
+        self.reader, self.spacing = frames, spacing
+        self.context_size, self.goals_per_obs = context_size, goals_per_obs
+        keys = frames.keys() if names is None else names
+        if unknown := set(keys) - set(frames.keys()):
+            raise InputError(
+                f"trajectories: {len(unknown)} named ones are not there, {sorted(unknown)[0]!r} among them"
+            )
+        self.runs = [(key, start, stop) for key in keys for start, stop in contiguous_runs(frames.numbers(key))]
+        lengths = [stop - start for _, start, stop in self.runs]
+        self.index = sample_index(lengths, context_size, len_traj_pred, min_dist_cat, max_dist_cat)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        run, current, smallest, largest = self.index[index].tolist()
+        key, first, _ = self.runs[run]
+        goals = current + self.generator(index).integers(smallest, largest + 1, self.goals_per_obs)
+        context = self.reader.read(key, first + current - self.context_size + 1, first + current + 1)
+        targets = [self.reader.read(key, first + goal, first + goal + 1) for goal in goals.tolist()]
+        position, yaw = self.reader.poses(key)
+        actions = goal_actions(position[first:], yaw[first:], current, goals, self.spacing)
+        return (
+            torch.from_numpy(np.concatenate([context, *targets])),
+            torch.from_numpy(actions).float(),
+            torch.from_numpy(relative_time(current, goals)).float(),
+        )
+
+
+class _Distance(Config):
+    min_dist_cat: int
+    max_dist_cat: int
+
+
+class NavigationDatasetConfig(Config):
+    """One dataset of a navigation config: latents, or pictures while there are no latents yet; splits are folders
+    with a `traj_names.txt`."""
+
+    latent_folder: Path | None = None
+    data_folder: Path | None = None
+    train: Path | None = None
+    test: Path | None = None
+    goals_per_obs: int = 1
+    metric_waypoint_spacing: float | None = None
+
+
+class NavigationConfig(Config):
+    """The part of the published training configs that says what to sample."""
+
+    context_size: int
+    len_traj_pred: int
+    distance: _Distance
+    image_size: int = 224
+    datasets: dict[str, NavigationDatasetConfig]
+
+    @classmethod
+    def load(cls, path: Path) -> NavigationConfig:
+        """Read `path`; keys that concern training alone are left to the trainer."""
+        values: dict[str, Any] = load_yaml(path, dict[str, Any])
+        return validate({name: value for name, value in values.items() if name in cls.model_fields}, cls, path)
+
+
+def navigation_datasets(
+    config: NavigationConfig, split: str = "train", *, seed: int = 0
+) -> dict[str, NavigationLatents]:
+    """One dataset for each entry of the config: over `latent_folder` when it is given and there, else over the
+    pictures of `data_folder`.
+
+    Raises InputError when neither is there, or the spacing of a dataset is neither known nor given.
+    """
+    made = {}
+    for name, entry in config.datasets.items():
+        spacing = entry.metric_waypoint_spacing or METRIC_WAYPOINT_SPACING.get(name)
+        if spacing is None:
+            raise InputError(f"datasets.{name}.metric_waypoint_spacing: not given, and not known for this name")
+        made[name] = NavigationLatents(
+            _open_entry(name, entry, config.image_size),
+            spacing=spacing,
+            context_size=config.context_size,
+            len_traj_pred=config.len_traj_pred,
+            min_dist_cat=config.distance.min_dist_cat,
+            max_dist_cat=config.distance.max_dist_cat,
+            goals_per_obs=entry.goals_per_obs,
+            names=_split_names(entry, split),
+            seed=seed,
+        )
+    return made
+
+
+def _open_entry(name: str, entry: NavigationDatasetConfig, image_size: int) -> FrameReader:
+    if entry.latent_folder is not None and (entry.latent_folder.is_dir() or entry.data_folder is None):
+        return open_frames(entry.latent_folder)
+    if entry.data_folder is None:
+        raise InputError(f"datasets.{name}: neither latent_folder nor data_folder is given")
+    return open_frames(entry.data_folder, PixelSpec(image_size, image_size, "4:3"))
+
+
+def _split_names(entry: NavigationDatasetConfig, split: str) -> list[str] | None:
+    folder = entry.train if split == "train" else entry.test
+    if folder is None:
+        return None
+    path = folder / "traj_names.txt"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a split is a folder with one trajectory name a line in traj_names.txt")
+    return path.read_text().split()
+
+
+def _classes(reader: FrameReader, keys: list[str]) -> list[str]:
+    return sorted({label for key in keys if (label := reader.label(key)) is not None})
+
+
+def _label_number(label: str | None, classes: list[str]) -> int:
+    return classes.index(label) if label is not None else 0

@@ -1,0 +1,141 @@
+"""A small first-person world to walk through: demo and test data with known poses, drawn by a ray-caster."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from halfstep.data.trajectories import POSES_FILE
+from halfstep.errors import InputError
+
+Float = npt.NDArray[np.float64]
+
+CELLS = 16  # the world is CELLS x CELLS metres, walled around
+STEP_METRES = 0.25
+_FIELD_OF_VIEW = math.radians(75)
+_EYE_HEIGHT = 0.5  # of a wall one metre high
+
+
+def write_toy_world(
+    root: Path, *, trajectories: int = 8, frames: int = 48, size: tuple[int, int] = (160, 120), seed: int = 0
+) -> None:
+    """Write `trajectories` walks of `frames` pictures into `root`, as `walk_000/{0.jpg, ...}` and `traj_data.pkl`.
+
+    Pictures are JPEG of `size` (width, height); poses are metres and radians. The same arguments write the same bytes.
+    Raises InputError when `root` holds something already.
+    """
+    if root.exists() and any(root.iterdir()):
+        raise InputError(f"{root}: is not empty; name a new folder for the toy world")
+    if trajectories < 1 or frames < 1:
+        raise InputError(f"toy world: got {trajectories} trajectories of {frames} frames; expected at least one")
+    rng = np.random.default_rng(seed)
+    walls, colours = _make_world(rng)
+    for number in range(trajectories):
+        folder = root / f"walk_{number:03d}"
+        folder.mkdir(parents=True)
+        position, yaw = _walk(walls, frames, rng)
+        for frame in range(frames):
+            picture = _render(walls, colours, position[frame], float(yaw[frame]), size)
+            Image.fromarray(picture).save(folder / f"{frame}.jpg", quality=90)
+        with (folder / POSES_FILE).open("wb") as file:
+            pickle.dump({"position": position, "yaw": yaw}, file)
+
+
+def _make_world(rng: np.random.Generator) -> tuple[npt.NDArray[np.bool_], Float]:
+    walls = rng.random((CELLS, CELLS)) < 0.16
+    walls[0], walls[-1], walls[:, 0], walls[:, -1] = True, True, True, True
+    hues = np.array([[0.85, 0.32, 0.24], [0.95, 0.72, 0.3], [0.3, 0.6, 0.85], [0.42, 0.7, 0.42], [0.72, 0.52, 0.8]])
+    colours = hues[rng.integers(len(hues), size=(CELLS, CELLS))] * rng.uniform(0.8, 1.1, (CELLS, CELLS, 1))
+    return walls, colours
+
+
+def _walk(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -> tuple[Float, Float]:
+    """Steps of up to STEP_METRES that steer away from walls; yaw is not wrapped, so that it stays smooth."""
+    free = np.argwhere(~walls)
+    here = free[rng.integers(len(free))] + 0.5
+    yaw, turn = rng.uniform(-math.pi, math.pi), 0.0
+    positions, yaws = [], []
+    for _ in range(frames):
+        positions.append(here.copy())
+        yaws.append(yaw)
+        turn = 0.7 * turn + 0.12 * rng.standard_normal()
+        ahead = _distance(walls, here, np.array([yaw]))[0]
+        left, right = _distance(walls, here, np.array([yaw + 0.7, yaw - 0.7]))
+        if ahead < 1.2:
+            turn += 0.35 if left > right else -0.35
+        yaw += turn
+        room = _distance(walls, here, np.array([yaw]))[0] - 0.3
+        here = here + max(0.0, min(STEP_METRES, room)) * np.array([math.cos(yaw), math.sin(yaw)])
+    return np.array(positions), np.array(yaws)
+
+
+def _cast(walls: npt.NDArray[np.bool_], origin: Float, angles: Float) -> tuple[Float, npt.NDArray[np.int64], Float]:
+    """Distance to the first wall along each ray, the wall's cell [n, 2] and where along its face the ray meets it."""
+    direction = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    direction[np.abs(direction) < 1e-9] = 1e-9
+    steps = np.arange(CELLS + 1)
+    best = np.full(len(angles), np.inf)
+    cells = np.zeros((len(angles), 2), np.int64)
+    along = np.zeros(len(angles))
+    for axis in (0, 1):
+        forward = direction[:, axis] > 0
+        first = np.where(forward, np.floor(origin[axis]) + 1, np.floor(origin[axis]))
+        lines = first[:, None] + np.where(forward, 1, -1)[:, None] * steps
+        distance = (lines - origin[axis]) / direction[:, axis, None]
+        other = origin[1 - axis] + distance * direction[:, 1 - axis, None]
+        entered = np.where(forward[:, None], lines, lines - 1)
+        inside = (entered >= 0) & (entered < CELLS) & (other >= 0) & (other < CELLS)
+        cell = np.empty((*lines.shape, 2), np.int64)
+        cell[..., axis] = np.clip(entered, 0, CELLS - 1)
+        cell[..., 1 - axis] = np.clip(np.floor(other), 0, CELLS - 1)
+        hit = np.where(inside & walls[cell[..., 0], cell[..., 1]], distance, np.inf)
+        nearest = hit.argmin(axis=1)
+        rays = np.arange(len(angles))
+        closer = hit[rays, nearest] < best
+        best = np.where(closer, hit[rays, nearest], best)
+        cells[closer] = cell[rays, nearest][closer]
+        along = np.where(closer, other[rays, nearest] % 1, along)
+    return best, cells, along
+
+
+def _distance(walls: npt.NDArray[np.bool_], origin: Float, angles: Float) -> Float:
+    return _cast(walls, origin, angles)[0]
+
+
+def _render(
+    walls: npt.NDArray[np.bool_], colours: Float, origin: Float, yaw: float, size: tuple[int, int]
+) -> npt.NDArray[np.uint8]:
+    """A picture, uint8 [height, width, 3], of brick walls, a chequered floor and a sky. Left is +yaw."""
+    width, height = size
+    plane = math.tan(_FIELD_OF_VIEW / 2)
+    screen = np.linspace(plane, -plane, width)
+    angles = yaw + np.arctan(screen)
+    distance, cells, along = _cast(walls, origin, angles)
+    depth = np.maximum(distance * np.cos(angles - yaw), 1e-3)
+    focal = width / (2 * plane)
+    rows = (np.arange(height) + 0.5 - height / 2)[:, None]  # downwards from the horizon
+    level = _EYE_HEIGHT - rows * depth / focal  # height above the floor at which a pixel meets the wall
+    on_wall = (level >= 0) & (level <= 1)
+
+    course = np.floor(level * 5)
+    brick = (along[None, :] * 3 + 0.5 * (course % 2)) % 1
+    mortar = (brick < 0.06) | ((level * 5) % 1 < 0.12)
+    shade = (1 / (1 + 0.09 * depth**2))[None, :, None]
+    wall = colours[cells[:, 0], cells[:, 1]][None] * np.where(mortar, 0.55, 1.0)[..., None] * (0.25 + 0.75 * shade)
+
+    below = np.maximum(rows, 0.5)
+    floor_depth = _EYE_HEIGHT * focal / below
+    floor_x = origin[0] + floor_depth * (math.cos(yaw) - screen * math.sin(yaw))
+    floor_y = origin[1] + floor_depth * (math.sin(yaw) + screen * math.cos(yaw))
+    tile = (np.floor(floor_x * 2) + np.floor(floor_y * 2)) % 2
+    fade = 1 / (1 + 0.06 * floor_depth**2)
+    floor = (0.34 + 0.2 * tile * fade)[..., None] * np.array([1.0, 0.96, 0.9])
+    sky = (0.62 + 0.3 * np.abs(rows) / height)[..., None] * np.array([0.78, 0.9, 1.05]) * np.ones((1, width, 1))
+
+    picture = np.where(on_wall[..., None], wall, np.where(rows[..., None] > 0, floor, sky))
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8)

@@ -1,0 +1,95 @@
+"""Videos through PyAV: decoded as a stream, thinned by stride or to a frame rate, damaged tails kept up to the
+damage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from halfstep.data.base import Array, Inspection, SourceError, file_digest
+from halfstep.data.pictures import fit
+from halfstep.errors import InputError
+from halfstep.spec import PixelSpec
+
+EXTENSIONS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"})
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSequence:
+    """A video file. Every `stride`-th frame is taken, or with `fps` the frame shown at each 1/fps seconds."""
+
+    key: str
+    label: str | None
+    source: Path
+    pixels: PixelSpec
+    stride: int = 1
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or (self.fps is not None and self.fps <= 0):
+            raise InputError(f"{self.source}: got stride {self.stride} and fps {self.fps}; expected positive numbers")
+        if self.stride > 1 and self.fps is not None:
+            raise InputError(f"{self.source}: stride and fps both thin the frames; give one of them")
+
+    @property
+    def expected(self) -> int:
+        try:
+            with av.open(str(self.source)) as container:
+                stream = container.streams.video[0]
+                seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+                if self.fps is not None:
+                    return round(seconds * self.fps)
+                return -(-stream.frames // self.stride)
+        except (av.FFmpegError, IndexError):
+            return 0  # an estimate only; reading the video tells what is wrong with it
+
+    def inspect(self) -> Inspection:
+        return Inspection(file_digest(self.source))
+
+    def frames(self, numbers: Ordered[int] = ()) -> Iterator[tuple[int, Callable[[], Array]]]:
+        decoded, declared = 0, 0
+        next_time: Fraction | None = None
+        try:
+            with av.open(str(self.source)) as container:
+                if not container.streams.video:
+                    raise SourceError(f"{self.source}: has no video stream")
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                declared = stream.frames
+                for frame in container.decode(stream):
+                    number, decoded = decoded, decoded + 1
+                    if self.fps is None:
+                        wanted = number % self.stride == 0
+                    else:
+                        now = Fraction(frame.pts or 0) * Fraction(frame.time_base or 1)
+                        next_time = now if next_time is None else next_time
+                        wanted = now >= next_time
+                        while next_time <= now:
+                            next_time += 1 / Fraction(self.fps).limit_denominator(1000)
+                    if wanted:
+                        yield number, partial(_fit_frame, frame, self.pixels)
+        except av.FFmpegError as error:
+            raise SourceError(f"{self.source}: damaged after {_count(decoded, declared)} ({error.strerror})") from error
+        if decoded < declared:
+            raise SourceError(f"{self.source}: ends after {_count(decoded, declared)}")
+        if decoded == 0:
+            raise SourceError(f"{self.source}: holds no frames")
+
+
+def _count(decoded: int, declared: int) -> str:
+    return f"{decoded} of {declared} frames" if declared else f"{decoded} frames"
+
+
+def _fit_frame(frame: av.VideoFrame, pixels: PixelSpec) -> Array:
+    values = frame.to_ndarray(format="rgb24")
+    if frame.rotation % 360:  # phones record the orientation beside the picture
+        values = np.rot90(values, frame.rotation // 90)
+    return fit(Image.fromarray(values), pixels)

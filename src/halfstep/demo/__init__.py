@@ -1,0 +1,1 @@
+"""The demonstration: a toy world through the codec and back, with a report."""

@@ -1,0 +1,186 @@
+"""halfstep demo: make a toy world, encode it, check the store, look at what came back, and report what it saved and
+cost."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halfstep.autoencoders import Autoencoder, load_autoencoder
+from halfstep.data.base import Array
+from halfstep.data.pictures import load_fitted
+from halfstep.data.sources import SourceConfig
+from halfstep.data.toy_world import write_toy_world
+from halfstep.encode import EncodeOptions, EncodeReport, encode
+from halfstep.encode.lanes import Lanes
+from halfstep.encode.runner import prepare_run
+from halfstep.encode.share import Team
+from halfstep.errors import InputError
+from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, probe, torch_dtype
+from halfstep.spec import PixelSpec
+from halfstep.store import DatasetStore, VerifyReport, verify
+
+_MARKER = ".halfstep-demo"
+_SHOWN = 4
+_SPEED_FRAMES = 64
+_SPEED_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One frame: uint8 [H, W, 3] before and after, and their PSNR in dB."""
+
+    name: str
+    original: Array
+    decoded: Array
+    psnr: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the report shows. PSNR in dB over all frames, sizes in bytes, speeds in frames a second."""
+
+    encoded: EncodeReport
+    verified: VerifyReport
+    probed: ProbeResult
+    policy: PrecisionPolicy
+    frames: list[Shown]
+    psnr_by_storage: dict[str, float]
+    bytes_by_form: dict[str, int]
+    speed_by_precision: dict[str, float]
+    seconds: float
+
+
+def run_demo(output: Path, say: Callable[[str], None], *, trajectories: int = 8, frames: int = 48) -> DemoResult:
+    """Run the whole way in `output`, replacing an earlier demo there. Raises InputError when it holds anything else."""
+    started = time.monotonic()
+    if output.exists() and any(output.iterdir()) and not (output / _MARKER).exists():
+        raise InputError(f"{output}: holds something that is not a demo; name a new folder")
+    for name in ("world", "latents"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / _MARKER).touch()
+
+    say(f"1/5 a toy world: {trajectories} walks of {frames} pictures")
+    write_toy_world(output / "world", trajectories=trajectories, frames=frames)
+    say("2/5 encode it with the built-in codec, in the precision that is measured to be fastest here")
+    options = EncodeOptions(output / "latents")
+    encoded = encode([SourceConfig(path=output / "world")], options)
+    store = DatasetStore.open(output / "latents")
+    policy = PrecisionPolicy.auto("cpu" if not torch.cuda.is_available() else "cuda", "encode")
+    say(f"    {encoded.items} frames at {encoded.items_per_second:.0f} a second in {encoded.policy}")
+    say("3/5 verify every byte of the store")
+    verified = verify(output / "latents")
+    say("4/5 decode, and compare with the pictures")
+    autoencoder = load_autoencoder()
+    assert store.spec.pixels is not None
+    originals = load_originals(output / "world", store, store.spec.pixels)
+    shown = _show(autoencoder, store, originals)
+    psnrs = psnr_by_storage(autoencoder, originals)
+    say("5/5 time each precision")
+    speeds = speed_by_precision(options, output / "world", originals)
+    return DemoResult(
+        encoded=encoded,
+        verified=verified,
+        probed=probe("cpu"),
+        policy=policy,
+        frames=shown,
+        psnr_by_storage=psnrs,
+        bytes_by_form=_bytes_by_form(output / "world", store, len(originals)),
+        speed_by_precision=speeds,
+        seconds=time.monotonic() - started,
+    )
+
+
+def load_originals(world: Path, store: DatasetStore, pixels: PixelSpec) -> dict[tuple[str, int], Array]:
+    """What the autoencoder saw: uint8 [H, W, 3] by key and frame number."""
+    return {
+        (key, int(number)): load_fitted(world / key / f"{number}.jpg", pixels)
+        for key in store.keys()
+        for number in store.read_array(key, "frame")
+    }
+
+
+def to_pixels(picture: Array) -> torch.Tensor:
+    """uint8 [H, W, 3] to [1, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_picture(pixels: torch.Tensor) -> Array:
+    """[1, 3, H, W] to uint8 [H, W, 3], rounded and clipped."""
+    picture: Array = ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return picture
+
+
+def psnr(a: Array, b: Array) -> float:
+    """Peak signal-to-noise ratio of 8-bit pictures: 10 log10(255^2 / mean squared difference), in dB."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def psnr_by_storage(autoencoder: Autoencoder, originals: dict[tuple[str, int], Array]) -> dict[str, float]:
+    """PSNR over all frames when the fp32 latents are rounded to each storage type before decoding."""
+    result = {}
+    for storage in STORAGE_TYPES:
+        errors = []
+        for picture in originals.values():
+            pixels = to_pixels(picture)
+            rounded = autoencoder.encode(pixels).mean.to(torch_dtype(storage)).float()
+            decoded = autoencoder.decode(rounded).clamp(-1, 1)
+            errors.append(float(((decoded - pixels) / 2).double().square().mean()))
+        result[storage] = float(-10 * np.log10(np.mean(errors)))
+    return result
+
+
+def speed_by_precision(
+    options: EncodeOptions, world: Path, originals: dict[tuple[str, int], Array]
+) -> dict[str, float]:
+    """Frames a second through the lanes in each preset, taking turns; the best of a few rounds."""
+    pictures = list(originals.values())[:_SPEED_FRAMES]
+    best: dict[str, float] = {}
+    for _ in range(_SPEED_ROUNDS):
+        for name in PRESETS:
+            if name == "auto":
+                continue
+            job, autoencoder, _, _ = prepare_run(
+                [SourceConfig(path=world)], replace(options, precision=name, batch_size=4), Team()
+            )
+            batches = [np.stack(pictures[i : i + 4])[:, None] for i in range(0, len(pictures) - 3, 4)]
+            with Lanes.open(job, autoencoder) as lanes:
+                lanes.submit(batches[0]).result()
+                start = time.perf_counter()
+                for future in [lanes.submit(batch) for batch in batches]:
+                    future.result()
+            speed = 4 * len(batches) / (time.perf_counter() - start)
+            best[name] = max(best.get(name, 0.0), speed)
+    return best
+
+
+def _show(autoencoder: Autoencoder, store: DatasetStore, originals: dict[tuple[str, int], Array]) -> list[Shown]:
+    chosen = list(originals)[:: max(1, len(originals) // _SHOWN)][:_SHOWN]
+    shown = []
+    for key, number in chosen:
+        place = int(np.flatnonzero(store.read_array(key, "frame") == number)[0])
+        latents = torch.from_numpy(np.array(store.read(key, place, place + 1)))
+        decoded = to_picture(autoencoder.decode(autoencoder.unscaled(latents)))
+        original = originals[key, number]
+        shown.append(Shown(f"{key}, frame {number}", original, decoded, psnr(original, decoded)))
+    return shown
+
+
+def _bytes_by_form(world: Path, store: DatasetStore, frames: int) -> dict[str, int]:
+    values = store.latent_bytes() // {"fp32": 4, "fp16": 2, "bf16": 2}[store.manifest.storage]
+    pixels = store.spec.pixels
+    assert pixels is not None
+    return {
+        "pixels, 8 bits": frames * pixels.width * pixels.height * 3,
+        "latents, fp32": values * 4,
+        f"latents, {store.manifest.storage} (this store)": store.latent_bytes(),
+        "JPEG files (160x120)": sum(path.stat().st_size for path in world.rglob("*.jpg")),
+    }

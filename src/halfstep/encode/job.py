@@ -1,0 +1,179 @@
+"""What is to be encoded and how, settled before the first picture is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from halfstep.autoencoders import Autoencoder, load_autoencoder
+from halfstep.data.base import FrameSequence, digest
+from halfstep.data.pt_tree import imported_spec
+from halfstep.data.sources import Kind, Source
+from halfstep.errors import InputError
+from halfstep.precision import PrecisionPolicy
+from halfstep.spec import LatentSpec, PixelSpec
+from halfstep.store.manifest import Manifest
+
+# Above this many pixels on a side the library encodes in tiles: one 1024 x 1024 picture takes an SD-sized encoder 5 GB.
+_TILE_ABOVE = 1024
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What the user asked for. `batch_size=None` is auto. `size` is (width, height)."""
+
+    output: Path
+    autoencoder: str = "dct8"
+    revision: str | None = None
+    precision: str = "auto"
+    storage: str | None = None
+    size: tuple[int, int] | None = None
+    clip_length: int | None = None
+    moments: bool = False
+    mirror: bool = False
+    batch_size: int | None = None
+    workers: int | None = None
+    limit: int | None = None
+    strict: bool = False
+    keep_missing: bool = False
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """A settled run: the same on every process that shares it. `recipe` is the digest of all that, besides the source's
+    bytes, decides what a latent is; it is part of every fingerprint."""
+
+    output: Path
+    spec: LatentSpec
+    policy: PrecisionPolicy
+    autoencoder: str
+    revision: str | None
+    tiled: bool
+    moments: bool
+    mirror: bool
+    batch_size: int
+    workers: int
+    strict: bool
+    device: str
+
+    @property
+    def storage(self) -> str:
+        return self.policy.storage
+
+    @property
+    def recipe(self) -> bytes:
+        spec = replace(self.spec, autoencoder="", revision="")
+        settings = [asdict(spec), str(self.policy), self.tiled, self.moments, self.mirror]
+        return digest(json.dumps(settings).encode())
+
+    @property
+    def manifest(self) -> Manifest:
+        from halfstep import __version__
+
+        recipe = {"policy": str(self.policy), "batch_size": self.batch_size, "tiled": self.tiled}
+        return Manifest(
+            self.spec, self.storage, str(self.policy), recipe=recipe, created_with=f"halfstep {__version__}"
+        )
+
+    @property
+    def imports_latents(self) -> bool:
+        """The sources hold latents already; they are repacked, not encoded."""
+        return self.spec.pixels is None
+
+    def load_autoencoder(self) -> Autoencoder:
+        return load_autoencoder(self.autoencoder, self.revision, tiled=self.tiled)
+
+
+def settle(
+    options: EncodeOptions, sources: list[Source], existing: Manifest | None, device: str, workers: int
+) -> tuple[EncodeJob, Autoencoder | None]:
+    """Resolve the spec, the policy and everything "auto" but the batch size (0 until it is measured).
+
+    What a store was made with is kept where the user leaves the choice: rerunning on another machine must not encode
+    everything anew because another type is faster there. Raises InputError when the options do not fit together.
+    """
+    kinds = {source.kind for source in sources}
+    policy = PrecisionPolicy.parse(options.precision)
+    if policy.is_auto and existing is not None:
+        chosen = PrecisionPolicy.parse(existing.policy)
+        policy = replace(chosen, storage=policy.storage) if policy.storage != "auto" else chosen
+    if options.storage is not None:
+        policy = replace(policy, storage=options.storage)
+    batch_size = options.batch_size or (existing.recipe.get("batch_size", 0) if existing else 0)
+    if "latents" in kinds:
+        if kinds != {"latents"} or options.moments or options.mirror:
+            raise InputError("latents are repacked as they are: without other sources, --moments and --mirror")
+        policy = PrecisionPolicy(storage="fp16" if policy.storage == "auto" else policy.storage)
+        spec, autoencoder, tiled = imported_spec(sources[0].latent_shape()), None, False
+        batch_size = batch_size or 64
+    else:
+        policy = policy.resolve(device, "encode")
+        pixels = _pixels(options, kinds)
+        tiled = max(pixels.width, pixels.height) > _TILE_ABOVE
+        autoencoder = load_autoencoder(options.autoencoder, options.revision, tiled=tiled)
+        spec = replace(autoencoder.spec, pixels=_fit_to(autoencoder.spec, pixels, options, kinds))
+        if options.moments and not autoencoder.variational:
+            raise InputError(
+                f"--moments: {options.autoencoder} has no variance; leave it out, or use a variational one"
+            )
+    job = EncodeJob(
+        output=options.output,
+        spec=spec,
+        policy=policy,
+        autoencoder=options.autoencoder,
+        revision=options.revision,
+        tiled=tiled,
+        moments=options.moments,
+        mirror=options.mirror,
+        batch_size=batch_size,
+        workers=workers,
+        strict=options.strict,
+        device=device,
+    )
+    return job, autoencoder
+
+
+def list_sequences(sources: list[Source], spec: LatentSpec, limit: int | None) -> list[FrameSequence]:
+    """All sequences of all sources in a fixed order; with `limit`, only the first ones that together reach it."""
+    pixels = spec.pixels or PixelSpec(0, 0)
+    sequences = [sequence for source in sources for sequence in source.sequences(pixels)]
+    if limit is None:
+        return sequences
+    total = 0
+    for count, sequence in enumerate(sequences):
+        if total >= limit:
+            return sequences[:count]
+        total += max(1, sequence.expected)
+    return sequences
+
+
+def _pixels(options: EncodeOptions, kinds: set[Kind]) -> PixelSpec:
+    if "trajectories" in kinds and len(kinds) > 1:
+        raise InputError(
+            f"sources: {' and '.join(sorted(kinds))} are cropped differently, so they cannot share a store; "
+            "encode each kind into a store of its own"
+        )
+    crop = "4:3" if "trajectories" in kinds else "fill"
+    width, height = options.size or ((224, 224) if crop == "4:3" else (256, 256))
+    return PixelSpec(width, height, crop)  # type: ignore[arg-type]
+
+
+def _fit_to(spec: LatentSpec, pixels: PixelSpec, options: EncodeOptions, kinds: set[Kind]) -> PixelSpec:
+    factor, over_time = spec.spatial_factor, spec.temporal_factor
+    if pixels.width % factor or pixels.height % factor or min(pixels.width, pixels.height) < factor:
+        raise InputError(f"--size: got {pixels.width}x{pixels.height}; {spec.autoencoder} needs multiples of {factor}")
+    if over_time == 1:
+        if options.clip_length is not None:
+            raise InputError(f"--clip-length: {spec.autoencoder} encodes single frames; clips are cut when training")
+        return pixels
+    if "trajectories" in kinds:
+        raise InputError(f"{spec.autoencoder} compresses time, but each frame of a trajectory has its own pose")
+    default = 1 if kinds == {"pictures"} else 4 * over_time + 1
+    clip_length = options.clip_length or default
+    if (clip_length - 1) % over_time:
+        raise InputError(
+            f"--clip-length: got {clip_length}; {spec.autoencoder} needs 1 more than a multiple of {over_time}"
+        )
+    return replace(pixels, clip_length=clip_length)

@@ -1,0 +1,412 @@
+"""The pipeline of one process: read and decode -> batches across sequences -> lanes -> writer, each on its own threads.
+
+What happens to a sequence is a row of steps in order (Open, Sample, Reuse, Failed, Close). Steps travel with the
+batches,
+and batches come back in order, so the writer sees each sequence whole and one after the other however many are under
+way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from halfstep.data.base import Array, FrameSequence, Inspection, Problem, SourceError, digest
+from halfstep.encode.job import EncodeJob
+from halfstep.encode.lanes import Encoded, Lanes
+from halfstep.errors import HalfstepError
+from halfstep.store.dataset import DatasetStore
+from halfstep.store.index import DIGEST_BYTES, Row
+from halfstep.store.writer import DatasetWriter
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One line of failures.jsonl."""
+
+    key: str
+    source: str
+    reason: str
+    frame: int | None = None
+
+
+@dataclass
+class Counts:
+    """What one process did, in items: `retried` in fp32, `refused` because they are not finite there either."""
+
+    encoded: int = 0
+    skipped: int = 0
+    retried: int = 0
+    refused: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+
+class StoppedError(HalfstepError):
+    """--strict met a failure."""
+
+
+@dataclass(frozen=True)
+class _Open:
+    sequence: FrameSequence
+    inspection: Inspection
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A frame, or with an autoencoder over time a clip that starts at frame `number`; loaders run in the decode
+    pool."""
+
+    sequence: FrameSequence
+    number: int
+    digest: bytes
+    pixels: tuple[Future[Array], ...]
+
+
+@dataclass(frozen=True)
+class _Reuse:
+    """A frame that is in the store already, at `place` in its sequence."""
+
+    number: int
+    digest: bytes
+    place: int
+
+
+@dataclass(frozen=True)
+class _Failed:
+    sequence: FrameSequence
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class _Skipped:
+    row: Row
+
+
+@dataclass(frozen=True)
+class _Close:
+    sequence: FrameSequence
+    fingerprint: bytes
+
+
+_Step = _Open | _Sample | _Reuse | _Failed | _Skipped | _Close
+
+
+@dataclass
+class _Batch:
+    """Steps in order, and the stacked pixels of the samples among them."""
+
+    steps: list[_Step] = field(default_factory=list)
+    values: list[Array] = field(default_factory=list)
+
+
+def fingerprint_of(job: EncodeJob, inspection: Inspection) -> bytes:
+    """Digest of a sequence's source bytes and of everything that decides its latents."""
+    return digest(job.recipe, inspection.content)
+
+
+def run(
+    job: EncodeJob,
+    sequences: list[FrameSequence],
+    existing: dict[str, Row],
+    lanes: Lanes,
+    writer: DatasetWriter,
+    on_progress: Callable[[int, int], None],
+) -> Counts:
+    """Bring the store up to date with `sequences` and return what was done; `on_progress` gets items, and bytes
+    written for them, as they finish.
+
+    Raises StoppedError at the first failure when the job is strict. When it is left by an exception, sequences that
+    were complete by then are committed, unless the store itself failed.
+    """
+    counts = Counts()
+    recorder = _Recorder(job, existing, writer, counts, on_progress)
+    with ThreadPoolExecutor(job.workers, "decode") as decode, ThreadPoolExecutor(1, "write") as write:
+        under_way: deque[tuple[_Batch, Future[Encoded] | None]] = deque()
+        written: deque[Future[None]] = deque()
+
+        def finish_oldest() -> None:
+            batch, future = under_way.popleft()
+            encoded = future.result() if future is not None else None
+            written.append(write.submit(recorder.record, batch.steps, encoded))
+            while len(written) > lanes.count:
+                written.popleft().result()
+
+        try:
+            steps = _plan(job, sequences, existing, decode)
+            for batch in _batches(job, _ahead(steps, 2 * job.batch_size + 2 * job.workers)):
+                under_way.append((batch, lanes.submit(_stack(job, batch.values)) if batch.values else None))
+                if len(under_way) > lanes.count + 1:
+                    finish_oldest()
+            while under_way:
+                finish_oldest()
+            while written:
+                written.popleft().result()
+        except BaseException as error:
+            decode.shutdown(cancel_futures=True)
+            write.shutdown(cancel_futures=True)
+            if not isinstance(error, OSError):
+                writer.abandon()
+                writer.commit()
+            raise
+    return counts
+
+
+def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: dict[str, Row]) -> Counts:
+    """What `run` would do, without decoding anything: for --dry-run."""
+    counts = Counts()
+    with ThreadPoolExecutor(job.workers) as pool:
+        for sequence, future in _inspected(sequences, pool, job.workers):
+            try:
+                inspection = future.result()
+            except SourceError as error:
+                counts.failures.append(Failure(sequence.key, str(sequence.source), str(error)))
+                continue
+            counts.failures += [
+                Failure(sequence.key, str(sequence.source), p.reason, p.frame) for p in inspection.problems
+            ]
+            row = existing.get(sequence.key)
+            if row is not None and row.fingerprint == fingerprint_of(job, inspection):
+                counts.skipped += row.length
+                continue
+            stored = _stored_places(row)
+            reused = sum(digest(job.recipe, d) in stored for d in inspection.digests)
+            counts.skipped += reused
+            counts.encoded += (len(inspection.numbers) or sequence.expected) - reused
+    return counts
+
+
+def _inspected(
+    sequences: list[FrameSequence], pool: ThreadPoolExecutor, workers: int
+) -> Iterator[tuple[FrameSequence, Future[Inspection]]]:
+    return _ahead(((sequence, pool.submit(sequence.inspect)) for sequence in sequences), 4 * workers)
+
+
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The same items, made `count` items before they are asked for, so that the work they started can go on."""
+    made: deque[T] = deque()
+    for item in items:
+        made.append(item)
+        if len(made) > count:
+            yield made.popleft()
+    yield from made
+
+
+def _plan(
+    job: EncodeJob, sequences: list[FrameSequence], existing: dict[str, Row], pool: ThreadPoolExecutor
+) -> Iterator[_Step]:
+    """The steps of all sequences. Those that did not change are skipped; of those that did, frames whose content is in
+    the store are reused."""
+    for sequence, future in _inspected(sequences, pool, job.workers):
+        try:
+            inspection = future.result()
+        except SourceError as error:
+            yield _Failed(sequence, Problem(str(error)))
+            continue
+        for problem in inspection.problems:
+            yield _Failed(sequence, problem)
+        row = existing.get(sequence.key)
+        fingerprint = fingerprint_of(job, inspection)
+        if row is not None and row.fingerprint == fingerprint and _is_complete(row, inspection):
+            if "problem" in row.attributes:
+                yield _Failed(sequence, Problem(row.attributes["problem"]))
+            yield _Skipped(row)
+            continue
+        yield _Open(sequence, inspection)
+        yield from _frame_steps(job, sequence, inspection, row, pool)
+        yield _Close(sequence, fingerprint)
+
+
+def _is_complete(row: Row, inspection: Inspection) -> bool:
+    """False when some frames failed last time: they are tried again."""
+    return not inspection.numbers or len(row.digests) == len(inspection.numbers) * DIGEST_BYTES
+
+
+def _frame_steps(
+    job: EncodeJob, sequence: FrameSequence, inspection: Inspection, row: Row | None, pool: ThreadPoolExecutor
+) -> Iterator[_Step]:
+    clip_length = job.spec.pixels.clip_length if job.spec.pixels else 1
+    digests = {n: digest(job.recipe, d) for n, d in zip(inspection.numbers, inspection.digests, strict=True)}
+    stored = _stored_places(row) if clip_length == 1 else {}
+    wanted = [n for n in inspection.numbers if digests[n] not in stored]
+    loaders = dict(sequence.frames(wanted)) if inspection.numbers else {}
+    if inspection.numbers:
+        for number in inspection.numbers:
+            if number in loaders:
+                yield _Sample(sequence, number, digests[number], (pool.submit(loaders[number]),))
+            else:
+                yield _Reuse(number, digests[number], stored[digests[number]])
+        return
+    clip: list[tuple[int, Future[Array]]] = []
+    clips = 0
+    try:
+        for number, load in sequence.frames(()):
+            clip.append((number, pool.submit(load)))
+            if len(clip) == clip_length:
+                yield _Sample(sequence, clip[0][0], b"", tuple(future for _, future in clip))
+                clips += 1
+                clip = []
+    except SourceError as error:
+        yield _Failed(sequence, Problem(str(error)))
+    if clip and not clips:
+        reason = f"{sequence.source}: {len(clip)} frames; one clip has {clip_length}"
+        yield _Failed(sequence, Problem(reason))
+
+
+def _stored_places(row: Row | None) -> dict[bytes, int]:
+    if row is None:
+        return {}
+    data = row.digests
+    return {data[i : i + DIGEST_BYTES]: i // DIGEST_BYTES for i in range(0, len(data), DIGEST_BYTES)}
+
+
+def _batches(job: EncodeJob, steps: Iterable[_Step]) -> Iterator[_Batch]:
+    """Group steps so that each batch but the last is full; a sample whose pixels cannot be had becomes a failure."""
+    copies = 2 if job.mirror else 1
+    room = max(1, job.batch_size // copies)
+    batch = _Batch()
+    for step in steps:
+        if isinstance(step, _Sample):
+            try:
+                clip = np.stack([future.result() for future in step.pixels])
+            except SourceError as error:
+                batch.steps.append(_Failed(step.sequence, Problem(str(error), step.number)))
+                continue
+            batch.values.append(clip)
+        batch.steps.append(step)
+        # Batches without pixels move on too: a rerun that skips everything must not pile up its steps.
+        if len(batch.values) == room or len(batch.steps) >= 4 * room + 256:
+            yield batch
+            batch = _Batch()
+    if batch.steps:
+        yield batch
+
+
+def _stack(job: EncodeJob, values: list[Array]) -> Array:
+    """One batch [B, T, H, W, 3] of the full size: mirrored pictures in the second half, zeros where samples are
+    missing.
+
+    Always the full size, because kernels for other sizes may round differently.
+    """
+    copies = 2 if job.mirror else 1
+    room = max(1, job.batch_size // copies)
+    batch = np.zeros((copies * room, *values[0].shape), values[0].dtype)
+    batch[: len(values)] = values
+    if job.mirror:
+        batch[room : room + len(values)] = batch[: len(values), :, :, ::-1]
+    return batch
+
+
+class _Recorder:
+    """Carries out steps on the writer, in the writer's thread."""
+
+    def __init__(
+        self,
+        job: EncodeJob,
+        existing: dict[str, Row],
+        writer: DatasetWriter,
+        counts: Counts,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._job, self._existing, self._writer, self._counts = job, existing, writer, counts
+        self._on_progress = on_progress
+        self._store = DatasetStore.open(job.output) if existing else None
+        self._stopped = False
+        self._key = ""
+        self._digests: list[bytes] = []
+        self._problem: str | None = None
+        self._arrays: dict[str, Array] = {}
+        self._places: dict[int, int] = {}
+
+    def record(self, steps: list[_Step], encoded: Encoded | None) -> None:
+        """Carry out one batch's steps. After an error nothing more is carried out: a sequence that lacks the steps of
+        the batch that failed must never be finished."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._record(steps, encoded)
+        self._stopped = False
+
+    def _record(self, steps: list[_Step], encoded: Encoded | None) -> None:
+        slot = 0
+        for step in steps:
+            match step:
+                case _Open(sequence, inspection):
+                    self._key = sequence.key
+                    self._digests, self._problem, self._arrays = [], None, inspection.arrays
+                    self._places = {number: place for place, number in enumerate(inspection.numbers)}
+                case _Sample():
+                    assert encoded is not None
+                    self._add_sample(step, encoded, slot)
+                    slot += 1
+                case _Reuse(number, frame_digest, place):
+                    self._add_reused(number, frame_digest, place)
+                case _Failed(sequence, problem):
+                    self._fail(sequence, problem)
+                case _Skipped(row):
+                    self._counts.skipped += row.length
+                    self._on_progress(row.length, 0)
+                case _Close():
+                    self._close(step)
+        if encoded is not None:
+            self._counts.retried += encoded.retried
+
+    def _add_sample(self, step: _Sample, encoded: Encoded, slot: int) -> None:
+        room = max(1, self._job.batch_size // 2)
+        reason = encoded.refused.get(slot) or (encoded.refused.get(room + slot) if self._job.mirror else None)
+        if reason is not None:
+            self._counts.refused += 1
+            self._fail(step.sequence, Problem(f"{step.sequence.source}: {reason}", step.number))
+            return
+        arrays = {name: values[slot : slot + 1] for name, values in encoded.arrays.items()}
+        if self._job.mirror:
+            mirrored = {f"{n}_mirror": v[room + slot : room + slot + 1] for n, v in encoded.arrays.items()}
+            arrays |= mirrored
+        self._extend(step.number, step.digest, arrays)
+        self._counts.encoded += 1
+        self._on_progress(1, sum(values.nbytes for values in arrays.values()))
+
+    def _add_reused(self, number: int, frame_digest: bytes, place: int) -> None:
+        assert self._store is not None
+        key = self._key
+        names = self._store.arrays(key) - {"frame", *self._arrays}
+        arrays = {name: self._store.stored_rows(key, name, place, place + 1) for name in names}
+        self._extend(number, frame_digest, arrays)
+        self._counts.skipped += 1
+        self._on_progress(1, 0)
+
+    def _extend(self, number: int, frame_digest: bytes, arrays: dict[str, Array]) -> None:
+        place = self._places.get(number)
+        own = {} if place is None else {name: values[place : place + 1] for name, values in self._arrays.items()}
+        self._writer.extend(**arrays, frame=np.array([number], np.int32), **own)
+        self._digests.append(frame_digest)
+
+    def _fail(self, sequence: FrameSequence, problem: Problem) -> None:
+        failure = Failure(sequence.key, str(sequence.source), problem.reason, problem.frame)
+        self._counts.failures.append(failure)
+        self._problem = problem.reason
+        if self._job.strict:
+            raise StoppedError(f"{problem.reason}; stopped because of --strict, what was complete is in the store")
+
+    def _close(self, step: _Close) -> None:
+        if not self._digests:
+            return  # nothing of it could be read; an older version in the store stays
+        digests, row = b"".join(self._digests), self._existing.get(step.sequence.key)
+        if row is not None and digests and (row.fingerprint, row.digests) == (step.fingerprint, digests):
+            self._writer.abandon()  # frames that failed before have failed again: nothing is new
+            return
+        attributes = {"problem": self._problem} if self._problem and not self._places else {}
+        self._writer.finish(
+            step.sequence.key,
+            label=step.sequence.label,
+            fingerprint=step.fingerprint,
+            digests=digests,
+            attributes=attributes,
+        )
+        self._digests = []

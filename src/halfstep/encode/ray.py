@@ -1,0 +1,105 @@
+"""Encode on a Ray cluster: Ray Data over the sequences, actors that hold one autoencoder each."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+from halfstep.data.base import FrameSequence
+from halfstep.data.sources import SourceConfig
+from halfstep.encode.job import EncodeJob, EncodeOptions
+from halfstep.encode.pipeline import Counts
+from halfstep.encode.runner import (
+    EncodeReport,
+    Progress,
+    encode_share,
+    finish_run,
+    make_report,
+    merge_counts,
+    missing_keys,
+    open_store,
+    prepare_run,
+    reserved,
+)
+from halfstep.encode.share import Team
+from halfstep.errors import InputError
+from halfstep.store.index import Row
+
+_BLOCKS_PER_ACTOR = 8  # enough to even out the load, few enough that a block is worth a commit
+_LARGEST_BLOCK = 1024
+
+
+class _Actor:
+    """Encodes blocks of sequences into shards of its own."""
+
+    def __init__(self, job: EncodeJob, sequences: Any, existing: Any) -> None:
+        import ray
+
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        self._job = job
+        self._sequences: list[FrameSequence] = ray.get(sequences)
+        self._existing: dict[str, Row] = ray.get(existing)
+
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[Counts]]:
+        share = [self._sequences[index] for index in block["index"]]
+        autoencoder = None if self._job.imports_latents else self._job.load_autoencoder()
+        counts = encode_share(self._job, autoencoder, share, self._existing, lambda items, size: None, lane_count=1)
+        return {"counts": [counts]}
+
+
+def encode_on_ray(
+    sources: list[SourceConfig], options: EncodeOptions, progress: Progress | None = None
+) -> EncodeReport:
+    """`encode`, with the sequences spread over a Ray cluster (the one RAY_ADDRESS names, or one started here).
+
+    The store's folder and the sources must be reachable under the same path from every node.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray: ray is not installed; pip install 'halfstep[ray]'") from None
+    progress = progress or Progress()
+    team = Team()
+    with reserved(options.output, team, dry_run=False):
+        job, autoencoder, listed, existing = prepare_run(sources, options, team)
+        missing = missing_keys(options, listed, existing)
+        job = open_store(job, autoencoder, team)
+        progress.start(sum(sequence.expected for sequence in listed))
+        started = time.monotonic()
+        own_cluster = not ray.is_initialized()
+        if own_cluster:
+            ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        try:
+            totals = merge_counts(_map(ray, job, listed, existing, progress))
+        finally:
+            if own_cluster:
+                ray.shutdown()
+        removed = finish_run(job, totals, [] if options.keep_missing else missing)
+        return make_report(job, totals, removed, missing, time.monotonic() - started)
+
+
+def _map(
+    ray: Any, job: EncodeJob, sequences: list[FrameSequence], existing: dict[str, Row], progress: Progress
+) -> list[Counts]:
+    resources = ray.cluster_resources()
+    on_gpu = job.device.startswith("cuda")
+    # One core stays for Ray Data's own tasks, or the actors would wait for each other.
+    actors = max(1, int(resources.get("GPU", 0)) if on_gpu else int(resources.get("CPU", 1)) - 1)
+    block = max(1, min(_LARGEST_BLOCK, len(sequences) // (actors * _BLOCKS_PER_ACTOR)))
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.from_items([{"index": index} for index in range(len(sequences))]).map_batches(
+        _Actor,
+        fn_constructor_args=(replace(job, device="cuda:0" if on_gpu else "cpu"), ray.put(sequences), ray.put(existing)),
+        batch_size=block,
+        concurrency=actors,
+        num_cpus=1,
+        num_gpus=1 if on_gpu else 0,
+    )
+    parts = []
+    for row in dataset.iter_rows():
+        counts: Counts = row["counts"]
+        parts.append(counts)
+        progress.advance(counts.encoded + counts.skipped, 0)
+    return parts

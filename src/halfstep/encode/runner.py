@@ -1,0 +1,268 @@
+"""encode(sources, options): bring a store up to date with its sources."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from halfstep.autoencoders import Autoencoder
+from halfstep.data.base import FrameSequence
+from halfstep.data.sources import SourceConfig, find_sources
+from halfstep.encode.job import EncodeJob, EncodeOptions, list_sequences, settle
+from halfstep.encode.lanes import Lanes
+from halfstep.encode.pipeline import Counts, Failure, plan_only, run
+from halfstep.encode.share import Team
+from halfstep.errors import InputError, StoreBusyError
+from halfstep.store.commit import FileLock, store_errors, write_durably
+from halfstep.store.dataset import DatasetStore
+from halfstep.store.index import Row, live_rows, read_rows
+from halfstep.store.maintenance import compact
+from halfstep.store.manifest import NAME as MANIFEST_NAME
+from halfstep.store.writer import DatasetWriter, create_store, read_manifest, require_same_spec
+
+FAILURES_FILE = "failures.jsonl"
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What a run did. `sequences`, `items` and `bytes` (of latents) are the store's afterwards; the rest is this run's.
+
+    `failures` says what could not be encoded and why; the same lines are in failures.jsonl.
+    """
+
+    sequences: int
+    items: int
+    encoded: int
+    skipped: int
+    removed: int
+    failed: int
+    bytes: int
+    items_per_second: float
+    seconds: float
+    retried_in_fp32: int
+    policy: str
+    store: str
+    missing: list[str]
+    failures: list[Failure]
+    dry_run: bool = False
+
+
+class Progress:
+    """Told how the run goes; the base class keeps silent."""
+
+    def start(self, items: int) -> None:
+        """The run begins; about `items` are to be looked at."""
+
+    def advance(self, items: int, latent_bytes: int) -> None:
+        """`items` more are done; `latent_bytes` were written for them, none for those that did not change."""
+
+
+def encode(
+    sources: list[SourceConfig], options: EncodeOptions, *, dry_run: bool = False, progress: Progress | None = None
+) -> EncodeReport:
+    """Encode all frames of `sources` into the store at `options.output`, or only what changed since the last run.
+
+    Under torchrun the processes share the sequences. With `dry_run` nothing is decoded or written. Raises InputError
+    when the sources or options cannot be used or the store holds latents of another kind, StoreError when it cannot be
+    written, StoppedError at the first failure when `options.strict`.
+    """
+    progress = progress or Progress()
+    with Team.join() as team, reserved(options.output, team, dry_run):
+        job, autoencoder, sequences, existing = prepare_run(sources, options, team)
+        missing = missing_keys(options, sequences, existing)
+        mine = sequences[team.rank :: team.size]
+        progress.start(sum(sequence.expected for sequence in mine))
+        started = time.monotonic()
+        if dry_run:
+            counts = plan_only(job, mine, existing)
+        else:
+            job = open_store(job, autoencoder, team)
+            counts = encode_share(job, autoencoder, mine, existing, progress.advance)
+        totals = merge_counts(team.gather(counts))
+        seconds = time.monotonic() - started
+        removed = 0
+        if dry_run:
+            removed = sum(existing[key].length for key in missing) if not options.keep_missing else 0
+        elif team.leads:
+            removed = finish_run(job, totals, [] if options.keep_missing else missing)
+        report = make_report(job, totals, removed, missing, seconds) if team.leads and not dry_run else None
+        if dry_run:
+            items = sum(row.length for row in existing.values())
+            report = _report(job, totals, removed, missing, seconds, (len(existing), items, 0), dry_run=True)
+        shared = team.from_leader(report)
+        assert shared is not None
+        return shared
+
+
+def prepare_run(
+    sources: list[SourceConfig], options: EncodeOptions, team: Team
+) -> tuple[EncodeJob, Autoencoder | None, list[FrameSequence], dict[str, Row]]:
+    """Settle the job on the leader, the same for all, and list what there is to do. Reads the store, writes nothing."""
+    found = find_sources(sources)
+    manifest = read_manifest(options.output) if (options.output / MANIFEST_NAME).exists() else None
+    device = _choose_device(options.device, team)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    job, autoencoder = settle(options, found, manifest, device, options.workers or max(1, min(cores, 16)))
+    device, leader = job.device, team.from_leader(job)
+    job = replace(leader, device=device)
+    if manifest is not None:
+        require_same_spec(manifest.spec, job.spec, options.output)
+    sequences = list_sequences(found, job.spec, options.limit)
+    existing = live_rows(read_rows(options.output)) if manifest is not None else {}
+    return job, autoencoder, sequences, existing
+
+
+def open_store(job: EncodeJob, autoencoder: Autoencoder | None, team: Team) -> EncodeJob:
+    """Settle the batch size and make the store ready; return the job that every process then carries out.
+
+    One process decides on the size of a batch, because another size may round differently.
+    """
+    if team.leads:
+        if job.batch_size == 0:
+            with Lanes.open(job, autoencoder) as lanes:
+                job = replace(job, batch_size=lanes.measure_batch_size())
+        with store_errors(job.output):
+            create_store(job.output, job.manifest)
+            _update_manifest(job)
+    return team.from_leader(job)
+
+
+def encode_share(
+    job: EncodeJob,
+    autoencoder: Autoencoder | None,
+    sequences: list[FrameSequence],
+    existing: dict[str, Row],
+    on_progress: Callable[[int, int], None],
+    lane_count: int | None = None,
+) -> Counts:
+    """Encode one process's share of the sequences into shards of its own."""
+    with Lanes.open(job, autoencoder, lane_count) as lanes, DatasetWriter(job.output, job.manifest) as writer:
+        return run(job, sequences, existing, lanes, writer, on_progress)
+
+
+def finish_run(job: EncodeJob, totals: Counts, drop: list[str]) -> int:
+    """Drop what is gone, merge small shards, note failures and numerics; return the number of items removed."""
+    removed = compact(job.output, drop)
+    with store_errors(job.output):
+        manifest = read_manifest(job.output)
+        numerics = {
+            "retried_in_fp32": manifest.numerics.get("retried_in_fp32", 0) + totals.retried,
+            "refused": manifest.numerics.get("refused", 0) + totals.refused,
+        }
+        if numerics != manifest.numerics:
+            replace(manifest, numerics=numerics).write(job.output)
+        write_failures(job.output, totals.failures)
+    return removed
+
+
+def write_failures(output: Path, failures: list[Failure]) -> None:
+    """Replace failures.jsonl by the failures of this run; without any, there is no such file."""
+    path = output / FAILURES_FILE
+    if failures:
+        write_durably(path, "".join(json.dumps(asdict(failure)) + "\n" for failure in failures).encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def reserved(output: Path, team: Team, dry_run: bool) -> Iterator[None]:
+    """Keep other runs from encoding into the same store. Programs that use DatasetWriter themselves are not kept
+    out."""
+    if dry_run or not team.leads:
+        yield
+        return
+    with store_errors(output):
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output}: is a file; name a folder for the store")
+        created = not output.exists()
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / ".encode.lock")
+    try:
+        if not lock.try_exclusive():
+            raise StoreBusyError(f"{output}: another run is encoding into it; wait for it, or name another folder")
+        yield
+    finally:
+        if created and list(output.iterdir()) == [lock.path]:  # the run ended before there was a store
+            lock.path.unlink()
+            output.rmdir()
+        lock.release()
+
+
+def _choose_device(name: str, team: Team) -> str:
+    if name != "auto":
+        return name
+    return f"cuda:{team.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def missing_keys(options: EncodeOptions, sequences: list[FrameSequence], existing: dict[str, Row]) -> list[str]:
+    """Keys of the store that the sources no longer have. Raises InputError when that is all of them."""
+    if options.limit is not None:
+        return []
+    missing = sorted(existing.keys() - {sequence.key for sequence in sequences})
+    if missing and len(missing) == len(existing) and not options.keep_missing:
+        raise InputError(
+            f"{options.output}: holds {len(existing)} sequences and the sources have none of them; --keep-missing "
+            "adds to the store, a new folder makes another one"
+        )
+    return missing
+
+
+def _update_manifest(job: EncodeJob) -> None:
+    """Note the types of this run in a store that was made with others; its counts stay."""
+    manifest = read_manifest(job.output)
+    updated = replace(job.manifest, numerics=manifest.numerics, created_with=manifest.created_with)
+    if updated != manifest:
+        updated.write(job.output)
+
+
+def merge_counts(parts: list[Counts]) -> Counts:
+    return Counts(
+        sum(c.encoded for c in parts),
+        sum(c.skipped for c in parts),
+        sum(c.retried for c in parts),
+        sum(c.refused for c in parts),
+        [failure for c in parts for failure in c.failures],
+    )
+
+
+def make_report(job: EncodeJob, totals: Counts, removed: int, missing: list[str], seconds: float) -> EncodeReport:
+    """The report of a run that has ended, with the size of the store as it now is."""
+    store = DatasetStore.open(job.output)
+    return _report(job, totals, removed, missing, seconds, (len(store.keys()), len(store), store.latent_bytes()))
+
+
+def _report(
+    job: EncodeJob,
+    totals: Counts,
+    removed: int,
+    missing: list[str],
+    seconds: float,
+    stored: tuple[int, int, int],
+    *,
+    dry_run: bool = False,
+) -> EncodeReport:
+    sequences, items, latent_bytes = stored
+    return EncodeReport(
+        sequences=sequences,
+        items=items,
+        encoded=totals.encoded,
+        skipped=totals.skipped,
+        removed=removed,
+        failed=len(totals.failures),
+        bytes=latent_bytes,
+        items_per_second=round(totals.encoded / seconds, 3) if seconds > 0 else 0.0,
+        seconds=round(seconds, 3),
+        retried_in_fp32=totals.retried,
+        policy=str(job.policy),
+        store=str(job.output),
+        missing=missing,
+        failures=totals.failures,
+        dry_run=dry_run,
+    )
