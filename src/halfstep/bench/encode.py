@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -138,26 +137,20 @@ def _relative_error(ours: DatasetStore, exact: DatasetStore) -> float:
 
 
 def _peak_memory(folder: Path) -> dict[str, float]:
-    """Peak resident memory of `halfstep encode` with the built-in codec, over ever more pictures."""
+    """Peak resident memory (MB) of encoding ever more pictures with the built-in codec, each in a fresh process."""
     peaks = {}
     for walks in (4, 16, 64):
         world = folder / f"memory{walks}"
         write_toy_world(world, trajectories=walks, frames=64)
-        command = [
-            sys.executable,
-            "-m",
-            "halfstep",
-            "encode",
-            "-i",
-            str(world),
-            "-o",
-            f"{world}-store",
-            "--json",
-            "--quiet",
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert process.stdout is not None
-        items = json.loads(process.stdout.read())["items"]
-        _, _, usage = os.wait4(process.pid, 0)
-        peaks[f"{items} items"] = round(usage.ru_maxrss / 1024, 1)
+        script = f"from halfstep.bench.encode import print_own_peak; print_own_peak({str(world)!r})"
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        peaks[f"{walks * 64} items"] = float(result.stdout)
     return peaks
+
+
+def print_own_peak(world: str) -> None:
+    """Encode `world` in this process and print the most memory it ever held, in MB (Linux)."""
+    encode([SourceConfig(path=Path(world))], EncodeOptions(Path(f"{world}-store"), batch_size=_BATCH))
+    status = Path("/proc/self/status").read_text()
+    kilobytes = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    sys.stdout.write(f"{kilobytes / 1024:.1f}\n")

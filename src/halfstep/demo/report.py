@@ -30,8 +30,8 @@ p {{ margin: .4rem 0; max-width: 46rem; }} .soft {{ color: {_SOFT}; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: right; padding: .35rem .9rem; border-bottom: 1px solid #e3e8f0; }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; }} th {{ font-weight: 600; color: {_SOFT}; }}
-.pairs {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem; margin-top: 1rem; }} .pairs img, .chart {{ width: 100%; }}
-.pairs img {{ border-radius: 6px; display: block; }} figure {{ margin: 0; }}
+.pairs {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem; margin-top: 1rem; }}
+.pairs img, .chart {{ width: 100%; }} .pairs img {{ border-radius: 6px; display: block; }} figure {{ margin: 0; }}
 figcaption {{ font-size: .82rem; color: {_SOFT}; margin-top: .2rem; }} pre {{ white-space: pre-wrap; font-size: .85rem;
        background: #f5f7fb; border-radius: 8px; padding: .8rem 1rem; }}
 """

@@ -163,7 +163,8 @@ def speed_by_precision(
 
 
 def _show(autoencoder: Autoencoder, store: DatasetStore, originals: dict[tuple[str, int], Array]) -> list[Shown]:
-    chosen = list(originals)[:: max(1, len(originals) // _SHOWN)][:_SHOWN]
+    every = list(originals)
+    chosen = [every[(2 * i + 1) * len(every) // (2 * _SHOWN)] for i in range(_SHOWN)]
     shown = []
     for key, number in chosen:
         place = int(np.flatnonzero(store.read_array(key, "frame") == number)[0])

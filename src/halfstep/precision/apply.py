@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -111,7 +110,16 @@ class _Prepared(_Pinned):
 
         args, kwargs = _map_tensors(enter, args), _map_tensors(enter, kwargs)
         device_type = next((t.device.type for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), "cpu")
-        with _arithmetic(policy, device_type):
+        if policy.is_mixed:
+            # The cache keeps a half copy of every weight beside the fp32 one for the length of the call. Training needs
+            # those copies for the backward pass anyway; inference would only pay for them.
+            half = torch_dtype(policy.compute)
+            with torch.autocast(device_type, half, cache_enabled=torch.is_grad_enabled()):
+                result = super().forward(*args, **kwargs)
+        elif device_type == "cuda" and policy.params == "fp32":
+            with tf32(policy.compute == "tf32"):
+                result = super().forward(*args, **kwargs)
+        else:
             result = super().forward(*args, **kwargs)
         return _map_tensors(_cast_to(output_dtype), result)
 
@@ -125,20 +133,6 @@ class _Island(_Pinned):
         with torch.autocast(given.device.type, enabled=False):
             result = super().forward(*args, **kwargs)
         return _map_tensors(_cast_to(given.dtype), result) if given.is_floating_point() else result
-
-
-@contextmanager
-def _arithmetic(policy: PrecisionPolicy, device_type: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        if policy.is_mixed:
-            # The cache keeps a half copy of every weight beside the fp32 one for the length of the call. Training needs
-            # those copies for the backward pass anyway; inference would only pay for them.
-            stack.enter_context(
-                torch.autocast(device_type, torch_dtype(policy.compute), cache_enabled=torch.is_grad_enabled())
-            )
-        elif device_type == "cuda" and policy.params == "fp32":
-            stack.enter_context(tf32(policy.compute == "tf32"))
-        yield
 
 
 def _pinned_class(original: type[nn.Module], behaviour: type[_Pinned]) -> type[nn.Module]:

@@ -37,7 +37,7 @@ class Row:
     """One sequence of a store: items [start, start + length) of a shard.
 
     `fingerprint` says what it was made from; `digests` are those of its single frames, DIGEST_BYTES each, where frames
-    can be told apart; `checksum` is the CRC-32 of the sequence's bytes, array by array in the order of their names.
+    can be told apart; `checksum` is `sequence_checksum` of its arrays.
     """
 
     key: str

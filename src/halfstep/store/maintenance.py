@@ -29,7 +29,7 @@ from halfstep.store.index import (
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import parse_manifest
 from halfstep.store.shard import INDEX_ARRAY, MappedShard
-from halfstep.store.writer import SHARD_BYTES, DatasetWriter, combine_checksums, read_manifest, remove_leftovers
+from halfstep.store.writer import SHARD_BYTES, DatasetWriter, read_manifest, remove_leftovers, sequence_checksum
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def verify(root: Path | str) -> VerifyReport:
     StoreError when there is no store.
     """
     root = Path(root)
-    if not (root / "index").is_dir():
+    if not (root / "index").is_dir() and not (root / MANIFEST_NAME).exists():
         raise StoreError(f"{root}: no store here; `halfstep encode -i SRC -o {root}` makes one")
     problems = [] if (problem := _manifest_problem(root)) is None else [problem]
     rows: list[Row] = []
@@ -72,8 +72,8 @@ def verify(root: Path | str) -> VerifyReport:
         problems += found
         if not found:
             rows += rows_from_table(read_table(index_path(root, number), str(number)))
-    for path in sorted((root / "shards").iterdir()):
-        if path.stem.isdigit() and int(path.stem) not in numbers and not (root / "staging" / path.stem).exists():
+    for path in sorted((root / "shards").glob("[0-9]*.safetensors")):
+        if int(path.stem) not in numbers and not (root / "staging" / path.stem).exists():
             problems.append(
                 f"index/{path.stem}.parquet: missing, though its shard is there; run `halfstep store repair`"
             )
@@ -270,11 +270,16 @@ def _listed_checksums(root: Path, number: int) -> dict[str, str]:
 
 def _is_intact(root: Path, row: Row) -> bool:
     try:
-        arrays = _row_arrays(MappedShard(shard_path(root, row.shard)), row)
+        shard = MappedShard(shard_path(root, row.shard))
+        arrays = _row_arrays(shard, row)
     except (StoreError, KeyError):
         return False
-    sums = {name: zlib.crc32(np.ascontiguousarray(values).data) for name, values in arrays.items()}
-    return all(len(v) == row.length for v in arrays.values()) and combine_checksums(sums) == row.checksum
+    checksums = {
+        (name, shard.layouts[name].type_name, values.shape[1:]): zlib.crc32(np.ascontiguousarray(values).data)
+        for name, values in arrays.items()
+    }
+    complete = all(len(values) == row.length for values in arrays.values())
+    return complete and sequence_checksum(checksums) == row.checksum
 
 
 def _row_arrays(shard: MappedShard, row: Row) -> dict[str, Array]:

@@ -136,7 +136,8 @@ class DatasetWriter:
         if self._pending == 0:
             raise InputError(f"{key}: a sequence needs at least one frame")
         row = Row(key, -1, self._items, self._pending, label, digests=digests, attributes=attributes or {})
-        row = replace(row, checksum=combine_checksums({name: s.checksum for name, s in self._spools.items()}))
+        checksums = {(name, s.type_name, s.row_shape): s.checksum for name, s in self._spools.items()}
+        row = replace(row, checksum=sequence_checksum(checksums))
         self._rows.append(replace(row, fingerprint=fingerprint) if fingerprint is not None else row)
         self._items += self._pending
         self._reset_sequence()
@@ -229,9 +230,9 @@ class DatasetWriter:
         self._pending = self._items = self._bytes = 0
 
 
-def combine_checksums(checksums: dict[str, int]) -> int:
-    """One CRC-32 over those of the single arrays, in the order of their names."""
-    return zlib.crc32(b"".join(value.to_bytes(4, "little") for _, value in sorted(checksums.items())))
+def sequence_checksum(checksums: dict[tuple[str, str, tuple[int, ...]], int]) -> int:
+    """One CRC-32 over those of the single arrays and what they are: (name, type name, shape of a row) -> CRC-32."""
+    return zlib.crc32(repr(sorted(checksums.items())).encode())
 
 
 def create_store(root: Path, manifest: Manifest) -> None:
@@ -242,13 +243,14 @@ def create_store(root: Path, manifest: Manifest) -> None:
     existing = root / MANIFEST_NAME
     if existing.exists():
         require_same_spec(parse_manifest(existing.read_bytes(), str(existing)).spec, manifest.spec, root)
-        return
-    if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
+    elif root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
         raise InputError(f"{root}: is not empty and not a store; name a new or empty folder")
+    else:
+        root.mkdir(parents=True, exist_ok=True)
+        manifest.write(root)  # first: folders without a manifest would look like somebody else's
     for name in ("shards", "index", "staging"):
-        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name).mkdir(exist_ok=True)
     fsync_path(root)
-    manifest.write(root)
 
 
 def require_same_spec(found: Any, wanted: Any, root: Path) -> None:

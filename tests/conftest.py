@@ -1,0 +1,87 @@
+"""Shared test material: outside data when it is there, a toy world, small autoencoders built from configs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from halfstep.data.toy_world import write_toy_world
+from halfstep.spec import LatentSpec
+from halfstep.store import Manifest
+
+OUTSIDE_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def outside_data() -> Path:
+    """Real weights and media that are not part of the repository."""
+    if not OUTSIDE_DATA.is_dir():
+        pytest.skip(f"{OUTSIDE_DATA} is not there")
+    return OUTSIDE_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three walks of ten pictures; not to be changed, copy it."""
+    root = tmp_path_factory.mktemp("toy") / "world"
+    write_toy_world(root, trajectories=3, frames=10, size=(80, 60), seed=7)
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved AutoencoderKL with random weights: 4 channels, factor 2."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved AutoencoderKLWan with random weights: 16 channels, factor 8, time by 4."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wan")
+    AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """A store of fp16 latents with 2 channels."""
+    return Manifest(LatentSpec("test", 2, 8, scale=(0.5,), shift=(1.0,)), "fp16")
+
+
+def latents(frames: int, seed: int = 0, shape: tuple[int, ...] = (2, 3, 4)) -> np.ndarray:
+    """Latents that fp16 holds exactly."""
+    return np.random.default_rng(seed).integers(-512, 512, (frames, *shape)).astype(np.float32) / 64
+
+
+def run_cli(*arguments: object, check: int | None = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own and hold its exit code against `check`."""
+    command = [sys.executable, "-m", "halfstep", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+    if check is not None:
+        assert result.returncode == check, f"exit {result.returncode}: {result.stderr}"
+    return result

@@ -1,0 +1,131 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from halfstep import PrecisionPolicy
+from halfstep.errors import InputError
+from halfstep.precision import PRESETS, probe
+from halfstep.precision.policy import STORAGE_TYPES
+
+patterns = st.lists(st.from_regex(re.compile(r"[a-z_.*\[\]?0-9]+", re.ASCII), fullmatch=True), max_size=3).map(tuple)
+scales = st.none() | st.just("dynamic") | st.floats(1e-3, 1e9)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> PrecisionPolicy:
+    params = draw(st.sampled_from(STORAGE_TYPES))
+    compute = draw(st.sampled_from(["fp32", "tf32", "bf16", "fp16"])) if params == "fp32" else params
+    output, reduce, storage = (draw(st.sampled_from(STORAGE_TYPES)) for _ in range(3))
+    return PrecisionPolicy(params, compute, output, reduce, storage, draw(patterns), draw(scales))
+
+
+@given(policies())
+def test_prints_and_parses_to_itself(policy: PrecisionPolicy) -> None:
+    assert PrecisionPolicy.parse(str(policy)) == policy
+
+
+@given(st.sampled_from(["auto", "auto,storage=bf16", "auto,islands=*norm*", "auto,loss_scale=dynamic"]))
+def test_auto_survives_the_round_trip(text: str) -> None:
+    assert str(PrecisionPolicy.parse(text)) == text
+
+
+def test_presets_print_as_their_names() -> None:
+    assert {name: str(policy) for name, policy in PRESETS.items()} == {name: name for name in PRESETS}
+
+
+@pytest.mark.parametrize(
+    ("spelling", "preset"),
+    [
+        ("bfloat16", "bf16-true"),
+        ("bf16", "bf16-true"),
+        ("float16", "16-true"),
+        ("fp16", "16-true"),
+        ("amp", "16-mixed"),
+    ],
+)
+def test_usual_spellings(spelling: str, preset: str) -> None:
+    assert PrecisionPolicy.parse(spelling) == PRESETS[preset]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("fp8", "'fp8'; expected one of fp32"),
+        ("fp32,storage=fp8", "precision.storage: got 'fp8'; expected one of fp32, bf16, fp16"),
+        ("fp32,colour=red", "'colour=red'"),
+        ("bf16-true,compute=fp16", "precision.compute"),
+        ("fp32,storage=fp16,storage=bf16", "given twice"),
+        ("16-mixed,loss_scale=-1", "precision.loss_scale"),
+        ("16-mixed,loss_scale=much", "precision.loss_scale"),
+        ("auto,params=fp32", "auto"),
+    ],
+)
+def test_bad_text_is_named(text: str, named: str) -> None:
+    with pytest.raises(InputError, match=re.escape(named)):
+        PrecisionPolicy.parse(text)
+
+
+def test_resolve_keeps_what_was_set_beside_auto() -> None:
+    resolved = PrecisionPolicy.parse("auto,storage=bf16,islands=head").resolve("cpu", "encode")
+    assert not resolved.is_auto
+    assert (resolved.storage, resolved.islands) == ("bf16", ("head",))
+
+
+def _probe_that_measured(tmp_path, monkeypatch, **reports: dict[str, object]) -> None:
+    """Put another device's measurement where `probe` keeps its own."""
+    import json
+    from dataclasses import asdict
+
+    real = probe("cpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    probe("cpu", refresh=True)
+    (path,) = (tmp_path / "halfstep").iterdir()
+    values = asdict(real)
+    values["types"] = {name: {**values["types"][name], **reports.get(name, {})} for name in values["types"]}
+    path.write_text(json.dumps(values))
+
+
+_SLOW = {"matmul_ms": 100.0, "conv_ms": 100.0, "conv_channels_last_ms": 100.0, "attention_ms": 100.0, "sound": True}
+_FAST = {"matmul_ms": 1.0, "conv_ms": 1.0, "conv_channels_last_ms": 1.0, "attention_ms": 1.0, "sound": True}
+_FASTEST = {"matmul_ms": 0.5, "conv_ms": 0.5, "conv_channels_last_ms": 0.5, "attention_ms": 0.5, "sound": True}
+
+
+def test_auto_takes_the_fastest_sound_type(tmp_path, monkeypatch) -> None:
+    _probe_that_measured(tmp_path, monkeypatch, fp32=_SLOW, bf16=_FAST, fp16=_FASTEST)
+    assert PrecisionPolicy.auto("cpu", "encode").params == "fp16"
+    assert PrecisionPolicy.auto("cpu", "train") == PrecisionPolicy.parse("16-mixed")
+    _probe_that_measured(tmp_path, monkeypatch, fp32=_SLOW, bf16=_FAST, fp16={**_FASTEST, "sound": False})
+    policy = PrecisionPolicy.auto("cpu", "encode")
+    assert policy.params == "bf16"
+    assert "unsound" in policy.explain()
+
+
+def test_auto_stays_with_fp32_where_half_is_emulated(tmp_path, monkeypatch) -> None:
+    _probe_that_measured(tmp_path, monkeypatch, fp32=_FAST, bf16=_SLOW, fp16={**_FAST, "conv_ms": 0.99})
+    policy = PrecisionPolicy.auto("cpu", "encode")
+    assert (policy.params, policy.compute) == ("fp32", "fp32")
+    assert "fp16 1." in policy.explain()
+
+
+def test_probe_measures_again_when_its_cache_is_damaged(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = probe("cpu")
+    (path,) = (tmp_path / "halfstep").iterdir()
+    assert probe("cpu") == first
+    path.write_text("{")
+    with pytest.warns(UserWarning, match=r"not a readable measurement"):
+        assert probe("cpu").types.keys() == first.types.keys()
+    assert list((tmp_path / "halfstep").iterdir()) == [path]
+
+
+def test_probe_finds_the_types_of_this_machine_sound() -> None:
+    assert {name: report.sound for name, report in probe("cpu").types.items()} == dict.fromkeys(
+        ("fp32", "bf16", "fp16"), True
+    )
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(InputError, match="device: got 'cuda:99'"):
+        probe("cuda:99")
