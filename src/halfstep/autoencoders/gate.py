@@ -14,11 +14,11 @@ from halfstep.precision import PrecisionPolicy
 
 @dataclass(frozen=True)
 class Checked:
-    """A posterior that may be stored, but for the samples in `refused` (place in the batch -> reason). `retried` counts
-    samples that had to be computed again in fp32."""
+    """A posterior that may be stored, but for the samples in `refused` (place in the batch -> reason). `retried` are
+    the samples that had to be computed again in fp32."""
 
     posterior: Posterior
-    retried: int
+    retried: frozenset[int]
     refused: dict[int, str]
 
 
@@ -41,7 +41,7 @@ class EncodeGate:
         posterior = self._autoencoder.encode(pixels)
         bad = self._bad_samples(posterior)
         if not bad:
-            return Checked(posterior, 0, {})
+            return Checked(posterior, frozenset(), {})
         if self._policy.compute != "fp32":
             with self._lock:  # rare, so one at a time; also the fallback may keep state
                 exact = self._fp32().encode(pixels)
@@ -50,7 +50,7 @@ class EncodeGate:
                 None if posterior.logvar is None else self._replaced(posterior.logvar, exact.logvar, bad),
             )
         reasons = {sample: self._reason(posterior, sample) for sample in self._bad_samples(posterior)}
-        return Checked(posterior, len(bad) if self._policy.compute != "fp32" else 0, reasons)
+        return Checked(posterior, frozenset(bad if self._policy.compute != "fp32" else ()), reasons)
 
     def _fp32(self) -> Autoencoder:
         if self._fallback is None:

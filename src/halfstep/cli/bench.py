@@ -14,7 +14,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 @app.command()
 def encode(
-    images: Annotated[int, typer.Option(min=16)] = 64,
+    images: Annotated[int, typer.Option(min=32)] = 64,
     size: Annotated[int, typer.Option(min=8, help="Pixels on a side.")] = 128,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     autoencoder: Annotated[str, typer.Option(metavar="ID", help="As in encode, or sd-vae-shaped.")] = "sd-vae-shaped",

@@ -37,6 +37,10 @@ class BarProgress(Progress):
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self._bar.stop()
 
+    def note(self, line: str) -> None:
+        if self.speaks:
+            self._bar.console.print(f"halfstep: {line}", highlight=False, soft_wrap=True)
+
     def start(self, items: int) -> None:
         self._task = self._bar.add_task("encoding", total=items or None, rate=0.0, megabytes=0.0)
         self._bar.start()

@@ -33,11 +33,12 @@ _WORTH_DOUBLING = 1.05
 
 @dataclass(frozen=True)
 class Encoded:
-    """Arrays [n, ...] in the storage type (bf16 as its bits), and why the samples in `refused` must not be stored."""
+    """Arrays [n, ...] in the storage type (bf16 as its bits), why the samples in `refused` must not be stored, and
+    which samples had to be computed again in fp32."""
 
     arrays: dict[str, Array]
     refused: dict[int, str]
-    retried: int
+    retried: frozenset[int]
 
 
 class Lanes:
@@ -119,7 +120,7 @@ class Lanes:
         fits = (latents.abs() <= largest_finite(self.job.storage)).flatten(1).all(dim=1)
         reason = f"latents are not finite in {self.job.storage}; use another --storage, or make them again"
         refused = {sample: reason for sample, good in enumerate(fits.tolist()) if not good}
-        return Encoded({"latents": self._stored(latents)}, refused, 0)
+        return Encoded({"latents": self._stored(latents)}, refused, frozenset())
 
     def _gate(self) -> EncodeGate:
         if len(self._gates) == 1:

@@ -354,20 +354,19 @@ class _Recorder:
                     self._on_progress(row.length, 0)
                 case _Close():
                     self._close(step)
-        if encoded is not None:
-            self._counts.retried += encoded.retried
 
     def _add_sample(self, step: _Sample, encoded: Encoded, slot: int) -> None:
-        room = max(1, self._job.batch_size // 2)
-        reason = encoded.refused.get(slot) or (encoded.refused.get(room + slot) if self._job.mirror else None)
+        mirrored_slot = slot + max(1, self._job.batch_size // 2)
+        slots = (slot, mirrored_slot) if self._job.mirror else (slot,)
+        reason = next((encoded.refused[s] for s in slots if s in encoded.refused), None)
+        self._counts.retried += any(s in encoded.retried for s in slots)
         if reason is not None:
             self._counts.refused += 1
             self._fail(step.sequence, Problem(f"{step.sequence.source}: {reason}", step.number))
             return
         arrays = {name: values[slot : slot + 1] for name, values in encoded.arrays.items()}
         if self._job.mirror:
-            mirrored = {f"{n}_mirror": v[room + slot : room + slot + 1] for n, v in encoded.arrays.items()}
-            arrays |= mirrored
+            arrays |= {f"{n}_mirror": v[mirrored_slot : mirrored_slot + 1] for n, v in encoded.arrays.items()}
         self._extend(step.number, step.digest, arrays)
         self._counts.encoded += 1
         self._on_progress(1, sum(values.nbytes for values in arrays.values()))

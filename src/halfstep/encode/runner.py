@@ -20,6 +20,7 @@ from halfstep.encode.lanes import Lanes
 from halfstep.encode.pipeline import Counts, Failure, plan_only, run
 from halfstep.encode.share import Team
 from halfstep.errors import InputError, StoreBusyError
+from halfstep.precision import open_device, slowness
 from halfstep.store.commit import FileLock, store_errors, write_durably
 from halfstep.store.dataset import DatasetStore
 from halfstep.store.index import Row, live_rows, read_rows
@@ -63,6 +64,9 @@ class Progress:
     def advance(self, items: int, latent_bytes: int) -> None:
         """`items` more are done; `latent_bytes` were written for them, none for those that did not change."""
 
+    def note(self, line: str) -> None:
+        """Something the user should know before it starts."""
+
 
 def encode(
     sources: list[SourceConfig], options: EncodeOptions, *, dry_run: bool = False, progress: Progress | None = None
@@ -77,6 +81,8 @@ def encode(
     with Team.join() as team, reserved(options.output, team, dry_run):
         job, autoencoder, sequences, existing = prepare_run(sources, options, team)
         missing = missing_keys(options, sequences, existing)
+        if not job.imports_latents and (line := slowness(job.policy, job.device, "encode")) and team.leads:
+            progress.note(line)
         mine = sequences[team.rank :: team.size]
         progress.start(sum(sequence.expected for sequence in mine))
         started = time.monotonic()
@@ -197,7 +203,7 @@ def reserved(output: Path, team: Team, dry_run: bool) -> Iterator[None]:
 
 def _choose_device(name: str, team: Team) -> str:
     if name != "auto":
-        return name
+        return str(open_device(name))
     return f"cuda:{team.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 

@@ -2,7 +2,7 @@
 
 from halfstep.precision.apply import prepare
 from halfstep.precision.policy import PRESETS, STORAGE_TYPES, PrecisionPolicy, torch_dtype
-from halfstep.precision.probe import ProbeResult, TypeReport, probe
+from halfstep.precision.probe import ProbeResult, TypeReport, open_device, probe, slowness
 
 __all__ = [
     "PRESETS",
@@ -10,7 +10,9 @@ __all__ = [
     "PrecisionPolicy",
     "ProbeResult",
     "TypeReport",
+    "open_device",
     "prepare",
     "probe",
+    "slowness",
     "torch_dtype",
 ]

@@ -79,7 +79,7 @@ def probe(device: str | torch.device = "cpu", *, refresh: bool = False) -> Probe
     Takes a few seconds once; the result is kept in the user's cache folder for this device, torch version and number of
     threads. `refresh` measures again. Raises InputError when torch has no such device.
     """
-    target = _open_device(device)
+    target = open_device(device)
     name = _device_name(target)
     identity = f"{_CACHE_VERSION}|{name}|{torch.__version__}|{torch.get_num_threads()}"
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -119,6 +119,24 @@ def choose(device: str, task: str) -> PrecisionPolicy:
     return PrecisionPolicy(params=best, compute=best, storage="fp16", reason=reason)
 
 
+def slowness(policy: PrecisionPolicy, device: str | torch.device, task: str) -> str | None:
+    """A line when a half type asked for by name is slower than fp32 on `device`, which means that it is emulated.
+
+    Raises InputError when the device does not have the type at all.
+    """
+    if policy.compute in ("fp32", "tf32"):
+        return None
+    result = probe(device)
+    speedup = result.speedup(policy.compute, task)
+    if speedup == 0.0:
+        raise InputError(f"precision: {result.device} cannot compute in {policy.compute}; use fp32 or auto")
+    if speedup < 1:
+        return (
+            f"{policy.compute} is {1 / speedup:.1f} times slower than fp32 on {result.device}; auto would not choose it"
+        )
+    return None
+
+
 @contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
     """Allow or forbid TF32 products on CUDA within the block; convolutions allow it by default, so fp32 must say no."""
@@ -130,7 +148,8 @@ def tf32(enabled: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
 
 
-def _open_device(device: str | torch.device) -> torch.device:
+def open_device(device: str | torch.device) -> torch.device:
+    """The device, once torch has put a tensor on it. Raises InputError when it cannot."""
     try:
         target = torch.device(device)
         torch.empty(1, device=target)
@@ -175,11 +194,10 @@ def _measure(device: torch.device) -> dict[str, TypeReport]:
     best = dict.fromkeys(calls, math.inf)
     for _ in range(_ROUNDS):  # the formats take turns, so that a busy moment does not fall on one of them alone
         for (name, op), call in calls.items():
-            if best[name, op] > 100 and best[name, op] < math.inf:
+            if 100 < best[name, op] < math.inf:
                 continue  # once is enough to know that an emulated format is slow
             with tf32(name == "tf32"):
-                timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-                best[name, op] = min(best[name, op], timer.blocked_autorange(min_run_time=0.02).median * 1e3)
+                best[name, op] = min(best[name, op], _time_ms(call))
     return {
         name: TypeReport(
             matmul_ms=best[name, "matmul"],
@@ -190,6 +208,15 @@ def _measure(device: torch.device) -> dict[str, TypeReport]:
         )
         for name in names
     }
+
+
+def _time_ms(call: Callable[[], torch.Tensor]) -> float:
+    """Median time of a call; infinite where the device has no such operation in the type."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    try:
+        return timer.blocked_autorange(min_run_time=0.02).median * 1e3
+    except (RuntimeError, NotImplementedError):
+        return math.inf
 
 
 def _operations(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
@@ -210,6 +237,13 @@ def _operations(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[
 
 def _is_sound(device: torch.device, dtype: torch.dtype) -> bool:
     info = torch.finfo(dtype)
+    try:
+        return _rounds_as_it_should(device, dtype, info)
+    except (RuntimeError, NotImplementedError):
+        return False  # the device does not compute in this type
+
+
+def _rounds_as_it_should(device: torch.device, dtype: torch.dtype, info: torch.finfo) -> bool:
     one = torch.ones((), device=device, dtype=dtype)
     overflows = torch.isinf(one * info.max * 2).item()
     nearest_even = (one + info.eps / 2 == 1).item() and (one + 1.5 * info.eps == 1 + 2 * info.eps).item()

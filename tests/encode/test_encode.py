@@ -1,0 +1,431 @@
+"""The encode run: what it stores, what it does when sources change, fail or disappear."""
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfstep.autoencoders import load_autoencoder
+from halfstep.data.pickles import load_poses
+from halfstep.data.pictures import load_fitted
+from halfstep.data.sources import SourceConfig
+from halfstep.encode import EncodeOptions, EncodeReport, encode
+from halfstep.encode.pipeline import StoppedError
+from halfstep.errors import InputError, StoreBusyError
+from halfstep.spec import PixelSpec
+from halfstep.store import DatasetStore, verify
+from halfstep.store.commit import FileLock
+from tests.conftest import OUTSIDE_DATA
+from tests.data.test_videos import write_video
+
+
+def run(source: Path | list[Path], output: Path, **options) -> EncodeReport:
+    sources = source if isinstance(source, list) else [source]
+    defaults = {"precision": "fp32", "storage": "fp32", "size": (32, 32), "batch_size": 4}
+    return encode([SourceConfig(path=path) for path in sources], EncodeOptions(output, **{**defaults, **options}))
+
+
+def content(root: Path, *, raw: bool = True) -> dict[str, np.ndarray]:
+    store = DatasetStore.open(root)
+    return {key: np.array(store.read(key, raw=raw)) for key in store.keys()}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def world(toy_world: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(toy_world, tmp_path / "world")
+
+
+def test_latents_are_what_the_autoencoder_gives(world: Path, tmp_path: Path) -> None:
+    report = run(world, tmp_path / "s")
+    assert (report.sequences, report.items, report.encoded, report.failed) == (3, 30, 30, 0)
+    store = DatasetStore.open(tmp_path / "s")
+    codec = load_autoencoder()
+    pixels = PixelSpec(32, 32, "4:3")
+    for key in store.keys():
+        pictures = np.stack([load_fitted(world / key / f"{i}.jpg", pixels) for i in range(10)])
+        values = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        expected = codec.scaled(codec.encode(values).mean).numpy()
+        np.testing.assert_allclose(store.read(key), expected, rtol=1e-5, atol=1e-5)
+        position, yaw = load_poses(world / key / "traj_data.pkl")
+        assert np.array_equal(store.read_array(key, "position"), position)
+        assert np.array_equal(store.read_array(key, "yaw"), yaw)
+        assert store.read_array(key, "frame").tolist() == list(range(10))
+    assert verify(tmp_path / "s").ok
+
+
+def test_a_rerun_encodes_nothing(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
+    report = run(world, tmp_path / "s")
+    assert (report.encoded, report.skipped, report.removed) == (0, 30, 0)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
+
+
+def test_only_what_changed_is_encoded(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    before = content(tmp_path / "s")
+    shutil.copy(world / "walk_001" / "0.jpg", world / "walk_000" / "3.jpg")
+    (world / "walk_002" / "9.jpg").touch()  # a newer date is no change
+    report = run(world, tmp_path / "s")
+    assert (report.encoded, report.skipped) == (1, 29)
+    after = content(tmp_path / "s")
+    changed = [(k, i) for k in before for i in range(10) if not np.array_equal(before[k][i], after[k][i])]
+    assert changed == [("walk_000", 3)]
+    assert np.array_equal(after["walk_000"][3], before["walk_001"][0])
+
+
+def test_new_poses_are_stored_without_encoding(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    before = content(tmp_path / "s")
+    position, yaw = load_poses(world / "walk_001" / "traj_data.pkl")
+    (world / "walk_001" / "traj_data.pkl").write_bytes(pickle.dumps({"position": position + 1, "yaw": yaw}))
+    report = run(world, tmp_path / "s")
+    assert (report.encoded, report.skipped) == (0, 30)
+    assert np.array_equal(DatasetStore.open(tmp_path / "s").read_array("walk_001", "position"), position + 1)
+    assert same(content(tmp_path / "s"), before)
+
+
+def test_other_settings_encode_anew(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    assert run(world, tmp_path / "s", storage="fp16").encoded == 30
+    assert run(world, tmp_path / "s", storage="fp16").encoded == 0
+    assert run(world, tmp_path / "s", storage="fp16", mirror=True).encoded == 30
+    assert run(world, tmp_path / "s", storage="fp16", mirror=True, precision="bf16-true").encoded == 30
+    assert run(world, tmp_path / "s", precision="auto", storage=None, mirror=True).encoded == 0  # keeps what it has
+    with pytest.raises(InputError, match=r"pixels: .* not .*; encode into a new folder"):
+        run(world, tmp_path / "s", size=(64, 64))
+    assert verify(tmp_path / "s").ok
+
+
+def test_what_is_gone_is_dropped_and_told(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    shutil.rmtree(world / "walk_001")
+    kept = run(world, tmp_path / "s", keep_missing=True)
+    assert (kept.removed, kept.missing, kept.items) == (0, ["walk_001"], 30)
+    report = run(world, tmp_path / "s")
+    assert (report.removed, report.missing, report.items) == (10, ["walk_001"], 20)
+    assert DatasetStore.open(tmp_path / "s").keys() == ["walk_000", "walk_002"]
+
+
+def test_a_run_never_drops_everything(world: Path, toy_world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    (tmp_path / "other").mkdir()
+    shutil.copytree(toy_world / "walk_000", tmp_path / "other" / "another")
+    with pytest.raises(InputError, match="the sources have none of them; --keep-missing adds"):
+        run(tmp_path / "other", tmp_path / "s")
+    assert run(tmp_path / "other", tmp_path / "s", keep_missing=True).items == 40
+
+
+def test_a_limit_takes_the_first_and_drops_nothing(world: Path, tmp_path: Path) -> None:
+    assert run(world, tmp_path / "s", limit=15).items == 20
+    assert run(world, tmp_path / "s").items == 30
+    assert run(world, tmp_path / "s", limit=1).items == 30
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+    options = EncodeOptions(tmp_path / "s", size=(32, 32), batch_size=4)
+    report = encode([SourceConfig(path=world)], options, dry_run=True)
+    assert (report.encoded, report.items) == (30, 0)
+    assert not (tmp_path / "s").exists()
+    encode([SourceConfig(path=world)], options)
+    shutil.copy(world / "walk_001" / "0.jpg", world / "walk_000" / "3.jpg")
+    shutil.rmtree(world / "walk_002")
+    before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
+    report = encode([SourceConfig(path=world)], options, dry_run=True)
+    assert (report.encoded, report.skipped, report.removed) == (1, 19, 10)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("storage", ["fp16", "bf16"])
+def test_half_storage_is_half_the_bytes_and_loses_no_quality(world: Path, tmp_path: Path, storage: str) -> None:
+    full, half = run(world, tmp_path / "full"), run(world, tmp_path / "half", storage=storage)
+    assert half.bytes * 2 == full.bytes
+    codec = load_autoencoder()
+
+    def psnr(root: Path) -> float:
+        errors = []
+        store = DatasetStore.open(root)
+        for key in store.keys():
+            decoded = codec.decode(codec.unscaled(torch.from_numpy(store.read(key)))).clamp(-1, 1)
+            pictures = np.stack([load_fitted(world / key / f"{i}.jpg", PixelSpec(32, 32, "4:3")) for i in range(10)])
+            original = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+            errors.append(float((decoded - original).square().mean()) / 4)
+        return -10 * np.log10(np.mean(errors))
+
+    assert abs(psnr(tmp_path / "full") - psnr(tmp_path / "half")) < 0.05
+
+
+def test_mirrored_latents_are_those_of_the_flipped_picture(world: Path, tmp_path: Path) -> None:
+    flipped = tmp_path / "flipped"
+    for walk in world.iterdir():
+        (flipped / walk.name).mkdir(parents=True)
+        shutil.copy(walk / "traj_data.pkl", flipped / walk.name)
+        for path in walk.glob("*.jpg"):
+            picture = Image.fromarray(load_fitted(path, PixelSpec(32, 32, "4:3")))
+            picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((40, 30)).save(
+                flipped / walk.name / f"{path.stem}.png"
+            )
+            picture.resize((40, 30)).save(walk / f"{path.stem}.png")
+            path.unlink()
+    run(world, tmp_path / "s", mirror=True, batch_size=5)
+    run(flipped, tmp_path / "f")
+    store, other = DatasetStore.open(tmp_path / "s"), DatasetStore.open(tmp_path / "f")
+    for key in store.keys():
+        assert np.array_equal(store.read(key, name="latents_mirror", raw=True), other.read(key, raw=True))
+
+
+def test_moments_keep_mean_and_variance(world: Path, tmp_path: Path, small_vae: Path) -> None:
+    run(world, tmp_path / "m", autoencoder=str(small_vae), moments=True, limit=1)
+    store = DatasetStore.open(tmp_path / "m")
+    pictures = np.stack([load_fitted(world / "walk_000" / f"{i}.jpg", PixelSpec(32, 32, "4:3")) for i in range(10)])
+    values = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    posterior = load_autoencoder(str(small_vae)).encode(values)
+    np.testing.assert_allclose(store.read("walk_000", raw=True), posterior.mean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(store.read_array("walk_000", "logvar"), posterior.logvar, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="dct8 has no variance"):
+        run(world, tmp_path / "d", moments=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
+@pytest.mark.parametrize("autoencoder", ["dct8", "small_vae"])
+def test_the_result_does_not_depend_on_threads_or_neighbours(
+    world: Path, tmp_path: Path, autoencoder: str, precision: str, request: pytest.FixtureRequest, monkeypatch
+) -> None:
+    """Other numbers of decode threads, lanes and sequences beside one: the same bits."""
+    name = autoencoder if autoencoder == "dct8" else str(request.getfixturevalue(autoencoder))
+    options = {"autoencoder": name, "precision": precision}
+    run(world, tmp_path / "a", workers=1, **options)
+    monkeypatch.setattr("halfstep.encode.lanes._lane_count", lambda device: 3)
+    run(world, tmp_path / "b", workers=5, **options)
+    whole = content(tmp_path / "a")
+    assert same(content(tmp_path / "b"), whole)
+    (tmp_path / "alone").mkdir()
+    shutil.copytree(world / "walk_001", tmp_path / "alone" / "walk_001")
+    shutil.copytree(world / "walk_000", tmp_path / "alone" / "zzz")
+    run(tmp_path / "alone", tmp_path / "c", **options)
+    alone = content(tmp_path / "c")
+    assert np.array_equal(alone["walk_001"], whole["walk_001"])
+    assert np.array_equal(alone["zzz"], whole["walk_000"])
+
+
+def test_a_bad_picture_costs_only_itself(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    (folder / "cat").mkdir(parents=True)
+    for i in range(6):
+        shutil.copy(world / "walk_000" / f"{i}.jpg", folder / "cat" / f"{i}.jpg")
+    data = (folder / "cat" / "1.jpg").read_bytes()
+    (folder / "cat" / "1.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "cat" / "2.jpg").write_bytes(b"")
+    (folder / "cat" / "3.jpg").write_bytes(b"not a picture")
+    report = run(folder, tmp_path / "s")
+    assert (report.items, report.encoded, report.failed) == (3, 3, 3)
+    lines = [json.loads(line) for line in (tmp_path / "s" / "failures.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["cat/1.jpg", "cat/2.jpg", "cat/3.jpg"]
+    assert all(line["source"].endswith(line["key"]) and line["reason"] for line in lines)
+    assert DatasetStore.open(tmp_path / "s").label("cat/0.jpg") == "cat"
+    again = run(folder, tmp_path / "s")
+    assert (again.encoded, again.failed) == (0, 3)
+    (folder / "cat" / "1.jpg").write_bytes(data)
+    (folder / "cat" / "2.jpg").unlink()
+    (folder / "cat" / "3.jpg").unlink()
+    healed = run(folder, tmp_path / "s")
+    assert (healed.items, healed.encoded, healed.failed) == (4, 1, 0)
+    assert not (tmp_path / "s" / "failures.jsonl").exists()
+
+
+def test_a_sequence_that_fails_now_keeps_its_older_version(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    before = content(tmp_path / "s")
+    (world / "walk_001" / "traj_data.pkl").write_bytes(b"broken")
+    report = run(world, tmp_path / "s")
+    assert (report.failed, report.removed) == (1, 0)
+    assert same(content(tmp_path / "s"), before)
+
+
+def test_a_bad_frame_leaves_a_gap_that_heals(world: Path, tmp_path: Path) -> None:
+    good = (world / "walk_000" / "4.jpg").read_bytes()
+    (world / "walk_000" / "4.jpg").write_bytes(good[:300])
+    report = run(world, tmp_path / "s")
+    assert (report.items, report.failed, report.failures[0].frame) == (29, 1, 4)
+    store = DatasetStore.open(tmp_path / "s")
+    numbers = [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert store.read_array("walk_000", "frame").tolist() == numbers
+    position, _ = load_poses(world / "walk_000" / "traj_data.pkl")
+    assert np.array_equal(store.read_array("walk_000", "position"), position[numbers])
+    shards = sorted(path.name for path in (tmp_path / "s" / "shards").iterdir())
+    again = run(world, tmp_path / "s")
+    assert (again.encoded, again.failed) == (0, 1)
+    assert sorted(path.name for path in (tmp_path / "s" / "shards").iterdir()) == shards  # nothing was rewritten
+    (world / "walk_000" / "4.jpg").write_bytes(good)
+    healed = run(world, tmp_path / "s")
+    assert (healed.encoded, healed.skipped, healed.failed, healed.items) == (1, 29, 0, 30)
+    run(world, tmp_path / "whole")
+    assert same(content(tmp_path / "s"), content(tmp_path / "whole"))
+
+
+def test_strict_stops_and_keeps_what_was_complete(world: Path, tmp_path: Path) -> None:
+    (world / "walk_001" / "4.jpg").write_bytes(b"")
+    with pytest.raises(StoppedError, match=r"walk_001/4.jpg: an empty file; stopped because of --strict"):
+        run(world, tmp_path / "s", strict=True, batch_size=2)
+    store = DatasetStore.open(tmp_path / "s")
+    assert store.keys() == ["walk_000"]
+    assert verify(tmp_path / "s").ok
+    assert run(world, tmp_path / "s").items == 29
+
+
+def test_latents_beyond_the_storage_type_are_quarantined(world: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    model = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, **blocks)
+    with torch.no_grad():
+        model.quant_conv.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "hot")
+    options = {"autoencoder": str(tmp_path / "hot"), "limit": 1}
+    report = run(world, tmp_path / "s", storage="fp16", **options)
+    assert report.items == 0
+    assert report.failed == 10
+    assert "use --storage bf16 or fp32" in report.failures[0].reason
+    assert DatasetStore.open(tmp_path / "s").manifest.numerics["refused"] == 10
+    assert run(world, tmp_path / "s", storage="bf16", **options).failed == 0
+
+
+def test_overflow_in_half_precision_is_repeated_in_fp32_and_counted(world: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    model = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, **blocks)
+    with torch.no_grad():
+        model.encoder.conv_out.weight.mul_(1e6)
+        model.encoder.conv_out.bias.mul_(1e6)
+        model.quant_conv.weight.mul_(1e-7)
+    model.save_pretrained(tmp_path / "hot")
+    options = {"autoencoder": str(tmp_path / "hot"), "limit": 1, "storage": "fp16"}
+    report = run(world, tmp_path / "half", precision="16-true", **options)
+    run(world, tmp_path / "exact", precision="fp32", **options)
+    assert (report.failed, report.retried_in_fp32) == (0, 10)
+    assert DatasetStore.open(tmp_path / "half").manifest.numerics["retried_in_fp32"] == 10
+    assert same(content(tmp_path / "half"), content(tmp_path / "exact"))
+
+
+def test_videos_thinned_short_and_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    for label, name, frames in (("run", "a.avi", 20), ("run", "b.avi", 20), ("walk", "c.avi", 3)):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        write_video(folder / label / name, frames)
+    data = (folder / "run" / "b.avi").read_bytes()
+    (folder / "run" / "b.avi").write_bytes(data[: len(data) * 2 // 3])
+    report = run(folder, tmp_path / "s")
+    store = DatasetStore.open(tmp_path / "s")
+    assert report.failed == 1
+    assert "run/b.avi" in report.failures[0].reason
+    assert [store.frames(key) for key in ("run/a.avi", "walk/c.avi")] == [20, 3]
+    assert 5 < store.frames("run/b.avi") < 20
+    assert store.label("walk/c.avi") == "walk"
+    again = run(folder, tmp_path / "s")
+    assert (again.encoded, again.failed) == (0, 1)  # told again, not encoded again
+    thinned = SourceConfig(path=folder, stride=5)
+    encode([thinned], EncodeOptions(tmp_path / "t", precision="fp32", storage="fp32", size=(32, 32), batch_size=4))
+    every_fifth = DatasetStore.open(tmp_path / "t")
+    assert every_fifth.read_array("run/a.avi", "frame").tolist() == [0, 5, 10, 15]
+    assert np.array_equal(every_fifth.read("run/a.avi"), store.read("run/a.avi")[::5])
+
+
+@pytest.mark.slow
+def test_clips_through_an_autoencoder_over_time(tmp_path: Path, small_wan: Path) -> None:
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v" / "long.avi", 13)
+    write_video(tmp_path / "v" / "short.avi", 3)
+    report = run(tmp_path / "v", tmp_path / "s", autoencoder=str(small_wan), clip_length=5, batch_size=1)
+    store = DatasetStore.open(tmp_path / "s")
+    assert store.read("long.avi").shape == (2, 16, 2, 4, 4)  # the three frames left over make no clip
+    assert store.read_array("long.avi", "frame").tolist() == [0, 5]
+    assert report.failures[0].reason.endswith("3 frames; one clip has 5")
+    with pytest.raises(InputError, match="--clip-length: got 6"):
+        run(tmp_path / "v", tmp_path / "t", autoencoder=str(small_wan), clip_length=6)
+
+
+def test_latents_of_another_tool_are_repacked(world: Path, tmp_path: Path) -> None:
+    from halfstep.data.export import export
+
+    run(world, tmp_path / "s")
+    export(DatasetStore.open(tmp_path / "s"), "pt-tree", tmp_path / "pt")
+    torch.save(torch.full((16, 4, 4), torch.inf), tmp_path / "pt" / "walk_002" / "9.pt")
+    report = run(tmp_path / "pt", tmp_path / "again")
+    assert (report.items, report.failed) == (29, 1)
+    ours, theirs = DatasetStore.open(tmp_path / "again"), DatasetStore.open(tmp_path / "s")
+    assert np.array_equal(ours.read("walk_000"), theirs.read("walk_000"))
+    assert np.array_equal(ours.read_array("walk_001", "position"), theirs.read_array("walk_001", "position"))
+    with pytest.raises(InputError, match="repacked as they are"):
+        run(tmp_path / "pt", tmp_path / "m", mirror=True)
+
+
+def test_options_that_do_not_fit_are_named(world: Path, tmp_path: Path, small_wan: Path) -> None:
+    for options, named in (
+        ({"size": (30, 32)}, "--size: got 30x32; dct8 needs multiples of 8"),
+        ({"precision": "fp8"}, "precision: got 'fp8'"),
+        ({"storage": "fp8"}, "precision.storage: got 'fp8'"),
+        ({"clip_length": 5}, "--clip-length: dct8 encodes single frames"),
+        ({"autoencoder": str(small_wan)}, "compresses time, but each frame of a trajectory has its own pose"),
+        ({"device": "cuda:7"}, "device: got 'cuda:7'"),
+    ):
+        with pytest.raises(InputError, match=named):
+            run(world, tmp_path / "s", **options)
+        assert not (tmp_path / "s").exists()
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(world / "walk_000" / "0.jpg", tmp_path / "pictures")
+    with pytest.raises(InputError, match="cropped differently"):
+        run([world, tmp_path / "pictures"], tmp_path / "s")
+
+
+def test_two_runs_do_not_share_a_store(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    before = content(tmp_path / "s")
+    lock = FileLock(tmp_path / "s" / ".encode.lock")
+    assert lock.try_exclusive()
+    with pytest.raises(StoreBusyError, match="another run is encoding into it"):
+        run(world, tmp_path / "s")
+    lock.release()
+    assert run(world, tmp_path / "s").skipped == 30
+    assert same(content(tmp_path / "s"), before)
+
+
+def test_several_sources_in_one_store(world: Path, toy_world: Path, tmp_path: Path) -> None:
+    second = shutil.copytree(toy_world, tmp_path / "second")
+    assert run([world, second], tmp_path / "both").sequences == 6
+    assert "second/walk_002" in DatasetStore.open(tmp_path / "both").keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OUTSIDE_DATA.is_dir(), reason=f"{OUTSIDE_DATA} is not there")
+def test_the_real_clip_and_photographs_with_taef2(tmp_path: Path) -> None:
+    from skimage import data
+
+    (tmp_path / "photos").mkdir()
+    for name in ("astronaut", "coffee", "chelsea"):
+        Image.fromarray(getattr(data, name)()).save(tmp_path / "photos" / f"{name}.png")
+    autoencoder = str(OUTSIDE_DATA / "autoencoders")
+    report = run(tmp_path / "photos", tmp_path / "p", autoencoder=autoencoder, size=(128, 128), storage="fp16")
+    assert (report.items, report.failed) == (3, 0)
+    store = DatasetStore.open(tmp_path / "p")
+    codec = load_autoencoder(autoencoder)
+    for key in store.keys():
+        decoded = codec.decode(codec.unscaled(torch.from_numpy(store.read(key)))).clamp(-1, 1)
+        original = load_fitted(tmp_path / "photos" / key, PixelSpec(128, 128))
+        error = (decoded - (torch.from_numpy(original).permute(2, 0, 1)[None] / 127.5 - 1)).square().mean() / 4
+        assert -10 * torch.log10(error) > 24
+    clip = SourceConfig(path=OUTSIDE_DATA / "video" / "wan_clip.mp4", stride=27)
+    options = EncodeOptions(tmp_path / "v", autoencoder=autoencoder, size=(208, 120), batch_size=1)
+    assert encode([clip], replace(options, precision="fp32")).items == 3
