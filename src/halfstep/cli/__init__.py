@@ -10,6 +10,8 @@ import typer
 from halfstep.cli import bench, demo, encode, probe, store, toy_world
 from halfstep.errors import HalfstepError
 
+_INTERRUPTED = 130  # typer's exit code for Ctrl-C, the shells' 128 + SIGINT
+
 app = typer.Typer(
     name="halfstep",
     help="Latents of generative image, video and world models, in the smallest number format measured to be enough.",
@@ -37,8 +39,10 @@ def main() -> None:
         app()
     except HalfstepError as error:
         _stop(error, str(error), error.exit_code)
-    except KeyboardInterrupt as error:
-        _stop(error, "interrupted; what was complete is kept, the same command goes on from there", 130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            typer.echo("halfstep: interrupted; what was complete is kept, the same command goes on from there", err=True)
+        raise
     except Exception as error:  # noqa: BLE001 - the last line of defence, it exits with the error's name
         _stop(error, f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback", 1)
 
