@@ -25,6 +25,13 @@ def test_fp16_rounds_as_torch_does(values: list[float]) -> None:
     assert np.array_equal(to_storage(array, "fp16"), torch.tensor(array).half().numpy())
 
 
+def test_every_finite_fp16_value_widens_exactly() -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)]
+    widened = to_float32(every, "F16")
+    assert np.array_equal(widened.view(np.uint32), every.astype(np.float32).view(np.uint32))
+
+
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused(storage: str, bad: float) -> None:

@@ -104,8 +104,11 @@ def test_a_reader_keeps_its_snapshot_while_the_store_is_compacted(store: Path) -
     opened = DatasetStore.open(store)
     for key in opened.keys():
         opened.read(key)
+    late = DatasetStore.open(store)
     compact(store, drop=["k03"])
     assert opened.read("k03").tobytes() == before["k03"][0]
+    with pytest.raises(StoreError, match="the store changed after it was opened, open it again"):
+        late.read("k00")
 
 
 def test_maintenance_waits_for_no_writer(store: Path, manifest: Manifest) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +42,21 @@ def bench_read(*, trajectories: int = 100, frames: int = 64, windows: int = 2000
             "pt tree": partial(_read_pt, folder / "pt"),
             "zarr, sharded": _zarr_reader(folder / "zarr", latents),
         }
-        absent = []
-        for name, make in (("litdata", _litdata_reader), ("mosaicml-streaming", _mosaic_reader)):
-            module = {"litdata": "litdata", "mosaicml-streaming": "streaming"}[name]
-            if find_spec(module) is None:
-                absent.append(name)
-            else:
+        absent = {}
+        for name, module, make in (
+            ("litdata", "litdata", _litdata_reader),
+            ("mosaicml-streaming", "streaming", _mosaic_reader),
+        ):
+            try:
+                import_module(module)
+            except ImportError as error:
+                absent[name] = str(error)
+                continue
+            with _stdout_to_stderr():
                 readers[name] = make(folder / module, latents)
-        places = list(
-            zip(rng.integers(trajectories, size=windows), rng.integers(frames - CONTEXT, size=windows), strict=True)
-        )
+        which = rng.integers(trajectories, size=windows).tolist()
+        starts = rng.integers(frames - CONTEXT, size=windows).tolist()
+        places = list(zip(which, starts, strict=True))
         expected = store.read("t0003", 5, 5 + CONTEXT)
         for name, reader in readers.items():
             np.testing.assert_allclose(reader(3, 5), expected, rtol=2e-3, atol=1e-3, err_msg=name)
@@ -63,8 +70,20 @@ def bench_read(*, trajectories: int = 100, frames: int = 64, windows: int = 2000
             latent_shape=list(SHAPE),
             microseconds_per_window={name: round(t.median / windows * 1e6, 1) for name, t in timings.items()},
             speedup_over={name: ratio(timings, name, "halfstep") for name in timings if name != "halfstep"},
-            not_installed=absent,
+            not_importable=absent,
         )
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Some libraries greet on stdout, their worker processes too; there belongs one JSON document and nothing else."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _read_all(reader: Callable[[int, int], Array], places: list[tuple[int, int]]) -> None:

@@ -19,6 +19,7 @@ class BarProgress(Progress):
 
     def __init__(self, *, hidden: bool = False) -> None:
         self.speaks = os.environ.get("RANK", "0") == "0"
+        console = Console(stderr=True)
         self._bar = RichProgress(
             TextColumn("encoding"),
             BarColumn(),
@@ -26,8 +27,8 @@ class BarProgress(Progress):
             TextColumn("{task.fields[rate]:.1f} items/s"),
             TextColumn("{task.fields[megabytes]:.1f} MB"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=hidden or not self.speaks,
+            console=console,
+            disable=hidden or not self.speaks or not console.is_terminal,
         )
         self._bytes = 0
 

@@ -7,6 +7,7 @@ in an epoch an offset: training resumes in mid-epoch where it was. All datasets 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -264,4 +265,4 @@ def _classes(reader: FrameReader, keys: list[str]) -> list[str]:
 
 
 def _label_number(label: str | None, classes: list[str]) -> int:
-    return classes.index(label) if label is not None else 0
+    return bisect_left(classes, label) if label is not None else 0

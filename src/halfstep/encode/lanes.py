@@ -47,7 +47,7 @@ class Lanes:
     def __init__(self, job: EncodeJob, autoencoder: Autoencoder | None, count: int | None = None) -> None:
         self.job = job
         self._device = torch.device(job.device)
-        self.count = count or _lane_count(self._device)
+        self.count = count or _lane_count(self._device, autoencoder)
         self._gates = self._make_gates(autoencoder)
         self._threads_before = torch.get_num_threads()
         initializer = (lambda: torch.set_num_threads(1)) if self._device.type == "cpu" else None
@@ -138,8 +138,9 @@ class Lanes:
         return array
 
 
-def _lane_count(device: torch.device) -> int:
+def _lane_count(device: torch.device, autoencoder: Autoencoder | None) -> int:
     if device.type != "cpu":
-        return 2  # one batch computes while the other is copied and converted
+        # One batch computes while the other is copied and converted; a second model in memory is not worth it.
+        return 2 if autoencoder is None or autoencoder.reentrant else 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, len(os.sched_getaffinity(0)) // processes)

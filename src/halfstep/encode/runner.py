@@ -26,7 +26,7 @@ from halfstep.store.dataset import DatasetStore
 from halfstep.store.index import Row, live_rows, read_rows
 from halfstep.store.maintenance import compact
 from halfstep.store.manifest import NAME as MANIFEST_NAME
-from halfstep.store.writer import DatasetWriter, create_store, read_manifest, require_same_spec
+from halfstep.store.writer import DatasetWriter, create_store, read_manifest, require_same_spec, require_store_or_empty
 
 FAILURES_FILE = "failures.jsonl"
 
@@ -84,12 +84,12 @@ def encode(
         if not job.imports_latents and (line := slowness(job.policy, job.device, "encode")) and team.leads:
             progress.note(line)
         mine = sequences[team.rank :: team.size]
-        progress.start(sum(sequence.expected for sequence in mine))
         started = time.monotonic()
         if dry_run:
             counts = plan_only(job, mine, existing)
         else:
             job = open_store(job, autoencoder, team)
+            progress.start(sum(sequence.expected for sequence in mine))
             counts = encode_share(job, autoencoder, mine, existing, progress.advance)
         totals = merge_counts(team.gather(counts))
         seconds = time.monotonic() - started
@@ -185,8 +185,7 @@ def reserved(output: Path, team: Team, dry_run: bool) -> Iterator[None]:
         yield
         return
     with store_errors(output):
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output}: is a file; name a folder for the store")
+        require_store_or_empty(output)
         created = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / ".encode.lock")

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 
 from halfstep.errors import InputError, StoreError
 from halfstep.spec import LatentSpec
 from halfstep.store.formats import LATENT_ARRAYS, Array, Float32, to_float32
-from halfstep.store.index import READING_COLUMNS, read_table
+from halfstep.store.index import INDEX_SCHEMA, READING_COLUMNS, read_table
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import Manifest, parse_manifest
 from halfstep.store.shard import MappedShard, RemoteShard, Shard
 
 # Each mapped shard costs one file descriptor; 1024 is a usual limit for a process.
 _OPEN_SHARDS = 256
+
+# Parts that were listed can be gone when they are read, because another process merged them into a new one.
+_ATTEMPTS = 5
 
 
 class DatasetStore:
@@ -40,24 +42,20 @@ class DatasetStore:
             self._filesystem, self._root = fsspec.core.url_to_fs(self._location)
         try:
             manifest = self._read_file(MANIFEST_NAME)
-            parts = self._index_parts()
         except FileNotFoundError:
             raise StoreError(
                 f"{self._location}: no store here (no {MANIFEST_NAME}); `halfstep encode -i SRC -o DIR` makes one"
             ) from None
         self.manifest: Manifest = parse_manifest(manifest, f"{self._location}/{MANIFEST_NAME}")
-        self._keys: dict[str, int] = {}
-        self._labels: list[str | None] = []
-        self._places: list[tuple[int, int, int]] = []  # shard, start, length
-        for part in parts:
-            self._add_part(part)
+        table = self._read_index()
+        # A later row of the same key supersedes an earlier one. Columns, not objects: a million rows must stay small.
+        self._row_of: dict[str, int] = {key: row for row, key in enumerate(table["key"].to_pylist())}
+        self._places = np.stack([table[name].to_numpy() for name in ("shard", "start", "length")], axis=1)
+        self._labels = table["label"].combine_chunks().dictionary_encode()
+        self._items = int(self._places[list(self._row_of.values()), 2].sum())
         self._shards: OrderedDict[int, Shard] = OrderedDict()
-        shift, scale = self.spec.shift, self.spec.scale
-        self._affine = (
-            None
-            if set(shift) == {0.0} and set(scale) == {1.0}
-            else (np.array(shift, np.float32), np.array(scale, np.float32))
-        )
+        self._shift = None if set(self.spec.shift) == {0.0} else np.array(self.spec.shift, np.float32)
+        self._scale = None if set(self.spec.scale) == {1.0} else np.array(self.spec.scale, np.float32)
 
     @classmethod
     def open(cls, location: str | Path) -> Self:
@@ -75,14 +73,14 @@ class DatasetStore:
 
     def __len__(self) -> int:
         """The number of items: frames, over all sequences (clips, for a video autoencoder)."""
-        return sum(self._places[row][2] for row in self._keys.values())
+        return self._items
 
     def __contains__(self, key: object) -> bool:
-        return key in self._keys
+        return key in self._row_of
 
     def keys(self) -> list[str]:
         """All sequences, sorted."""
-        return sorted(self._keys)
+        return sorted(self._row_of)
 
     def frames(self, key: str) -> int:
         """The number of frames of a sequence."""
@@ -91,14 +89,14 @@ class DatasetStore:
     def label(self, key: str) -> str | None:
         """The class folder that the sequence came from, or None."""
         self._place(key)
-        return self._labels[self._keys[key]]
+        label: str | None = self._labels[self._row_of[key]].as_py()
+        return label
 
     def latent_bytes(self) -> int:
         """Bytes of all latents (mean, variance, mirrored ones), without poses, index and headers."""
         total = 0
         sizes: dict[int, int] = {}
-        for row in self._keys.values():
-            number, _, length = self._places[row]
+        for number, _, length in self._places[list(self._row_of.values())].tolist():
             if number not in sizes:
                 layouts = self._shard(number).layouts
                 sizes[number] = sum(layouts[name].row_bytes for name in LATENT_ARRAYS if name in layouts)
@@ -122,10 +120,11 @@ class DatasetStore:
         if raw:
             return to_float32(stored, type_name) if type_name == "BF16" else stored
         latents = to_float32(stored, type_name)
-        if self._affine is not None:
-            shift, scale = (values.reshape(-1, *[1] * (latents.ndim - 2)) for values in self._affine)
-            latents -= shift
-            latents *= scale
+        per_channel = (-1, *[1] * (latents.ndim - 2))
+        if self._shift is not None:
+            latents -= self._shift.reshape(per_channel)
+        if self._scale is not None:
+            latents *= self._scale.reshape(per_channel)
         return latents
 
     def read_array(self, key: str, name: str, start: int = 0, stop: int | None = None) -> Array:
@@ -163,10 +162,11 @@ class DatasetStore:
         return shard.rows(name, first + start, first + end), layout.type_name
 
     def _place(self, key: str) -> tuple[int, int, int]:
-        row = self._keys.get(key)
+        row = self._row_of.get(key)
         if row is None:
-            raise InputError(f"{self._location}: no sequence {key!r} (of {len(self._keys)}); `.keys()` lists them")
-        return self._places[row]
+            raise InputError(f"{self._location}: no sequence {key!r} (of {len(self._row_of)}); `.keys()` lists them")
+        shard, start, length = self._places[row].tolist()
+        return shard, start, length
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
@@ -181,36 +181,33 @@ class DatasetStore:
                 self._shards.popitem(last=False)
         return shard
 
-    def _add_part(self, part: str) -> None:
-        where = f"{self._location}/index/{part}"
-        source = self._open_file(f"index/{part}") if self._filesystem else f"{self._root}/index/{part}"
-        table = read_table(source, where, READING_COLUMNS)
-        columns = [table.column(name).to_pylist() for name in READING_COLUMNS]
-        for key, shard, start, length, label in zip(*columns, strict=True):
-            self._keys[key] = len(self._places)  # a later shard supersedes an earlier one
-            self._labels.append(label)
-            self._places.append((shard, start, length))
+    def _read_index(self) -> pa.Table:
+        attempts = 0
+        while True:
+            try:
+                parts = [self._read_part(part) for part in self._index_parts()]
+            except FileNotFoundError:
+                attempts += 1
+                if attempts == _ATTEMPTS:
+                    raise
+            else:
+                return pa.concat_tables(parts or [INDEX_SCHEMA.empty_table()])
+
+    def _read_part(self, part: str) -> pa.Table:
+        name = f"{self._root}/index/{part}"
+        source = name if self._filesystem is None else self._filesystem.open(name, "rb")
+        return read_table(source, f"{self._location}/index/{part}", READING_COLUMNS)
 
     def _index_parts(self) -> list[str]:
         if self._filesystem is None:
-            return sorted(path.name for path in (Path(self._root) / "index").glob("[0-9]*.parquet"))
-        listed = self._filesystem.ls(f"{self._root}/index", detail=False)
-        return sorted(name.rsplit("/", 1)[-1] for name in listed if name.endswith(".parquet"))
+            names = [path.name for path in (Path(self._root) / "index").glob("[0-9]*.parquet")]
+        else:
+            listed = self._filesystem.ls(f"{self._root}/index", detail=False)
+            names = [name.rsplit("/", 1)[-1] for name in listed if name.endswith(".parquet")]
+        return sorted(names, key=lambda name: int(name.partition(".")[0]))
 
     def _read_file(self, name: str) -> bytes:
         if self._filesystem is None:
             return (Path(self._root) / name).read_bytes()
         data: bytes = self._filesystem.cat_file(f"{self._root}/{name}")
         return data
-
-    def _open_file(self, name: str) -> Any:
-        return self._filesystem.open(f"{self._root}/{name}", "rb")
-
-    def attributes(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Key and attributes of every sequence, read from the index as asked."""
-        found: dict[str, dict[str, Any]] = {}
-        for part in self._index_parts():
-            source = self._open_file(f"index/{part}") if self._filesystem else f"{self._root}/index/{part}"
-            table = read_table(source, part, ["key", "attributes"])
-            found.update((r["key"], json.loads(r["attributes"])) for r in table.to_pylist())
-        return iter(sorted(found.items()))

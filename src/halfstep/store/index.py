@@ -16,7 +16,7 @@ from halfstep.errors import StoreError
 
 DIGEST_BYTES = 16
 
-_SCHEMA = pa.schema(
+INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("shard", pa.int32()),
@@ -73,14 +73,16 @@ def rows_to_bytes(rows: Iterable[Row]) -> bytes:
     """The index part of one shard as parquet."""
     records = [{**vars(row), "attributes": json.dumps(row.attributes)} for row in rows]
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records, schema=_SCHEMA), buffer, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(records, schema=INDEX_SCHEMA), buffer, compression="zstd")
     return buffer.getvalue()
 
 
 def read_table(source: Any, where: str, columns: list[str] | None = None) -> pa.Table:
-    """An index part as an Arrow table. Raises StoreError when it is damaged."""
+    """An index part as an Arrow table. Raises StoreError when it is damaged, FileNotFoundError when it is gone."""
     try:
         return pq.read_table(source, columns=columns, partitioning=None)
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise StoreError(f"{where}: damaged index ({error}); run `halfstep store repair`") from error
 

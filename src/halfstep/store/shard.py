@@ -94,6 +94,8 @@ class MappedShard:
         try:
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise StoreError(f"{path}: is gone; the store changed after it was opened, open it again") from None
         except (OSError, ValueError) as error:
             raise StoreError(f"{path}: cannot be read ({error}); run `halfstep store verify`") from error
         length = int.from_bytes(mapped[:8], "little")

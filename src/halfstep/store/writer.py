@@ -243,14 +243,23 @@ def create_store(root: Path, manifest: Manifest) -> None:
     existing = root / MANIFEST_NAME
     if existing.exists():
         require_same_spec(parse_manifest(existing.read_bytes(), str(existing)).spec, manifest.spec, root)
-    elif root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
-        raise InputError(f"{root}: is not empty and not a store; name a new or empty folder")
     else:
+        require_store_or_empty(root)
         root.mkdir(parents=True, exist_ok=True)
         manifest.write(root)  # first: folders without a manifest would look like somebody else's
     for name in ("shards", "index", "staging"):
         (root / name).mkdir(exist_ok=True)
     fsync_path(root)
+
+
+def require_store_or_empty(root: Path) -> None:
+    """Raise InputError when `root` is a file, or a folder that holds anything but a store."""
+    if root.exists() and not root.is_dir():
+        raise InputError(f"{root}: is a file; name a folder for the store")
+    if (root / MANIFEST_NAME).exists() or not root.exists():
+        return
+    if any(not path.name.startswith(".") for path in root.iterdir()):
+        raise InputError(f"{root}: is not empty and not a store; name a new or empty folder")
 
 
 def require_same_spec(found: Any, wanted: Any, root: Path) -> None:

@@ -1,0 +1,190 @@
+"""The command line end to end: documents on stdout, one line for an error, exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from halfstep.store import DatasetStore
+from tests.conftest import run_cli
+
+SMALL = ["--size", "32", "--batch-size", "4", "--quiet"]
+
+
+def test_help_loads_no_heavy_library() -> None:
+    script = "import sys; sys.argv = ['halfstep', '--help']\nfrom halfstep.cli import main\n"
+    script += "try:\n    main()\nexcept SystemExit:\n    pass\n"
+    script += "print([m for m in ('torch', 'numpy', 'pyarrow', 'diffusers', 'av', 'matplotlib') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("[]")
+    assert "encode" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def store(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("cli") / "store"
+    result = run_cli("encode", "-i", toy_world, "-o", output, *SMALL, "--json")
+    report = json.loads(result.stdout)
+    assert {k: report[k] for k in ("sequences", "items", "encoded", "skipped", "removed", "failed")} == {
+        "sequences": 3,
+        "items": 30,
+        "encoded": 30,
+        "skipped": 0,
+        "removed": 0,
+        "failed": 0,
+    }
+    assert report["bytes"] == 30 * 16 * 4 * 4 * 2
+    assert report["items_per_second"] > 0
+    return output
+
+
+def test_verify(store: Path, tmp_path: Path) -> None:
+    document = json.loads(run_cli("store", "verify", store, "--json").stdout)
+    assert document == {"ok": True, "shards": 1, "items": 30, "problems": []}
+    damaged = shutil.copytree(store, tmp_path / "damaged")
+    shard = next((damaged / "shards").iterdir())
+    data = bytearray(shard.read_bytes())
+    data[3000] ^= 1
+    shard.write_bytes(data)
+    document = json.loads(run_cli("store", "verify", damaged, "--json", check=1).stdout)
+    assert not document["ok"]
+    assert document["problems"] == [
+        "shards/00000.safetensors: does not match its checksum; run `halfstep store repair`"
+    ]
+    assert "NOT ok" in run_cli("store", "verify", damaged, check=1).stdout
+    repaired = json.loads(run_cli("store", "repair", damaged, "--json", check=1).stdout)
+    assert len(repaired["lost"]) == 1
+    run_cli("store", "verify", damaged)
+
+
+def test_inspect(store: Path) -> None:
+    document = json.loads(run_cli("store", "inspect", store, "--json").stdout)
+    assert document["latent_shape"] == [16, 4, 4]
+    assert document["spec"]["autoencoder"] == "dct8"
+    assert document["arrays"] == ["frame", "latents", "position", "yaw"]
+    assert "30 items in 3 sequences" in run_cli("store", "inspect", store).stdout
+
+
+def test_export(store: Path, tmp_path: Path) -> None:
+    opened = DatasetStore.open(store)
+    run_cli("store", "export", store, "--format", "pt-tree", "-o", tmp_path / "pt")
+    latent = torch.load(tmp_path / "pt" / "walk_001" / "4.pt", weights_only=True)["latent"]
+    assert np.array_equal(latent.numpy(), opened.read("walk_001", 4, 5)[0])
+    # A view would drag all ten frames into each file.
+    assert (tmp_path / "pt" / "walk_001" / "4.pt").stat().st_size < 2 * latent.numel() * 4 + 2000
+    run_cli("store", "export", store, "--format", "npy", "-o", tmp_path / "npy")
+    assert np.array_equal(np.load(tmp_path / "npy" / "walk_002.npy"), opened.read("walk_002"))
+    run_cli("store", "export", store, "--format", "webdataset", "-o", tmp_path / "wds")
+    listing = subprocess.run(["tar", "tf", tmp_path / "wds" / "shard-000000.tar"], capture_output=True, text=True)
+    assert listing.stdout.split() == [f"00000000{i}.{e}" for i in range(3) for e in ("latents.npy", "json")]
+    error = run_cli("store", "export", store, "--format", "npy", "-o", tmp_path / "npy", check=2).stderr
+    assert "is not empty" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["encode", "-i", "{tmp}/none", "-o", "{tmp}/s"], 2, "none: no such file or folder"),
+        (["encode", "-i", "{tmp}/empty", "-o", "{tmp}/s"], 2, "no pictures, videos, trajectories or latents in it"),
+        (["encode", "-o", "{tmp}/s"], 2, "no source; give at least one with -i"),
+        (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--size", "big"], 2, "--size: got 'big'; expected N or WxH"),
+        (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--batch-size", "0"], 2, "--batch-size: got '0'"),
+        (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--precision", "fp8"], 2, "precision: got 'fp8'; expected one of"),
+        (["encode", "-i", "{toy}", "-o", "{tmp}/file"], 2, "file: is a file"),
+        (["encode", "-i", "{toy}", "-o", "{tmp}/full"], 2, "is not empty and not a store"),
+        (["encode", "-i", "{tmp}/bad.yaml", "-o", "{tmp}/s"], 2, "bad.yaml: 0.stride: got 'often'"),
+        (["store", "verify", "{tmp}/none"], 1, "no store here"),
+        (["store", "inspect", "{tmp}/none"], 1, "no store here"),
+    ],
+)
+def test_errors_are_one_line(tmp_path: Path, toy_world: Path, arguments: list[str], code: int, named: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    (tmp_path / "bad.yaml").write_text(f"- path: {toy_world}\n  stride: often\n")
+    filled = [argument.format(tmp=tmp_path, toy=toy_world) for argument in arguments]
+    result = run_cli(*filled, check=code)
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("halfstep: ")
+    assert named in result.stderr
+    assert not (tmp_path / "s").exists()
+    assert sorted(path.name for path in (tmp_path / "full").iterdir() if not path.name.startswith(".")) == [
+        "thesis.tex"
+    ]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = run_cli("--debug", "store", "verify", tmp_path, check=1)
+    assert "Traceback" in result.stderr
+    assert "StoreError" in result.stderr
+
+
+def test_a_yaml_list_and_several_folders(toy_world: Path, tmp_path: Path) -> None:
+    second = shutil.copytree(toy_world, tmp_path / "second")
+    (tmp_path / "all.yaml").write_text(f"- path: {toy_world}\n  name: one\n- path: {second}\n  kind: trajectories\n")
+    report = json.loads(run_cli("encode", "-i", tmp_path / "all.yaml", "-o", tmp_path / "s", *SMALL, "--json").stdout)
+    assert (report["sequences"], report["items"]) == (6, 60)
+    assert DatasetStore.open(tmp_path / "s").keys()[::3] == ["one/walk_000", "second/walk_000"]
+    report = json.loads(run_cli("encode", "-i", toy_world, second, "-o", tmp_path / "t", *SMALL, "--json").stdout)
+    assert report["sequences"] == 6
+
+
+def test_failures_are_told_and_change_the_exit_code(toy_world: Path, tmp_path: Path) -> None:
+    world = shutil.copytree(toy_world, tmp_path / "world")
+    (world / "walk_001" / "4.jpg").write_bytes(b"")
+    (world / "walk_000" / "2.jpg").unlink()
+    result = run_cli("encode", "-i", world, "-o", tmp_path / "s", *SMALL, check=1)
+    assert "2 failed" in result.stdout
+    assert "4.jpg: an empty file" in result.stdout
+    assert "walk_000: picture 2 is missing" in result.stdout
+    strict = run_cli("encode", "-i", world, "-o", tmp_path / "t", *SMALL, "--strict", check=1)
+    assert "stopped because of --strict" in strict.stderr
+
+
+def test_probe_says_what_auto_chooses() -> None:
+    document = json.loads(run_cli("probe", "--json").stdout)
+    assert document["auto"].keys() == {"encode", "sample", "train"}
+    assert "Measured on" in run_cli("probe").stdout
+
+
+def test_toy_world_command(tmp_path: Path) -> None:
+    run_cli("toy-world", "-o", tmp_path / "w", "--trajectories", 1, "--frames", 3)
+    assert sorted(p.name for p in (tmp_path / "w" / "walk_000").iterdir()) == [
+        "0.jpg",
+        "1.jpg",
+        "2.jpg",
+        "traj_data.pkl",
+    ]
+
+
+@pytest.mark.slow
+def test_demo_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
+    result = run_cli("demo", "-o", tmp_path / "demo")
+    report = tmp_path / "demo" / "report.html"
+    assert result.stdout.strip().endswith(str(report.resolve()))
+    page = report.read_text()
+    assert "http" not in page
+    assert page.count("data:image/png;base64,") == 10
+    assert {"fp16", "bf16", "fp32"} <= {cell for cell in ("fp16", "bf16", "fp32") if f"<td>{cell}</td>" in page}
+    run_cli("demo", "-o", tmp_path / "demo")  # a demo replaces a demo, and nothing else
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert "holds something that is not a demo" in run_cli("demo", "-o", tmp_path / "mine", check=2).stderr
+
+
+@pytest.mark.slow
+def test_benchmarks_run(tmp_path: Path) -> None:
+    read = json.loads(run_cli("bench", "read", "--trajectories", 8, "--windows", 20, "--rounds", 1, "--json").stdout)
+    assert {"halfstep", "pt tree", "zarr, sharded"} <= read["seconds"].keys()
+    arguments = ["--images", 32, "--size", 32, "--rounds", 1, "--autoencoder", "dct8", "--no-memory"]
+    encode = json.loads(run_cli("bench", "encode", *arguments, "--json").stdout)
+    assert encode["images"] == 32
+    assert encode["relative_error_against_fp32"] < 0.01
+    assert {"device", "cores", "torch"} <= encode["machine"].keys()
