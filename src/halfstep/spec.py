@@ -5,7 +5,7 @@ Axes: B batch, C channels, T time, H height, W width.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from halfstep.errors import InputError
@@ -27,13 +27,18 @@ class PixelSpec:
     crop: Crop = "fill"
     clip_length: int = 1
 
+    def __str__(self) -> str:
+        clip = f", {self.clip_length} frames" if self.clip_length > 1 else ""
+        return f"{self.width}x{self.height} (crop {self.crop}{clip})"
+
 
 @dataclass(frozen=True)
 class LatentSpec:
     """Identity and geometry of latents, and the affine map that makes them model-ready: `(raw - shift) * scale`.
 
     `scale` and `shift` hold one value for all channels or one value a channel. `weights_sha256` is the digest of the
-    autoencoder's parameters as loaded in fp32, so that it does not depend on the file format they came in.
+    autoencoder's parameters as loaded in fp32, so that it does not depend on the file format they came in. Where
+    `pixels` do not say it, as for latents that another tool made, `latent_shape` is that of one latent.
     """
 
     autoencoder: str
@@ -45,6 +50,7 @@ class LatentSpec:
     weights_sha256: str = ""
     revision: str = ""
     pixels: PixelSpec | None = None
+    latent_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("scale", "shift"):
@@ -62,18 +68,24 @@ class LatentSpec:
         """Raise InputError when a field is missing or unknown."""
         try:
             pixels = PixelSpec(**values["pixels"]) if values.get("pixels") else None
-            affine = {name: tuple(values[name]) for name in ("scale", "shift")}
-            return cls(**{**values, **affine, "pixels": pixels})
+            tuples = {name: tuple(values[name]) for name in ("scale", "shift")}
+            shape = values.get("latent_shape")
+            return cls(**{**values, **tuples, "pixels": pixels, "latent_shape": tuple(shape) if shape else None})
         except (TypeError, KeyError) as error:
             raise InputError(f"latent spec: {error}; the description of these latents is incomplete") from error
 
-    def differences(self, other: LatentSpec) -> list[str]:
-        """The fields that keep latents of the two specs from sharing a store, as `name: ours, not theirs`.
+    def differences(self, wanted: LatentSpec) -> list[str]:
+        """Why latents of this spec and of `wanted` cannot share a store, as `what: this one's, not the wanted one's`.
 
-        The name and revision under which the autoencoder was found do not count: its weights do.
+        The name and revision under which an autoencoder was found do not count: its weights do.
         """
-        return [
-            f"{f.name}: {getattr(self, f.name)}, not {getattr(other, f.name)}"
-            for f in fields(self)
-            if f.name not in ("autoencoder", "revision") and getattr(self, f.name) != getattr(other, f.name)
-        ]
+        if self.weights_sha256 != wanted.weights_sha256:
+            mine, theirs = (f"{s.autoencoder} (weights {s.weights_sha256[:8] or 'unknown'})" for s in (self, wanted))
+            found = [f"autoencoder: {mine}, not {theirs}"]
+        else:
+            names = ("channels", "spatial_factor", "temporal_factor", "scale", "shift", "latent_shape")
+            pairs = [(name, getattr(self, name), getattr(wanted, name)) for name in names]
+            found = [f"{name}: {mine}, not {theirs}" for name, mine, theirs in pairs if mine != theirs]
+        if self.pixels != wanted.pixels:
+            found.append(f"pixels: {self.pixels}, not {wanted.pixels}")
+        return found

@@ -98,7 +98,17 @@ def test_export(store: Path, tmp_path: Path) -> None:
         (["encode", "-i", "{toy}", "-o", "{tmp}/file"], 2, "file: is a file"),
         (["encode", "-i", "{toy}", "-o", "{tmp}/full"], 2, "is not empty and not a store"),
         (["encode", "-i", "{tmp}/bad.yaml", "-o", "{tmp}/s"], 2, "bad.yaml: 0.stride: got 'often'"),
+        (["encode", "-i", "{tmp}/none.yaml", "-o", "{tmp}/s"], 2, "none.yaml: no such file"),
+        (["encode", "-i", "{tmp}/empty.yaml", "-o", "{tmp}/s"], 2, "sources: the list is empty"),
+        (["encode", "-i", "{tmp}/bad.yaml", "-o", "{tmp}/s", "--stride", "2"], 2, "set stride there"),
+        (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--fps", "nan"], 2, "fps: got nan"),
+        (["encode", "-i", "{toy}"], 2, "-o"),
+        (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--limit", "0"], 2, "--limit"),
+        (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--autoencoder", "{tmp}/taef"], 2, "not the weights of taef2"),
+        (["toy-world", "-o", "{tmp}/file"], 2, "is not empty"),
         (["store", "verify", "{tmp}/none"], 1, "no store here"),
+        (["store", "repair", "{tmp}/full"], 1, "no store here"),
+        (["store", "inspect", "nothing://{tmp}"], 2, "nothing://"),
         (["store", "inspect", "{tmp}/none"], 1, "no store here"),
     ],
 )
@@ -108,6 +118,9 @@ def test_errors_are_one_line(tmp_path: Path, toy_world: Path, arguments: list[st
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     (tmp_path / "bad.yaml").write_text(f"- path: {toy_world}\n  stride: often\n")
+    (tmp_path / "empty.yaml").write_text("[]")
+    (tmp_path / "taef").mkdir()
+    (tmp_path / "taef" / "taef2_encoder.pth").touch()
     filled = [argument.format(tmp=tmp_path, toy=toy_world) for argument in arguments]
     result = run_cli(*filled, check=code)
     assert result.stdout == ""
@@ -118,6 +131,14 @@ def test_errors_are_one_line(tmp_path: Path, toy_world: Path, arguments: list[st
     assert sorted(path.name for path in (tmp_path / "full").iterdir() if not path.name.startswith(".")) == [
         "thesis.tex"
     ]
+
+
+def test_version() -> None:
+    assert run_cli("--version").stdout.startswith("halfstep 0.")
+
+
+def test_a_group_without_a_verb_shows_its_help() -> None:
+    assert "verify" in run_cli("store", check=2).stdout
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from halfstep.data.base import Array
 from halfstep.data.export import export
-from halfstep.data.frames import FolderFrames, StoreFrames, open_frames
+from halfstep.data.frames import StoreFrames, open_frames
 from halfstep.data.latents import (
     ClipLatents,
     ImageLatents,
@@ -23,12 +24,14 @@ from halfstep.data.latents import (
     navigation_datasets,
 )
 from halfstep.data.navigation import goal_actions, relative_time, sample_index
+from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.encode import EncodeOptions, encode
 from halfstep.errors import InputError
 from halfstep.spec import LatentSpec, PixelSpec
 from halfstep.store import DatasetStore, DatasetWriter, Manifest
 from tests.conftest import latents
+from tests.data.test_videos import write_video
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nwm_dataset.npz"
 
@@ -96,7 +99,7 @@ def test_navigation_items_from_store_tree_and_pixels_agree(encoded: Path, toy_wo
     store = DatasetStore.open(encoded)
     export(store, "pt-tree", tmp_path / "pt")
     over_store = NavigationLatents(StoreFrames(store), goals_per_obs=3, seed=5, **SAMPLING)
-    over_tree = NavigationLatents(FolderFrames(tmp_path / "pt", None), goals_per_obs=3, seed=5, **SAMPLING)
+    over_tree = NavigationLatents(open_frames(tmp_path / "pt"), goals_per_obs=3, seed=5, **SAMPLING)
     over_pixels = NavigationLatents(
         open_frames(toy_world, PixelSpec(32, 32, "4:3")), goals_per_obs=3, seed=5, **SAMPLING
     )
@@ -202,7 +205,7 @@ def test_clips_never_span_a_missing_frame(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "s", Manifest(LatentSpec("t", 2, 8), "fp32")) as writer:
         numbers = np.r_[0:8, 10:22].astype(np.int32)
         writer.append("gap", values, label="x", frame=numbers)
-        writer.append("thinned", values[:12], label="y", frame=np.arange(0, 48, 4, dtype=np.int32))
+        writer.append("whole", values[:12], label="y", frame=np.arange(12, dtype=np.int32))
         writer.append("short", values[:3], label="z", frame=np.arange(3, dtype=np.int32))
     dataset = ClipLatents(tmp_path / "s", 4, stride=2, seed=0)
     assert len(dataset) == 2
@@ -265,6 +268,85 @@ datasets:
     assert datasets["sacson"].spacing == 0.255
 
 
+def test_variance_gives_fresh_samples_in_every_dataset(tmp_path: Path) -> None:
+    values = np.zeros((12, 2, 3, 4), np.float32)
+    numbers, poses = np.arange(12, dtype=np.int32), {"position": np.zeros((12, 2)), "yaw": np.zeros(12)}
+    with DatasetWriter(tmp_path / "s", Manifest(LatentSpec("t", 2, 8, scale=(0.5,)), "fp32")) as writer:
+        writer.append("walk", values, frame=numbers, logvar=values, **poses)
+    (tmp_path / "pt" / "walk").mkdir(parents=True)
+    for i in range(12):
+        torch.save(
+            {"mean": torch.zeros(2, 3, 4), "std": torch.full((2, 3, 4), 0.5)}, tmp_path / "pt" / "walk" / f"{i}.pt"
+        )
+    (tmp_path / "pt" / "walk" / "traj_data.pkl").write_bytes(pickle.dumps(poses))
+    for folder in ("s", "pt"):
+        frames = open_frames(tmp_path / folder)
+        items = [NavigationLatents(frames, goals_per_obs=4, seed=s, **SAMPLING)[0][0] for s in range(40)]
+        np.testing.assert_allclose(torch.stack(items).std(), 0.5, rtol=0.05)
+        np.testing.assert_allclose(
+            torch.stack([ClipLatents(frames, 6, seed=s)[0][0] for s in range(40)]).std(), 0.5, rtol=0.05
+        )
+        np.testing.assert_allclose(
+            torch.stack([ImageLatents(frames, seed=s)[3][0] for s in range(200)]).std(), 0.5, rtol=0.05
+        )
+
+
+def test_one_store_of_several_datasets(toy_world: Path, tmp_path: Path) -> None:
+    second = shutil.copytree(toy_world, tmp_path / "second")
+    sources = [SourceConfig(path=toy_world, name="recon"), SourceConfig(path=second, name="sacson")]
+    encode(sources, EncodeOptions(tmp_path / "latents", size=(32, 32)))
+    (tmp_path / "traj_names.txt").write_text("walk_001\nwalk_999\n")
+    config = tmp_path / "nwm.yaml"
+    config.write_text(f"""
+context_size: 2
+len_traj_pred: 3
+distance: {{min_dist_cat: -4, max_dist_cat: 4}}
+datasets:
+  recon: {{latent_folder: {tmp_path}/latents/recon, data_folder: {toy_world}, train: {tmp_path}}}
+  sacson: {{latent_folder: {tmp_path}/latents/sacson}}
+""")
+    with pytest.warns(UserWarning, match="1 of 2 named ones are not there, 'walk_999' among them"):
+        datasets = navigation_datasets(NavigationConfig.load(config))
+    assert [run[0] for run in datasets["recon"].runs] == ["walk_001"]
+    assert len(datasets["sacson"].runs) == 3
+    store = DatasetStore.open(tmp_path / "latents")
+    assert torch.equal(datasets["recon"][0][0][:2], torch.from_numpy(store.read("recon/walk_001", 0, 2)))
+
+
+def test_pictures_and_videos_as_pixels(toy_world: Path, tmp_path: Path) -> None:
+    for label in ("b", "a"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        shutil.copy(toy_world / "walk_000" / "0.jpg", tmp_path / "photos" / label / "p.jpg")
+    pictures = ImageLatents(open_frames(tmp_path / "photos", PixelSpec(16, 16)))
+    assert pictures.classes == ["a", "b"]
+    assert [pictures[i][1] for i in range(2)] == [0, 1]
+    expected = load_fitted(toy_world / "walk_000" / "0.jpg", PixelSpec(16, 16)).transpose(2, 0, 1) / 127.5 - 1
+    seen = set()
+    for epoch in range(12):
+        pictures.set_epoch(epoch)
+        item = pictures[0][0].numpy()
+        flipped = not np.allclose(item, expected, atol=1e-6)
+        np.testing.assert_allclose(item[..., ::-1] if flipped else item, expected, atol=1e-6)
+        seen.add(flipped)
+    assert seen == {False, True}
+    (tmp_path / "videos" / "run").mkdir(parents=True)
+    write_video(tmp_path / "videos" / "run" / "v.avi", 12)
+    clips = ClipLatents(open_frames(tmp_path / "videos", PixelSpec(32, 32)), 4, stride=2)
+    clip, label = clips[0]
+    assert (clip.shape, label) == ((3, 4, 32, 32), 0)
+    levels = ((clip.mean((0, 2, 3)) + 1) * 127.5 - 48) / 8
+    np.testing.assert_allclose(np.diff(levels), 2, atol=0.3)
+
+
+def test_clips_of_an_autoencoder_over_time_are_refused(tmp_path: Path) -> None:
+    spec = LatentSpec("t", 2, 8, temporal_factor=4)
+    with DatasetWriter(tmp_path / "s", Manifest(spec, "fp32")) as writer:
+        writer.append("v", np.zeros((3, 2, 5, 4, 4), np.float32))
+    with pytest.raises(InputError, match="its items are clips already; use ImageLatents"):
+        ClipLatents(tmp_path / "s", 2)
+    assert ImageLatents(tmp_path / "s")[2][0].shape == (2, 5, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -273,6 +355,7 @@ datasets:
         (("recon:", "elsewhere:"), "datasets.elsewhere.metric_waypoint_spacing"),
         (("data_folder: here", "goals_per_obs: 1"), "neither latent_folder nor data_folder"),
         (("data_folder: here", "train: nowhere, latent_folder: LATENTS"), "no such file; a split is a folder"),
+        (("data_folder: here", "latent_folder: LATENTS/nothing"), "no sequence below 'nothing/'"),
     ],
 )
 def test_faults_in_a_config_are_named(encoded: Path, tmp_path: Path, change: tuple[str, str], named: str) -> None:

@@ -108,8 +108,14 @@ def test_a_truncated_picture(tmp_path: Path) -> None:
     Image.fromarray(noise).save(tmp_path / "p.jpg")
     data = (tmp_path / "p.jpg").read_bytes()
     (tmp_path / "p.jpg").write_bytes(data[: len(data) // 2])
-    with pytest.raises(SourceError, match=r"p.jpg: damaged \(.*truncated"):
+    with pytest.raises(SourceError, match=r"p.jpg: cannot be read \(.*truncated"):
         load_fitted(tmp_path / "p.jpg", PixelSpec(8, 8))
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).random((8, 8), np.float32)).save(tmp_path / "p.tif")
+    with pytest.raises(SourceError, match="floating-point pixels of unknown range"):
+        load_fitted(tmp_path / "p.tif", PixelSpec(8, 8))
 
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Trajectory trees, their pickles, `.pt` trees, the toy world, and finding out what a folder holds."""
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -53,7 +54,9 @@ def test_pickles_written_by_old_numpy(tmp_path: Path) -> None:
 def test_a_pickle_that_runs_code_does_not(tmp_path: Path, wrap) -> None:
     marker = tmp_path / "owned"
     (tmp_path / "t.pkl").write_bytes(pickle.dumps(wrap(Attack(marker))))
-    with pytest.raises(UnsafePickleError, match=r"asks for posix.system; only plain data"):
+    with pytest.raises(
+        UnsafePickleError, match=r"asks for posix.system; only plain data|an array of 'O8'; only numbers"
+    ):
         load_pickle(tmp_path / "t.pkl")
     assert not marker.exists()
 
@@ -73,6 +76,19 @@ def test_bad_poses_are_named(tmp_path: Path, content: bytes, named: str) -> None
     (tmp_path / "t.pkl").write_bytes(content)
     with pytest.raises(InputError, match=named):
         load_poses(tmp_path / "t.pkl")
+
+
+def test_any_damage_to_a_pickle_is_an_input_error(tmp_path: Path) -> None:
+    whole = pickle.dumps({"position": np.zeros((4, 2)), "yaw": np.zeros(4)})
+    rng = np.random.default_rng(0)
+    for _ in range(1500):
+        data = bytearray(whole)
+        for place in rng.integers(len(data), size=rng.integers(1, 4)):
+            data[place] = rng.integers(256)
+        (tmp_path / "t.pkl").write_bytes(data)
+        with contextlib.suppress(InputError):
+            load_poses(tmp_path / "t.pkl")
+    assert np.array_equal(np.ones(3) + np.ones(3), np.full(3, 2.0))  # numpy itself is unharmed
 
 
 def test_the_real_evaluation_indices_load(outside_data: Path) -> None:
@@ -145,6 +161,7 @@ LATENT = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
         LATENT,
         LATENT[None],
         LATENT.double(),
+        torch.nn.Parameter(LATENT),
         LATENT.numpy(),
         {"latent": LATENT.numpy()},
         [LATENT],

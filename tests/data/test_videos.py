@@ -43,10 +43,13 @@ def test_all_frames_in_order(video: Path) -> None:
 
 
 def test_stride_and_rate_thin_the_frames(video: Path) -> None:
-    assert read(VideoSequence("v", None, video, PIXELS, stride=6)) == [(i, i) for i in (0, 6, 12, 18)]
+    assert read(VideoSequence("v", None, video, PIXELS, stride=6)) == list(enumerate((0, 6, 12, 18)))
     sequence = VideoSequence("v", None, video, PIXELS, fps=4.0)
     # At 10 frames a second, the frames shown from 0, 1/4, 2/4, ... seconds on.
-    assert [number for number, _ in read(sequence)] == [0, 3, 5, 8, 10, 13, 15, 18]
+    assert read(sequence) == list(enumerate((0, 3, 5, 8, 10, 13, 15, 18)))
+    assert read(VideoSequence("v", None, video, PIXELS, fps=0.0001)) == [(0, 0)]
+    contents = {VideoSequence("v", None, video, PIXELS, stride=s).inspect().content for s in (1, 2)}
+    assert len({*contents, sequence.inspect().content}) == 3
     assert sequence.expected == 8
     with pytest.raises(InputError, match="give one of them"):
         VideoSequence("v", None, video, PIXELS, stride=2, fps=4.0)

@@ -97,12 +97,16 @@ def test_new_poses_are_stored_without_encoding(world: Path, tmp_path: Path) -> N
 
 def test_other_settings_encode_anew(world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "s")
+    with pytest.raises(InputError, match=r"was made with policy fp32 \(now fp32,storage=fp16\); with --limit"):
+        run(world, tmp_path / "s", storage="fp16", limit=1)
     assert run(world, tmp_path / "s", storage="fp16").encoded == 30
     assert run(world, tmp_path / "s", storage="fp16").encoded == 0
     assert run(world, tmp_path / "s", storage="fp16", mirror=True).encoded == 30
     assert run(world, tmp_path / "s", storage="fp16", mirror=True, precision="bf16-true").encoded == 30
     assert run(world, tmp_path / "s", precision="auto", storage=None, mirror=True).encoded == 0  # keeps what it has
-    with pytest.raises(InputError, match=r"pixels: .* not .*; encode into a new folder"):
+    again = EncodeOptions(tmp_path / "s", mirror=True)  # what is not said is taken from the store
+    assert encode([SourceConfig(path=world)], again).encoded == 0
+    with pytest.raises(InputError, match=r"pixels: 32x32 .crop 4:3., not 64x64 .crop 4:3.\); encode into a new folder"):
         run(world, tmp_path / "s", size=(64, 64))
     assert verify(tmp_path / "s").ok
 
@@ -121,7 +125,9 @@ def test_a_run_never_drops_everything(world: Path, toy_world: Path, tmp_path: Pa
     run(world, tmp_path / "s")
     (tmp_path / "other").mkdir()
     shutil.copytree(toy_world / "walk_000", tmp_path / "other" / "another")
-    with pytest.raises(InputError, match="the sources have none of them; --keep-missing adds"):
+    with pytest.raises(
+        InputError, match="the sources have none of them; if only their names changed, .* --keep-missing adds"
+    ):
         run(tmp_path / "other", tmp_path / "s")
     assert run(tmp_path / "other", tmp_path / "s", keep_missing=True).items == 40
 
@@ -277,6 +283,7 @@ def test_strict_stops_and_keeps_what_was_complete(world: Path, tmp_path: Path) -
     (world / "walk_001" / "4.jpg").write_bytes(b"")
     with pytest.raises(StoppedError, match=r"walk_001/4.jpg: an empty file; stopped because of --strict"):
         run(world, tmp_path / "s", strict=True, batch_size=2)
+    assert "4.jpg: an empty file" in (tmp_path / "s" / "failures.jsonl").read_text()
     store = DatasetStore.open(tmp_path / "s")
     assert store.keys() == ["walk_000"]
     assert verify(tmp_path / "s").ok
@@ -339,7 +346,7 @@ def test_videos_thinned_short_and_damaged(tmp_path: Path) -> None:
     thinned = SourceConfig(path=folder, stride=5)
     encode([thinned], EncodeOptions(tmp_path / "t", precision="fp32", storage="fp32", size=(32, 32), batch_size=4))
     every_fifth = DatasetStore.open(tmp_path / "t")
-    assert every_fifth.read_array("run/a.avi", "frame").tolist() == [0, 5, 10, 15]
+    assert every_fifth.read_array("run/a.avi", "frame").tolist() == [0, 1, 2, 3]
     assert np.array_equal(every_fifth.read("run/a.avi"), store.read("run/a.avi")[::5])
 
 
@@ -363,12 +370,12 @@ def test_latents_of_another_tool_are_repacked(world: Path, tmp_path: Path) -> No
     run(world, tmp_path / "s")
     export(DatasetStore.open(tmp_path / "s"), "pt-tree", tmp_path / "pt")
     torch.save(torch.full((16, 4, 4), torch.inf), tmp_path / "pt" / "walk_002" / "9.pt")
-    report = run(tmp_path / "pt", tmp_path / "again")
+    report = run(tmp_path / "pt", tmp_path / "again", size=None)
     assert (report.items, report.failed) == (29, 1)
     ours, theirs = DatasetStore.open(tmp_path / "again"), DatasetStore.open(tmp_path / "s")
     assert np.array_equal(ours.read("walk_000"), theirs.read("walk_000"))
     assert np.array_equal(ours.read_array("walk_001", "position"), theirs.read_array("walk_001", "position"))
-    with pytest.raises(InputError, match="repacked as they are"):
+    with pytest.raises(InputError, match="repacked as they are, without --mirror and --size"):
         run(tmp_path / "pt", tmp_path / "m", mirror=True)
 
 
@@ -388,6 +395,50 @@ def test_options_that_do_not_fit_are_named(world: Path, tmp_path: Path, small_wa
     shutil.copy(world / "walk_000" / "0.jpg", tmp_path / "pictures")
     with pytest.raises(InputError, match="cropped differently"):
         run([world, tmp_path / "pictures"], tmp_path / "s")
+
+
+def test_links_are_followed_and_hidden_files_are_not(toy_world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "linked").symlink_to(toy_world / "walk_000")
+    (folder / "loop").symlink_to(folder)
+    shutil.copy(toy_world / "walk_001" / "0.jpg", folder / "own.jpg")
+    shutil.copy(toy_world / "walk_001" / "0.jpg", folder / "._own.jpg")
+    with pytest.raises(InputError, match="holds 1 pictures and 1 trajectories"):
+        run(folder, tmp_path / "s")
+    (folder / "own.jpg").unlink()
+    assert run(folder, tmp_path / "s").items == 10
+    assert DatasetStore.open(tmp_path / "s").keys() == ["linked"]
+
+
+def test_a_single_trajectory_is_named_after_its_folder(toy_world: Path, tmp_path: Path) -> None:
+    assert run(toy_world / "walk_001", tmp_path / "s").items == 10
+    assert DatasetStore.open(tmp_path / "s").keys() == ["walk_001"]
+
+
+def test_a_strip_of_a_picture_does_not_take_all_memory(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    Image.new("RGB", (1, 60000), "red").save(tmp_path / "p" / "strip.png")
+    assert run(tmp_path / "p", tmp_path / "s", size=(256, 256)).items == 1
+
+
+def test_poses_that_disappear_disappear_from_the_store(world: Path, tmp_path: Path) -> None:
+    from halfstep.data.export import export
+
+    run(world, tmp_path / "s")
+    export(DatasetStore.open(tmp_path / "s"), "pt-tree", tmp_path / "pt")
+    run(tmp_path / "pt", tmp_path / "again", size=None)
+    (tmp_path / "pt" / "walk_000" / "traj_data.pkl").unlink()
+    shutil.copy(tmp_path / "pt" / "walk_001" / "3.pt", tmp_path / "pt" / "walk_000" / "10.pt")
+    report = run(tmp_path / "pt", tmp_path / "again", size=None)
+    assert (report.encoded, report.items, report.failed) == (1, 31, 0)
+    store = DatasetStore.open(tmp_path / "again")
+    assert store.arrays("walk_000") == {"frame", "latents"}
+    assert "yaw" in store.arrays("walk_001")
+    small = torch.zeros(16, 2, 2)
+    torch.save(small, tmp_path / "pt" / "walk_000" / "11.pt")
+    report = run(tmp_path / "pt", tmp_path / "again", size=None)
+    assert "latent of shape [16, 2, 2]; the others have [16, 4, 4]" in report.failures[0].reason
 
 
 def test_two_runs_do_not_share_a_store(world: Path, tmp_path: Path) -> None:

@@ -38,6 +38,20 @@ def test_torchrun_gives_the_same_store_and_resumes_under_another_count(toy_world
 
 
 @pytest.mark.slow
+def test_a_failing_process_says_why_and_the_others_stop(toy_world: Path, tmp_path: Path) -> None:
+    world = shutil.copytree(toy_world, tmp_path / "world")
+    (world / "walk_001" / "4.jpg").write_bytes(b"")  # belongs to the second process
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "halfstep", "encode"]
+    command += ["-i", str(world), "-o", str(tmp_path / "s"), "--strict", *OPTIONS]
+    result = run_process(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    own = [line for line in result.stderr.splitlines() if line.startswith("halfstep: ")]
+    assert own
+    assert all("4.jpg: an empty file; stopped because of --strict" in line for line in own)
+    assert verify(tmp_path / "s").ok
+
+
+@pytest.mark.slow
 def test_ray_gives_the_same_store(toy_world: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     world = shutil.copytree(toy_world, tmp_path / "world")
@@ -51,3 +65,5 @@ def test_ray_gives_the_same_store(toy_world: Path, tmp_path: Path) -> None:
     report = json.loads(run_cli("encode", "-i", world, "-o", tmp_path / "ray", *OPTIONS, "--ray", check=1).stdout)
     assert (report["encoded"], report["failed"]) == (0, 1)
     assert len(content(tmp_path / "ray")["walk_001"]) == 9
+    strict = run_cli("encode", "-i", world, "-o", tmp_path / "ray", *OPTIONS, "--ray", "--strict", check=1)
+    assert "3.jpg: an empty file; stopped because of --strict" in strict.stderr.splitlines()[-1]

@@ -1,8 +1,10 @@
 import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -160,6 +162,39 @@ def test_autocast_keeps_no_second_copy_of_the_weights_in_inference(monkeypatch) 
         network(*inputs())
     network(*inputs())
     assert caches == [False, True]
+
+
+class Conditioned(nn.Module):
+    """A timestep embedder and an embedding table, whose inputs are a number and an integer a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.table, self.out = nn.Linear(1, 4), nn.Embedding(3, 4), nn.Linear(4, 2)
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> DecoderOutput:
+        self.seen = t.clone()
+        return DecoderOutput(sample=self.out(self.time(t[:, None]) + self.table(y)))
+
+
+@pytest.mark.parametrize("islands", ["time|table", "time", "table"])
+def test_islands_fit_between_half_layers_and_get_exact_timesteps(islands: str) -> None:
+    network = prepare(Conditioned(), PrecisionPolicy.parse(f"bf16-true,islands={islands}"))
+    if islands == "table":
+        with pytest.raises(RuntimeError, match="dtype"):
+            network(torch.tensor([999.0]), torch.tensor([1]))  # a half layer that eats timesteps must be an island
+        return
+    result = network(torch.tensor([999.0]), torch.tensor([1]))
+    assert network.seen.item() == 999.0  # bf16 has 1000 there
+    assert isinstance(result, DecoderOutput)
+    assert result.sample.dtype is torch.float32
+
+
+def test_a_prepared_module_can_be_pickled() -> None:
+    network = make("bf16-true,islands=norm")
+    twin = pickle.loads(pickle.dumps(network))
+    assert _types(twin) == _types(network)
+    with torch.no_grad():
+        assert torch.equal(twin(*inputs())["logits"], network(*inputs())["logits"])
 
 
 def test_preparing_again_changes_the_policy() -> None:

@@ -245,12 +245,47 @@ def test_a_sequence_that_does_not_fit_is_refused_and_the_store_stays(tmp_path: P
     assert DatasetStore.open(root).keys() == ["k"]
 
 
+def test_an_abandoned_sequence_of_other_arrays_leaves_no_trace(tmp_path: Path, manifest: Manifest) -> None:
+    root = tmp_path / "s"
+    with DatasetWriter(root, manifest) as writer:
+        writer.extend(latents=latents(2), yaw=np.zeros(2))
+        writer.abandon()
+        with pytest.raises(InputError, match="yaw: got int64"):
+            writer.extend(latents=latents(2), yaw=np.zeros(2, np.int64))
+        writer.append("k", latents(3))
+    assert DatasetStore.open(root).read("k").shape == (3, 2, 3, 4)
+    assert verify(root).ok
+    assert not any((root / "staging").iterdir())
+
+
+def test_a_commit_that_fails_leaves_no_orphan(tmp_path: Path, manifest: Manifest, monkeypatch) -> None:
+    root = tmp_path / "s"
+    with DatasetWriter(root, manifest) as writer:
+        writer.append("k", latents(2))
+    from halfstep.store import writer as module
+
+    original = module.rename_durably
+
+    def full_disk(source: Path, target: Path) -> None:
+        if target.suffix == ".parquet":
+            raise OSError(28, "No space left on device", str(target))
+        original(source, target)
+
+    monkeypatch.setattr(module, "rename_durably", full_disk)
+    with (
+        pytest.raises(StoreError, match="No space left on device; what was committed is intact"),
+        DatasetWriter(root, manifest) as writer,
+    ):
+        writer.append("more", latents(2))
+    assert verify(root) == verify(root).__class__(1, 2, [])
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"weights_sha256": "other"}, "weights_sha256: other, not "),
-        ({"scale": (0.25,)}, r"scale: \(0.25,\), not \(0.5,\)"),
-        ({"pixels": PixelSpec(64, 64)}, "pixels: PixelSpec"),
+        ({"weights_sha256": "other"}, r"autoencoder: test \(weights unknown\), not test \(weights other\)"),
+        ({"scale": (0.25,)}, r"scale: \(0.5,\), not \(0.25,\)"),
+        ({"pixels": PixelSpec(64, 64)}, r"pixels: None, not 64x64 \(crop fill\)"),
     ],
 )
 def test_latents_of_another_spec_are_refused(tmp_path: Path, manifest: Manifest, change, named: str) -> None:

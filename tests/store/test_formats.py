@@ -48,6 +48,13 @@ def test_what_overflows_is_refused_also_when_already_stored() -> None:
         to_storage(np.array([0x7F80], np.uint16), "bf16")
 
 
+def test_no_nan_rounds_to_a_number() -> None:
+    every_nan = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001], np.uint32).view(np.float32)
+    for nan in every_nan:
+        with pytest.raises(NumericsError):
+            to_storage(np.array([nan]), "bf16")
+
+
 def test_other_types_are_named() -> None:
     with pytest.raises(InputError, match="got 'fp8'; expected one of fp32, fp16, bf16"):
         to_storage(np.zeros(1, np.float32), "fp8")

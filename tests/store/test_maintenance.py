@@ -1,3 +1,4 @@
+import resource
 import shutil
 from pathlib import Path
 
@@ -106,9 +107,70 @@ def test_a_reader_keeps_its_snapshot_while_the_store_is_compacted(store: Path) -
         opened.read(key)
     late = DatasetStore.open(store)
     compact(store, drop=["k03"])
-    assert opened.read("k03").tobytes() == before["k03"][0]
-    with pytest.raises(StoreError, match="the store changed after it was opened, open it again"):
-        late.read("k00")
+    assert opened.read("k03").tobytes() == before["k03"][0]  # mapped before it was removed
+    assert all(late.read(key).tobytes() == before[key][0] for key in before if key != "k03")  # found where it is now
+    with pytest.raises(StoreError, match=r"k03: was dropped or replaced after .* was opened"):
+        late.read("k03")
+
+
+def test_a_shard_number_is_never_used_again(tmp_path: Path, manifest: Manifest) -> None:
+    """A reader that opened the store before must not take a new shard for the old one."""
+    with DatasetWriter(tmp_path / "s", manifest) as writer:
+        writer.append("stays", latents(40))
+        writer.commit()
+        writer.append("x", latents(2, seed=1))
+    old = DatasetStore.open(tmp_path / "s")
+    compact(tmp_path / "s", drop=["x"], shard_bytes=100)
+    with DatasetWriter(tmp_path / "s", manifest) as writer:
+        writer.append("y", latents(2, seed=2))
+    with pytest.raises(StoreError, match="was dropped or replaced"):
+        old.read("x")
+    assert verify(tmp_path / "s").ok
+
+
+def test_repair_keeps_the_newest_version_and_reports_only_live_losses(tmp_path: Path, manifest: Manifest) -> None:
+    root = tmp_path / "s"
+    with DatasetWriter(root, manifest) as writer:
+        for seed in (1, 2, 3):
+            writer.append("k", latents(2, seed=seed))
+            writer.append(f"other{seed}", latents(2, seed=10 + seed))
+            writer.commit()
+    expected = {key: DatasetStore.open(root).read(key) for key in DatasetStore.open(root).keys()}
+    (root / "index" / "00000.sha256").unlink()
+    (root / "index" / "00002.parquet").unlink()  # the newest shard loses its index part
+    report = repair(root)
+    assert report.lost == []
+    assert verify(root).ok
+    store = DatasetStore.open(root)
+    assert {key: store.read(key).tobytes() for key in store.keys()} == {k: v.tobytes() for k, v in expected.items()}
+
+
+def test_shards_of_other_arrays_are_not_merged_over_and_over(tmp_path: Path, manifest: Manifest) -> None:
+    root = tmp_path / "s"
+    with DatasetWriter(root, manifest) as writer:
+        for i in range(6):
+            poses = {"yaw": np.zeros(2)} if i % 2 else {}
+            writer.append(f"k{i}", latents(2, seed=i), **poses)
+    assert len(list((root / "shards").iterdir())) == 6
+    compact(root)
+    names = sorted(path.name for path in (root / "shards").iterdir())
+    assert len(names) == 2
+    compact(root)
+    assert sorted(path.name for path in (root / "shards").iterdir()) == names
+
+
+def test_many_small_shards_are_merged_under_a_small_limit_of_open_files(tmp_path: Path, manifest: Manifest) -> None:
+    root = tmp_path / "s"
+    with DatasetWriter(root, manifest, shard_bytes=1) as writer:
+        for i in range(120):
+            writer.append(f"k{i:03d}", latents(1, seed=i))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 30, hard))
+    try:
+        compact(root)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert verify(root) == verify(root).__class__(1, 120, [])
 
 
 def test_maintenance_waits_for_no_writer(store: Path, manifest: Manifest) -> None:

@@ -66,9 +66,13 @@ class Autoencoder:
         shift, scale = self._affine(latents)
         return latents / scale + shift
 
-    def prepared(self, device: str | torch.device, policy: PrecisionPolicy) -> Autoencoder:
-        """This autoencoder on `device` in the formats of `policy`; the modules are changed in place."""
-        encoder, decoder = (prepare(m.to(device).eval(), policy) for m in (self.encoder, self.decoder))
+    def prepared(
+        self, device: str | torch.device, policy: PrecisionPolicy, *, channels_last: bool | None = None
+    ) -> Autoencoder:
+        """This autoencoder on `device` in the formats of `policy` (see `prepare`); the modules are changed in place."""
+        encoder, decoder = (
+            prepare(m.to(device).eval(), policy, channels_last=channels_last) for m in (self.encoder, self.decoder)
+        )
         return replace(self, encoder=encoder, decoder=decoder)
 
     def _affine(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

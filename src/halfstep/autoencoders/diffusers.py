@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def _load_config(identifier: str, revision: str | None) -> tuple[dict[str, Any],
     """Config, the subfolder it was found in, and whether only this machine's files can be had."""
     from diffusers import AutoencoderKL
 
+    # diffusers passes the hub's library an option that it has dropped, which then warns every user.
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument", category=UserWarning)
     is_folder = Path(identifier).is_dir()
     offline = is_folder or not _hub_answers(identifier, revision)
     for subfolder in (None, "vae"):

@@ -29,7 +29,15 @@ class EncodeGate:
     loaded when it is first needed. Safe to call from several threads when the autoencoder is.
     """
 
-    def __init__(self, autoencoder: Autoencoder, policy: PrecisionPolicy, device: torch.device, largest: float) -> None:
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        policy: PrecisionPolicy,
+        device: torch.device,
+        largest: float,
+        channels_last: bool | None = None,
+    ) -> None:
+        self._channels_last = channels_last
         self._autoencoder, self._policy, self._device, self._largest = autoencoder, policy, device, largest
         self._load_fallback: Callable[[], Autoencoder] = autoencoder.reload
         self._fallback: Autoencoder | None = None
@@ -54,7 +62,9 @@ class EncodeGate:
 
     def _fp32(self) -> Autoencoder:
         if self._fallback is None:
-            self._fallback = self._load_fallback().prepared(self._device, PrecisionPolicy())
+            self._fallback = self._load_fallback().prepared(
+                self._device, PrecisionPolicy(), channels_last=self._channels_last
+            )
         return self._fallback
 
     def _bad_samples(self, posterior: Posterior) -> list[int]:

@@ -79,7 +79,7 @@ def _load(network: nn.Module, path: Path) -> nn.Module:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state)
-    except (OSError, RuntimeError, TypeError, AttributeError, UnpicklingError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, EOFError, AttributeError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: not the weights of taef2 ({reason}); download the file again") from error
     return network.float().eval()

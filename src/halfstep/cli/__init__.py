@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from halfstep.cli import bench, demo, encode, probe, store, toy_world
 from halfstep.errors import HalfstepError
@@ -27,8 +29,19 @@ app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from halfstep import __version__
+
+        typer.echo(f"halfstep {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Say which this is."),
+) -> None:
     if debug:
         os.environ["HALFSTEP_DEBUG"] = "1"
 
@@ -36,20 +49,22 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 def main() -> None:
     """Run the command line; errors are one line on stderr, exit code 2 for the user's input and 1 for failed work."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except HalfstepError as error:
         _stop(error, str(error), error.exit_code)
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:
-            typer.echo(
-                "halfstep: interrupted; what was complete is kept, the same command goes on from there", err=True
-            )
-        raise
+    except TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a verb: its message is its help
+            typer.echo(error.format_message())
+            sys.exit(error.exit_code)
+        _stop(error, f"{error.format_message()}; `halfstep ... --help` lists the options", error.exit_code)
     except Exception as error:  # noqa: BLE001 - the last line of defence, it exits with the error's name
         _stop(error, f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback", 1)
+    if code == _INTERRUPTED:
+        typer.echo("halfstep: interrupted; what was complete is kept, the same command goes on from there", err=True)
+    sys.exit(code)
 
 
-def _stop(error: BaseException, line: str, code: int) -> None:
+def _stop(error: Exception, line: str, code: int) -> NoReturn:
     if os.environ.get("HALFSTEP_DEBUG"):
         raise error
     typer.echo(f"halfstep: {' '.join(line.split())}", err=True)

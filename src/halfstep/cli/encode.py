@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def encode(
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[SRC]...", help="More sources.")] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="SRC", help="More sources.")] = None,
     source: Annotated[
         list[Path] | None,
         typer.Option("-i", "--input", metavar="SRC", help="Folder, file, or YAML list of sources; may be repeated."),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder of the store.")] = ...,  # type: ignore[assignment]
     autoencoder: Annotated[
-        str, typer.Option(metavar="ID", help="dct8, a diffusers hub id or folder, or the folder of taef2's files.")
-    ] = "dct8",
+        str | None, typer.Option(metavar="ID", help="dct8, a diffusers hub id or folder, or the folder of taef2.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     precision: Annotated[
         str, typer.Option(metavar="P", help="fp32, bf16-true, bf16-mixed, 16-true, 16-mixed or auto (measured).")
@@ -35,13 +35,15 @@ def encode(
     clip_length: Annotated[
         int | None, typer.Option(metavar="N", help="Frames to a latent, for an autoencoder that compresses time.")
     ] = None,
-    stride: Annotated[int, typer.Option(metavar="N", help="Take every N-th frame of videos.")] = 1,
+    stride: Annotated[int | None, typer.Option(metavar="N", help="Take every N-th frame of videos.")] = None,
     fps: Annotated[float | None, typer.Option(metavar="F", help="Take F frames a second of videos.")] = None,
     moments: Annotated[bool, typer.Option("--moments", help="Keep the variance too, for fresh samples.")] = False,
     mirror: Annotated[bool, typer.Option("--mirror", help="Store the flipped pictures' latents too.")] = False,
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Samples to a batch.")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that read and decode.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first sequences, up to N items.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first sequences, as many as reach N items.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first failure.")] = False,
     keep_missing: Annotated[bool, typer.Option("--keep-missing", help="Keep what the sources no longer have.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -88,16 +90,21 @@ def encode(
     raise typer.Exit(1 if report.failed else 0)
 
 
-def _read_sources(paths: list[Path], stride: int, fps: float | None) -> list[SourceConfig]:
-    from halfstep.config import load_yaml
+def _read_sources(paths: list[Path], stride: int | None, fps: float | None) -> list[SourceConfig]:
+    from halfstep.config import load_yaml, validate
     from halfstep.data.sources import SourceConfig
 
+    thinning = {name: value for name, value in (("stride", stride), ("fps", fps)) if value is not None}
     sources: list[SourceConfig] = []
     for path in paths:
-        if path.suffix in (".yaml", ".yml"):
+        if path.suffix in (".yaml", ".yml") and not path.is_dir():
+            if thinning:
+                raise InputError(
+                    f"{path}: lists its sources; set {' and '.join(thinning)} there, not on the command line"
+                )
             sources += load_yaml(path, list[SourceConfig])
         else:
-            sources.append(SourceConfig(path=path, stride=stride, fps=fps))
+            sources.append(validate({"path": path, **thinning}, SourceConfig, Path(f"encode -i {path}")))
     return sources
 
 
@@ -136,7 +143,7 @@ def _summary(report: EncodeReport, keep_missing: bool) -> str:
         lines.append(f"{len(report.missing)} sequences {what}: {_some(report.missing)}")
     lines += [f"failed: {failure.reason}" for failure in report.failures[:5]]
     if report.failed:
-        lines.append(f"{report.failed} failures; each is a line of {Path(report.store) / 'failures.jsonl'}")
+        lines.append(f"{report.failed} failed in all; why is in {Path(report.store) / 'failures.jsonl'}")
     return "\n".join(lines)
 
 

@@ -80,7 +80,7 @@ def inspect(
         f"  autoencoder  {spec.autoencoder} {spec.revision or ''} weights {spec.weights_sha256[:12] or 'unknown'}"
     )
     if spec.pixels is not None:
-        typer.echo(f"  pixels       {spec.pixels.width}x{spec.pixels.height}, crop {spec.pixels.crop}")
+        typer.echo(f"  pixels       {spec.pixels}")
     typer.echo(f"  encoded in   {manifest.policy}, by {manifest.created_with}")
     if manifest.numerics:
         typer.echo("  numerics     " + ", ".join(f"{name} {count}" for name, count in manifest.numerics.items()))

@@ -1,4 +1,4 @@
-"""Frames to train on, whatever holds them: a latent store, a `.pt` tree, or pictures that are not encoded yet."""
+"""Frames to train on, whatever holds them: a latent store, a `.pt` tree, or pictures and videos not encoded yet."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from halfstep.data.base import Array
+from halfstep.data.base import Array, FrameSequence
 from halfstep.data.pickles import load_poses
 from halfstep.data.pictures import EXTENSIONS as PICTURE_EXTENSIONS
+from halfstep.data.pictures import load_fitted
 from halfstep.data.pt_tree import EXTENSIONS as PT_EXTENSIONS
 from halfstep.data.pt_tree import load_latent
-from halfstep.data.sources import Kind, SourceConfig, find_sources
+from halfstep.data.sources import Source, SourceConfig
 from halfstep.data.trajectories import POSES_FILE, numbered_files
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
@@ -25,13 +26,22 @@ _CACHED_FOLDERS = 4096
 
 
 class FrameReader(Protocol):
-    """Random access to the frames of named sequences. `read` gives float32 [n, C, H, W], model-ready: scaled latents,
-    or pixels in [-1, 1]."""
+    """Random access to the frames of named sequences."""
 
     def keys(self) -> list[str]: ...
     def frames(self, key: str) -> int: ...
     def label(self, key: str) -> str | None: ...
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> Array: ...
+    def has_mirror(self, key: str) -> bool:
+        """Whether the flipped frames can be had as well."""
+
+    def read(
+        self, key: str, start: int, stop: int, *, noise: np.random.Generator | None = None, mirror: bool = False
+    ) -> Array:
+        """Frames [start, stop) as float32 [n, C, H, W], model-ready: scaled latents, or pixels in [-1, 1].
+
+        Where the variance of latents is kept and `noise` is given, a fresh sample `mean + std * noise`.
+        """
+
     def numbers(self, key: str) -> Array:
         """The frames' numbers in the source; where they skip, frames are missing."""
 
@@ -40,40 +50,54 @@ class FrameReader(Protocol):
 
 
 class StoreFrames:
-    """The frames of a DatasetStore."""
+    """The frames of a DatasetStore, or of its sequences below `prefix`, whose names then do without it."""
 
-    def __init__(self, store: DatasetStore) -> None:
-        self.store = store
+    def __init__(self, store: DatasetStore, prefix: str = "") -> None:
+        self.store, self.prefix = store, prefix
+        self._keys = [key.removeprefix(prefix) for key in store.keys() if key.startswith(prefix)]
+        if prefix and not self._keys:
+            raise InputError(
+                f"{store.location}: no sequence below {prefix!r}; `halfstep store inspect` shows what is there"
+            )
 
     def keys(self) -> list[str]:
-        return self.store.keys()
+        return list(self._keys)
 
     def frames(self, key: str) -> int:
-        return self.store.frames(key)
+        return self.store.frames(self.prefix + key)
 
     def label(self, key: str) -> str | None:
-        return self.store.label(key)
+        return self.store.label(self.prefix + key)
 
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> Array:
-        return self.store.read(key, start, stop)
+    def has_mirror(self, key: str) -> bool:
+        return "latents_mirror" in self.store.arrays(self.prefix + key)
+
+    def read(
+        self, key: str, start: int, stop: int, *, noise: np.random.Generator | None = None, mirror: bool = False
+    ) -> Array:
+        suffix = "_mirror" if mirror else ""
+        latents = self.store.read(self.prefix + key, start, stop, name=f"latents{suffix}")
+        if noise is None or f"logvar{suffix}" not in self.store.arrays(self.prefix + key):
+            return latents
+        logvar = self.store.read_array(self.prefix + key, f"logvar{suffix}", start, stop)
+        scale = np.array(self.store.spec.scale, np.float32).reshape(-1, *[1] * (latents.ndim - 2))
+        drawn: Array = latents + np.exp(0.5 * logvar) * scale * noise.standard_normal(latents.shape, np.float32)
+        return drawn
 
     def numbers(self, key: str) -> Array:
-        if "frame" in self.store.arrays(key):
-            return self.store.read_array(key, "frame")
-        return np.arange(self.store.frames(key))
+        if "frame" in self.store.arrays(self.prefix + key):
+            return self.store.read_array(self.prefix + key, "frame")
+        return np.arange(self.frames(key))
 
     def poses(self, key: str) -> tuple[Array, Array]:
-        return self.store.read_array(key, "position"), self.store.read_array(key, "yaw")
+        return tuple(self.store.read_array(self.prefix + key, name) for name in ("position", "yaw"))  # type: ignore[return-value]
 
 
 class FolderFrames:
-    """Folders of numbered files, one a frame: `.pt` latents, or pictures fitted to `pixels`."""
+    """Folders of numbered files, one a frame: `.pt` latents, or with `pixels` pictures fitted to them."""
 
-    def __init__(self, root: Path, pixels: PixelSpec | None) -> None:
-        self.root, self.pixels = root, pixels
-        kind: Kind = "latents" if pixels is None else "trajectories"
-        (source,) = find_sources([SourceConfig(path=root, kind=kind)])
-        self._keys = list(source.files)
+    def __init__(self, root: Path, keys: list[str], pixels: PixelSpec | None) -> None:
+        self.root, self.pixels, self._keys = root, pixels, keys
 
     def keys(self) -> list[str]:
         return list(self._keys)
@@ -84,11 +108,18 @@ class FolderFrames:
     def label(self, key: str) -> str | None:
         return None
 
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> Array:
+    def has_mirror(self, key: str) -> bool:
+        return self.pixels is not None
+
+    def read(
+        self, key: str, start: int, stop: int, *, noise: np.random.Generator | None = None, mirror: bool = False
+    ) -> Array:
         paths = list(self._files(key).values())
-        if not 0 <= start <= (len(paths) if stop is None else stop) <= len(paths):
+        if not 0 <= start <= stop <= len(paths):
             raise InputError(f"{key}: frames [{start}, {stop}) asked for; the sequence has frames [0, {len(paths)})")
-        return np.stack([self._load(path) for path in paths[start:stop]])
+        if self.pixels is not None:
+            return _to_pixels([load_fitted(path, self.pixels) for path in paths[start:stop]], mirror)
+        return np.stack([_load_latent(path, noise) for path in paths[start:stop]])
 
     def numbers(self, key: str) -> Array:
         return np.array(list(self._files(key)))
@@ -99,21 +130,83 @@ class FolderFrames:
         return position[numbers], yaw[numbers]
 
     def _files(self, key: str) -> dict[int, Path]:
-        """Files by frame number, without those that have no pose."""
-        extensions = PT_EXTENSIONS if self.pixels is None else PICTURE_EXTENSIONS
-        return _cached_files(self.root / key, extensions)
+        return _cached_files(self.root / key, PT_EXTENSIONS if self.pixels is None else PICTURE_EXTENSIONS)
 
-    def _load(self, path: Path) -> Array:
-        if self.pixels is None:
-            return load_latent(path)[0]
-        from halfstep.data.pictures import load_fitted
 
-        pixels: Array = load_fitted(path, self.pixels).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
-        return pixels
+class SequenceFrames:
+    """Pictures and videos as pixels. A video is decoded from its beginning for each read: encode it first when that is
+    too slow."""
+
+    def __init__(self, sequences: list[FrameSequence]) -> None:
+        self._sequences = {sequence.key: sequence for sequence in sequences}
+
+    def keys(self) -> list[str]:
+        return sorted(self._sequences)
+
+    def frames(self, key: str) -> int:
+        return self._sequences[key].expected
+
+    def label(self, key: str) -> str | None:
+        return self._sequences[key].label
+
+    def has_mirror(self, key: str) -> bool:
+        return True
+
+    def read(
+        self, key: str, start: int, stop: int, *, noise: np.random.Generator | None = None, mirror: bool = False
+    ) -> Array:
+        pictures = []
+        for number, load in self._sequences[key].frames(range(start, stop)):
+            if start <= number < stop:
+                pictures.append(load())
+            if number == stop - 1:
+                return _to_pixels(pictures, mirror)
+        raise InputError(f"{key}: frames [{start}, {stop}) asked for; only {len(pictures)} of them are there")
+
+    def numbers(self, key: str) -> Array:
+        return np.arange(self.frames(key))
+
+    def poses(self, key: str) -> tuple[Array, Array]:
+        raise InputError(f"{key}: pictures and videos have no poses; navigation needs trajectories")
+
+
+def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameReader:
+    """A store (folder or fsspec URL), the sequences below a folder's name in a store (`latents/recon`), a tree of `.pt`
+    latents, or, when `pixels` is given, pictures, videos or trajectories.
+
+    Raises InputError when the folder holds none of them.
+    """
+    if "://" in str(folder):
+        return StoreFrames(DatasetStore.open(folder))
+    path = Path(folder)
+    for root in (path, *path.parents):
+        if (root / MANIFEST_NAME).exists():
+            below = path.relative_to(root).as_posix()
+            return StoreFrames(DatasetStore.open(root), "" if root == path else f"{below}/")
+    source = Source.find(SourceConfig(path=path, kind="latents" if pixels is None else None))
+    if pixels is None or source.kind == "trajectories":
+        return FolderFrames(source.root, list(source.files), pixels)
+    return SequenceFrames(source.sequences(pixels))
+
+
+def _to_pixels(pictures: list[Array], mirror: bool) -> Array:
+    """uint8 [H, W, 3] each to float32 [n, 3, H, W] in [-1, 1]."""
+    stacked = np.stack(pictures)[:, :, ::-1] if mirror else np.stack(pictures)
+    pixels: Array = np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
+    return pixels
+
+
+def _load_latent(path: Path, noise: np.random.Generator | None) -> Array:
+    mean, logvar = load_latent(path)
+    if noise is None or logvar is None:
+        return mean
+    drawn: Array = mean + np.exp(0.5 * logvar) * noise.standard_normal(mean.shape, np.float32)
+    return drawn
 
 
 @lru_cache(_CACHED_FOLDERS)
 def _cached_files(folder: Path, extensions: frozenset[str]) -> dict[int, Path]:
+    """Files by frame number, without those that have no pose."""
     files = dict(sorted(numbered_files(folder, extensions).items()))
     if (folder / POSES_FILE).exists():
         posed = len(_cached_poses(folder / POSES_FILE)[0])
@@ -124,13 +217,3 @@ def _cached_files(folder: Path, extensions: frozenset[str]) -> dict[int, Path]:
 @lru_cache(_CACHED_FOLDERS)
 def _cached_poses(path: Path) -> tuple[Array, Array]:
     return load_poses(path)
-
-
-def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameReader:
-    """A store (folder or fsspec URL), a tree of `.pt` latents, or, when `pixels` is given, a tree of pictures.
-
-    Raises InputError when the folder holds none of them.
-    """
-    if "://" in str(folder) or (Path(folder) / MANIFEST_NAME).exists():
-        return StoreFrames(DatasetStore.open(folder))
-    return FolderFrames(Path(folder), pixels)

@@ -7,6 +7,7 @@ in an epoch an offset: training resumes in mid-epoch where it was. All datasets 
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from halfstep.data.navigation import METRIC_WAYPOINT_SPACING, goal_actions, rela
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
+from halfstep.store.manifest import NAME as MANIFEST_NAME
 
 
 class SeededDataset(Dataset[Any]):
@@ -57,19 +59,19 @@ class SeededOrder(Sampler[int]):
 
 
 class ImageLatents(SeededDataset):
-    """Pictures of a store with class labels: items (latent float32 [C, h, w], label int).
+    """Frames on their own with class labels: items (float32 [C, h, w], label int).
 
-    Labels number the class folders in alphabetical order (`classes`); without them all are 0. Where the store has
-    mirrored latents one of the two is drawn; where it has moments, a fresh sample `mean + std * noise` is.
+    Labels number the class folders in alphabetical order (`classes`); without them all are 0. Where the flipped frames
+    can be had one of the two is drawn; where the variance is kept, a fresh sample is. `frames` is a store, its path, or
+    any FrameReader.
     """
 
-    def __init__(self, store: DatasetStore | str | Path, *, seed: int = 0) -> None:
+    def __init__(self, frames: FrameReader | DatasetStore | str | Path, *, seed: int = 0) -> None:
         super().__init__(seed)
-        self.store = store if isinstance(store, DatasetStore) else DatasetStore.open(store)
-        self.keys = self.store.keys()
-        self.classes = _classes(StoreFrames(self.store), self.keys)
-        lengths = [self.store.frames(key) for key in self.keys]
-        self._ends = np.cumsum(lengths)
+        self.reader = _reader(frames)
+        self.keys = self.reader.keys()
+        self.classes = _classes(self.reader, self.keys)
+        self._ends = np.cumsum([self.reader.frames(key) for key in self.keys])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -81,41 +83,42 @@ class ImageLatents(SeededDataset):
         key = self.keys[place]
         frame = index - (int(self._ends[place - 1]) if place else 0)
         rng = self.generator(index)
-        arrays = self.store.arrays(key)
-        suffix = "_mirror" if "latents_mirror" in arrays and rng.random() < 0.5 else ""
-        latent = self.store.read(key, frame, frame + 1, name=f"latents{suffix}")[0]
-        if "logvar" in arrays:
-            logvar = self.store.read_array(key, f"logvar{suffix}", frame, frame + 1)[0]
-            scale = np.array(self.store.spec.scale, np.float32).reshape(-1, *[1] * (latent.ndim - 1))
-            latent = latent + np.exp(0.5 * logvar) * scale * rng.standard_normal(latent.shape, np.float32)
-        return torch.from_numpy(latent), _label_number(self.store.label(key), self.classes)
+        mirror = self.reader.has_mirror(key) and bool(rng.random() < 0.5)
+        latent = self.reader.read(key, frame, frame + 1, noise=rng, mirror=mirror)[0]
+        return torch.from_numpy(latent), _label_number(self.reader.label(key), self.classes)
 
 
 class ClipLatents(SeededDataset):
-    """Clips of consecutive frames: items (latents float32 [C, T, h, w], label int).
+    """Clips of consecutive frames: items (float32 [C, T, h, w], label int).
 
     `clip_length` frames, each `stride` frames after the one before, from a random start in the sequence; one item a
-    sequence that is long enough. Missing frames are never inside a clip. Raises InputError when no sequence is long
-    enough.
+    sequence that is long enough. Missing frames are never inside a clip. Flips and samples are drawn as in
+    ImageLatents, the flip for the whole clip. Raises InputError when no sequence is long enough, or when the latents
+    are clips already (of an autoencoder over time: ImageLatents gives those).
     """
 
-    def __init__(self, store: DatasetStore | str | Path, clip_length: int, *, stride: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        frames: FrameReader | DatasetStore | str | Path,
+        clip_length: int,
+        *,
+        stride: int = 1,
+        seed: int = 0,
+    ) -> None:
         super().__init__(seed)
-        opened = store if isinstance(store, DatasetStore) else DatasetStore.open(store)
-        self.reader = StoreFrames(opened)
+        self.reader = _reader(frames)
+        if isinstance(self.reader, StoreFrames) and self.reader.store.spec.temporal_factor > 1:
+            raise InputError(f"{self.reader.store.location}: its items are clips already; use ImageLatents")
         self.clip_length, self.stride = clip_length, stride
         span = (clip_length - 1) * stride + 1
         self._starts: list[tuple[str, list[tuple[int, int]]]] = []
         for key in self.reader.keys():
-            numbers = self.reader.numbers(key)
-            # Videos are thinned when they are encoded: their numbers grow by a constant step.
-            step = int(np.diff(numbers).min()) if len(numbers) > 1 else 1
-            runs = contiguous_runs(numbers // step)
+            runs = contiguous_runs(self.reader.numbers(key))
             starts = [(first, last - span + 1) for first, last in runs if last - first >= span]
             if starts:
                 self._starts.append((key, starts))
         if not self._starts:
-            raise InputError(f"{opened.location}: no sequence has {span} consecutive frames; use shorter clips")
+            raise InputError(f"clips: no sequence has {span} consecutive frames; use shorter clips")
         self.classes = _classes(self.reader, [key for key, _ in self._starts])
 
     def __len__(self) -> int:
@@ -124,19 +127,23 @@ class ClipLatents(SeededDataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         key, ranges = self._starts[index]
         choices = np.concatenate([np.arange(first, last) for first, last in ranges])
-        start = int(self.generator(index).choice(choices))
-        latents = self.reader.read(key, start, start + (self.clip_length - 1) * self.stride + 1)[:: self.stride]
+        rng = self.generator(index)
+        start = int(rng.choice(choices))
+        mirror = self.reader.has_mirror(key) and bool(rng.random() < 0.5)
+        stop = start + (self.clip_length - 1) * self.stride + 1
+        latents = self.reader.read(key, start, stop, noise=rng, mirror=mirror)[:: self.stride]
         clip = torch.from_numpy(np.ascontiguousarray(latents)).transpose(0, 1)
         return clip, _label_number(self.reader.label(key), self.classes)
 
 
 class NavigationLatents(SeededDataset):
-    """Samples of a navigation world model: items (frames float32 [context + goals, C, h, w], actions float32 [goals,
-    3], rel_t float32 [goals]).
+    """Samples of a navigation world model: items (frames float32 [context + goals, C, h, w], actions float32
+    [goals, 3], rel_t float32 [goals]).
 
     Context frames end at the current one; goal offsets are drawn uniformly from the range of `sample_index`. Poses give
-    the actions (`goal_actions`). A missing frame ends a trajectory for sampling, as if it were two. `names` limits it
-    to some trajectories (a list in `traj_names.txt`).
+    the actions (`goal_actions`). Where the variance is kept, each frame is a fresh sample. A missing frame ends a
+    trajectory for sampling, as if it were two. `names` limits it to some trajectories (a list in `traj_names.txt`);
+    those of them that are not there are warned about.
     """
 
     def __init__(
@@ -156,10 +163,12 @@ class NavigationLatents(SeededDataset):
         self.reader, self.spacing = frames, spacing
         self.context_size, self.goals_per_obs = context_size, goals_per_obs
         keys = frames.keys() if names is None else names
-        if unknown := set(keys) - set(frames.keys()):
-            raise InputError(
-                f"trajectories: {len(unknown)} named ones are not there, {sorted(unknown)[0]!r} among them"
-            )
+        if absent := set(keys) - set(frames.keys()):
+            line = f"trajectories: {len(absent)} of {len(keys)} named ones are not there, {min(absent)!r} among them"
+            if len(absent) == len(set(keys)):
+                raise InputError(f"{line}; the names and the data do not belong together")
+            warnings.warn(line, stacklevel=2)
+        keys = [key for key in keys if key not in absent]
         self.runs = [(key, start, stop) for key in keys for start, stop in contiguous_runs(frames.numbers(key))]
         lengths = [stop - start for _, start, stop in self.runs]
         self.index = sample_index(lengths, context_size, len_traj_pred, min_dist_cat, max_dist_cat)
@@ -170,9 +179,10 @@ class NavigationLatents(SeededDataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         run, current, smallest, largest = self.index[index].tolist()
         key, first, _ = self.runs[run]
-        goals = current + self.generator(index).integers(smallest, largest + 1, self.goals_per_obs)
-        context = self.reader.read(key, first + current - self.context_size + 1, first + current + 1)
-        targets = [self.reader.read(key, first + goal, first + goal + 1) for goal in goals.tolist()]
+        rng = self.generator(index)
+        goals = current + rng.integers(smallest, largest + 1, self.goals_per_obs)
+        context = self.reader.read(key, first + current - self.context_size + 1, first + current + 1, noise=rng)
+        targets = [self.reader.read(key, first + goal, first + goal + 1, noise=rng) for goal in goals.tolist()]
         position, yaw = self.reader.poses(key)
         actions = goal_actions(position[first:], yaw[first:], current, goals, self.spacing)
         return (
@@ -243,11 +253,16 @@ def navigation_datasets(
 
 
 def _open_entry(name: str, entry: NavigationDatasetConfig, image_size: int) -> FrameReader:
-    if entry.latent_folder is not None and (entry.latent_folder.is_dir() or entry.data_folder is None):
+    if entry.latent_folder is not None and (entry.data_folder is None or _has_latents(entry.latent_folder)):
         return open_frames(entry.latent_folder)
     if entry.data_folder is None:
         raise InputError(f"datasets.{name}: neither latent_folder nor data_folder is given")
     return open_frames(entry.data_folder, PixelSpec(image_size, image_size, "4:3"))
+
+
+def _has_latents(folder: Path) -> bool:
+    """True for a folder that is there, and for the name of a dataset inside a store."""
+    return folder.is_dir() or any((parent / MANIFEST_NAME).exists() for parent in folder.parents)
 
 
 def _split_names(entry: NavigationDatasetConfig, split: str) -> list[str] | None:
@@ -257,7 +272,13 @@ def _split_names(entry: NavigationDatasetConfig, split: str) -> list[str] | None
     path = folder / "traj_names.txt"
     if not path.is_file():
         raise InputError(f"{path}: no such file; a split is a folder with one trajectory name a line in traj_names.txt")
-    return path.read_text().split()
+    return [name for line in path.read_text().splitlines() if (name := line.strip())]
+
+
+def _reader(frames: FrameReader | DatasetStore | str | Path) -> FrameReader:
+    if isinstance(frames, DatasetStore):
+        return StoreFrames(frames)
+    return open_frames(frames) if isinstance(frames, (str, Path)) else frames
 
 
 def _classes(reader: FrameReader, keys: list[str]) -> list[str]:

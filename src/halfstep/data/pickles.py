@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,23 +26,50 @@ _ALLOWED = {
 }
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
+_NUMERIC_CODES = frozenset(f"{kind}{size}" for kind in "fiu" for size in (1, 2, 4, 8)) | {"b1"}
+
+
+class _RestrictedUnpickler(pickle._Unpickler):
+    """Finds nothing but `_ALLOWED`. In Python, because the state of a numpy dtype must not be taken from a file: a
+    forged one corrupts numpy for the whole process."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise UnsafePickleError(f"asks for {module}.{name}; only plain data and numpy arrays are loaded")
-        return super().find_class(module, name)
+        return _numeric_dtype if (module, name) == ("numpy", "dtype") else super().find_class(module, name)
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], np.dtype):  # type: ignore[attr-defined]
+            super().load_build()  # type: ignore[misc]
+            return
+        state = self.stack.pop()  # type: ignore[attr-defined]
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", "|", "="):
+            raise UnsafePickleError("holds numbers of another byte order or structure")
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _numeric_dtype(code: object, *_: object) -> np.dtype[Any]:
+    if not isinstance(code, str) or code not in _NUMERIC_CODES:
+        raise UnsafePickleError(f"holds an array of {code!r}; only numbers are loaded")
+    return np.dtype(code)
 
 
 def load_pickle(path: Path) -> Any:
     """Unpickle `path`. Raises UnsafePickleError when it asks for code, InputError when it is damaged or not there."""
     try:
-        return _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        return _RestrictedUnpickler(io.BytesIO(data)).load()
     except UnsafePickleError as error:
         raise UnsafePickleError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise InputError(f"{path}: damaged pickle ({str(error).splitlines()[0] or type(error).__name__})") from error
+    except Exception as error:  # damaged bytes make a pickle fail in any way
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"{path}: damaged pickle ({reason})") from error
 
 
 def load_poses(path: Path) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:

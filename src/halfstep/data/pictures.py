@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
@@ -18,10 +19,14 @@ from halfstep.spec import PixelSpec
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
 
 
+_LONGEST = 16  # times the target's shape; what lies beyond is far outside the part that is kept
+
+
 def load_picture(path: Path) -> Image.Image:
     """Decode a picture to RGB, 8 bits: EXIF orientation applied, transparency laid on white, 16 bits scaled down.
 
-    Raises SourceError for anything that is not a whole picture of at most Pillow's safe size (178 million pixels).
+    Of an animation, the first frame. Raises SourceError for anything that is not a whole picture of at most Pillow's
+    safe size (178 million pixels).
     """
     try:
         with warnings.catch_warnings():
@@ -36,15 +41,14 @@ def load_picture(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise SourceError(f"{path}: too large to open safely ({error})") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise SourceError(f"{path}: damaged ({str(error).splitlines()[0] or type(error).__name__})") from error
+        raise SourceError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # convert("RGB") would clip these to 255. Integers from files are 16 bits; floats are taken as they are.
-        values = np.asarray(image, dtype=np.float32)
-        if image.mode != "F":
-            values = values / 257.0
+    if image.mode == "F":
+        raise ValueError("floating-point pixels of unknown range; convert the picture to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip to 255
+        values = np.asarray(image, dtype=np.float32) / 257
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -74,6 +78,7 @@ def _fit_fill(image: Image.Image, pixels: PixelSpec) -> Image.Image:
     # Dhariwal and Nichol's (ADM) recipe: halve by boxes while twice too large, then bicubic, then cut the centre.
     while image.width >= 2 * target[0] and image.height >= 2 * target[1]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = _cut_extremes(image, target)
     scale = max(target[0] / image.width, target[1] / image.height)
     size = (max(target[0], round(image.width * scale)), max(target[1], round(image.height * scale)))
     image = image.resize(size, Image.Resampling.BICUBIC)
@@ -81,20 +86,60 @@ def _fit_fill(image: Image.Image, pixels: PixelSpec) -> Image.Image:
     return image.crop((left, top, left + target[0], top + target[1]))
 
 
+def _cut_extremes(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """The middle of a picture that is far longer than the target's shape: scaled as a whole, a strip of one pixel by
+    ten thousand would take gigabytes of which nearly all is cut off again."""
+    longest = (
+        math.ceil(_LONGEST * image.height * target[0] / target[1]),
+        math.ceil(_LONGEST * image.width * target[1] / target[0]),
+    )
+    if image.width <= longest[0] and image.height <= longest[1]:
+        return image
+    width, height = min(image.width, longest[0]), min(image.height, longest[1])
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def load_fitted(path: Path, pixels: PixelSpec) -> Array:
-    """The picture at `path` as uint8 [height, width, 3]."""
-    return fit(load_picture(path), pixels)
+    """The picture at `path` as uint8 [height, width, 3]. Raises SourceError when it cannot be read or fitted."""
+    picture = load_picture(path)
+    try:
+        return fit(picture, pixels)
+    except (MemoryError, ValueError) as error:
+        size = f"{picture.width}x{picture.height}"
+        raise SourceError(f"{path}: {size} pixels cannot be fitted to {pixels} ({error})") from error
+
+
+def class_folder(name: str) -> str | None:
+    """The folder that a file lies in, below the source's root: its class."""
+    folder = name.rpartition("/")[0]
+    return folder.rpartition("/")[2] or None
 
 
 @dataclass(frozen=True, slots=True)
 class PictureSequence:
-    """One picture as a sequence of one frame."""
+    """One picture, `name` below `root`, as a sequence of one frame. Small, because there may be millions."""
 
-    key: str
-    label: str | None
-    source: Path
+    root: Path
+    name: str
+    prefix: str
     pixels: PixelSpec
-    expected: int = 1
+
+    @property
+    def key(self) -> str:
+        return f"{self.prefix}/{self.name}" if self.prefix else self.name
+
+    @property
+    def label(self) -> str | None:
+        return class_folder(self.name)
+
+    @property
+    def source(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def expected(self) -> int:
+        return 1
 
     def inspect(self) -> Inspection:
         content = file_digest(self.source)

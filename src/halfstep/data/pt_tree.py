@@ -1,7 +1,8 @@
 """Trees of `.pt` latents as other tools wrote them: `<dataset>/<trajectory>/{0.pt, 1.pt, ...}`, with or without poses.
 
 A file is a dict {"latent": [C, h, w]}, a bare tensor, an array, a list or tuple of one of these, or the parameters of a
-posterior: a dict of `mean` with `std` or `logvar`. The values are taken as model-ready, as those tools left them.
+posterior: a dict of `mean` with `std` or `logvar`. The values are taken as model-ready, as those tools left them; a
+store keeps the mean of a posterior, training from the tree draws from it.
 """
 
 from __future__ import annotations
@@ -26,24 +27,27 @@ from halfstep.spec import LatentSpec
 EXTENSIONS = frozenset({".pt", ".pth"})
 _KEYS = ("latent", "latents", "mean")
 
+# A file may hold a numpy array; these are the only names that its pickle then needs. Registered once for the process,
+# because torch's own context manager for it is not safe in threads.
+_reconstruct: Any = np.empty(0).__reduce__()[0]
+torch.serialization.add_safe_globals(
+    [
+        np.ndarray,
+        np.dtype,
+        _reconstruct,
+        (_reconstruct, "numpy.core.multiarray._reconstruct"),
+        *{type(np.dtype(code)) for code in ("f2", "f4", "f8")},
+    ]
+)
+
 
 def load_latent(path: Path) -> tuple[Array, Array | None]:
     """Latent [C, h, w] as float32, and the log-variance when the file holds a posterior with one.
 
     Raises SourceError when the file is damaged, asks for code, or holds something else.
     """
-    # A file may hold a numpy array; these are the only names that its pickle then needs.
-    reconstruct = np.empty(0).__reduce__()[0]
-    numpy_names: list[Any] = [
-        np.ndarray,
-        np.dtype,
-        (reconstruct, "numpy.core.multiarray._reconstruct"),
-        reconstruct,
-        *{type(np.dtype(code)) for code in ("f2", "f4", "f8")},
-    ]
     try:
-        with torch.serialization.safe_globals(numpy_names):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise SourceError(f"{path}: cannot be read as latents ({reason})") from error
@@ -70,7 +74,7 @@ def _unwrap(content: Any, path: Path) -> tuple[Array, Array | None]:
 
 def _as_array(value: Any, path: Path) -> Array:
     if isinstance(value, torch.Tensor):
-        value = value.float().numpy()
+        value = value.detach().float().numpy()
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         raise SourceError(f"{path}: holds {type(value).__name__}; expected a floating-point tensor [C, h, w]")
     array = np.asarray(value, dtype=np.float32)
@@ -88,7 +92,7 @@ class PtSequence:
     key: str
     label: str | None
     source: Path
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
     @property
     def expected(self) -> int:
@@ -121,7 +125,7 @@ class PtSequence:
             yield number, partial(_load_shaped, files[number], self.shape)
 
 
-def _load_shaped(path: Path, shape: tuple[int, int, int]) -> Array:
+def _load_shaped(path: Path, shape: tuple[int, ...]) -> Array:
     latent, _ = load_latent(path)
     if latent.shape != shape:
         raise SourceError(f"{path}: latent of shape {list(latent.shape)}; the others have {list(shape)}")
@@ -130,4 +134,4 @@ def _load_shaped(path: Path, shape: tuple[int, int, int]) -> Array:
 
 def imported_spec(shape: tuple[int, int, int]) -> LatentSpec:
     """The spec of latents that another tool made: model-ready as they are, by an autoencoder nobody noted down."""
-    return LatentSpec("imported", channels=shape[0], spatial_factor=1)
+    return LatentSpec("imported", channels=shape[0], spatial_factor=1, latent_shape=shape)

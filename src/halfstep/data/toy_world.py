@@ -29,7 +29,7 @@ def write_toy_world(
     Pictures are JPEG of `size` (width, height); poses are metres and radians. The same arguments write the same bytes.
     Raises InputError when `root` holds something already.
     """
-    if root.exists() and any(root.iterdir()):
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise InputError(f"{root}: is not empty; name a new folder for the toy world")
     if trajectories < 1 or frames < 1:
         raise InputError(f"toy world: got {trajectories} trajectories of {frames} frames; expected at least one")

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from halfstep.data.base import Array, Inspection, SourceError, file_digest
+from halfstep.data.base import Array, Inspection, SourceError, digest, file_digest
 from halfstep.data.pictures import fit
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
@@ -24,7 +24,8 @@ EXTENSIONS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg",
 
 @dataclass(frozen=True, slots=True)
 class VideoSequence:
-    """A video file. Every `stride`-th frame is taken, or with `fps` the frame shown at each 1/fps seconds."""
+    """A video file. Every `stride`-th frame is taken, or with `fps` the frame shown at each 1/fps seconds; frames are
+    numbered as they are taken."""
 
     key: str
     label: str | None
@@ -34,7 +35,7 @@ class VideoSequence:
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        if self.stride < 1 or (self.fps is not None and self.fps <= 0):
+        if self.stride < 1 or (self.fps is not None and not 0 < self.fps < float("inf")):
             raise InputError(f"{self.source}: got stride {self.stride} and fps {self.fps}; expected positive numbers")
         if self.stride > 1 and self.fps is not None:
             raise InputError(f"{self.source}: stride and fps both thin the frames; give one of them")
@@ -45,17 +46,15 @@ class VideoSequence:
             with av.open(str(self.source)) as container:
                 stream = container.streams.video[0]
                 seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-                if self.fps is not None:
-                    return round(seconds * self.fps)
-                return -(-stream.frames // self.stride)
+                return round(seconds * self.fps) if self.fps is not None else -(-stream.frames // self.stride)
         except (av.FFmpegError, IndexError):
             return 0  # an estimate only; reading the video tells what is wrong with it
 
     def inspect(self) -> Inspection:
-        return Inspection(file_digest(self.source))
+        return Inspection(digest(file_digest(self.source), repr((self.stride, self.fps)).encode()))
 
     def frames(self, numbers: Ordered[int] = ()) -> Iterator[tuple[int, Callable[[], Array]]]:
-        decoded, declared = 0, 0
+        decoded = packets = declared = taken = 0
         next_time: Fraction | None = None
         try:
             with av.open(str(self.source)) as container:
@@ -64,21 +63,24 @@ class VideoSequence:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
                 declared = stream.frames
-                for frame in container.decode(stream):
-                    number, decoded = decoded, decoded + 1
-                    if self.fps is None:
-                        wanted = number % self.stride == 0
-                    else:
-                        now = Fraction(frame.pts or 0) * Fraction(frame.time_base or 1)
-                        next_time = now if next_time is None else next_time
-                        wanted = now >= next_time
-                        while next_time <= now:
-                            next_time += 1 / Fraction(self.fps).limit_denominator(1000)
-                    if wanted:
-                        yield number, partial(_fit_frame, frame, self.pixels)
+                for packet in container.demux(stream):
+                    packets += packet.size > 0
+                    for frame in packet.decode():
+                        decoded += 1
+                        if self.fps is None:
+                            wanted = (decoded - 1) % self.stride == 0
+                        else:
+                            now = Fraction(frame.pts or 0) * Fraction(frame.time_base or 1)
+                            next_time = now if next_time is None else next_time
+                            wanted = now >= next_time
+                            while next_time <= now:
+                                next_time += 1 / Fraction(self.fps)
+                        if wanted:
+                            yield taken, partial(_fit_frame, frame, self.pixels)
+                            taken += 1
         except av.FFmpegError as error:
             raise SourceError(f"{self.source}: damaged after {_count(decoded, declared)} ({error.strerror})") from error
-        if decoded < declared:
+        if packets < declared:  # packets, because a whole file may have frames that it says not to show
             raise SourceError(f"{self.source}: ends after {_count(decoded, declared)}")
         if decoded == 0:
             raise SourceError(f"{self.source}: holds no frames")

@@ -21,7 +21,7 @@ from halfstep.encode import EncodeOptions, EncodeReport, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
 from halfstep.encode.share import Team
-from halfstep.errors import InputError
+from halfstep.errors import InputError, StoreError
 from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, probe, torch_dtype
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, VerifyReport, verify
@@ -77,6 +77,8 @@ def run_demo(output: Path, say: Callable[[str], None], *, trajectories: int = 8,
     say(f"    {encoded.items} frames at {encoded.items_per_second:.0f} a second in {encoded.policy}")
     say("3/5 verify every byte of the store")
     verified = verify(output / "latents")
+    if not verified.ok:
+        raise StoreError(f"{output / 'latents'}: {verified.problems[0]}")
     say("4/5 decode, and compare with the pictures")
     autoencoder = load_autoencoder()
     assert store.spec.pixels is not None

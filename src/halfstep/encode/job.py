@@ -11,8 +11,8 @@ from halfstep.data.base import FrameSequence, digest
 from halfstep.data.pt_tree import imported_spec
 from halfstep.data.sources import Kind, Source
 from halfstep.errors import InputError
-from halfstep.precision import PrecisionPolicy
-from halfstep.spec import LatentSpec, PixelSpec
+from halfstep.precision import PrecisionPolicy, probe
+from halfstep.spec import Crop, LatentSpec, PixelSpec
 from halfstep.store.manifest import Manifest
 
 # Above this many pixels on a side the library encodes in tiles: one 1024 x 1024 picture takes an SD-sized encoder 5 GB.
@@ -21,10 +21,11 @@ _TILE_ABOVE = 1024
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What the user asked for. `batch_size=None` is auto. `size` is (width, height)."""
+    """What the user asked for. `size` is (width, height). None leaves the choice: to what the store was made with, or
+    for a new one to the default or the measurement."""
 
     output: Path
-    autoencoder: str = "dct8"
+    autoencoder: str | None = None
     revision: str | None = None
     precision: str = "auto"
     storage: str | None = None
@@ -57,6 +58,7 @@ class EncodeJob:
     workers: int
     strict: bool
     device: str
+    channels_last: bool
 
     @property
     def storage(self) -> str:
@@ -72,7 +74,14 @@ class EncodeJob:
     def manifest(self) -> Manifest:
         from halfstep import __version__
 
-        recipe = {"policy": str(self.policy), "batch_size": self.batch_size, "tiled": self.tiled}
+        recipe = {
+            "policy": str(self.policy),
+            "batch_size": self.batch_size,
+            "channels_last": self.channels_last,
+            "tiled": self.tiled,
+            "moments": self.moments,
+            "mirror": self.mirror,
+        }
         return Manifest(
             self.spec, self.storage, str(self.policy), recipe=recipe, created_with=f"halfstep {__version__}"
         )
@@ -101,44 +110,61 @@ def settle(
         policy = replace(chosen, storage=policy.storage) if policy.storage != "auto" else chosen
     if options.storage is not None:
         policy = replace(policy, storage=options.storage)
-    batch_size = options.batch_size or (existing.recipe.get("batch_size", 0) if existing else 0)
+    recipe = existing.recipe if existing else {}
+    identifier = options.autoencoder or (existing.spec.autoencoder if existing else "dct8")
+    autoencoder, tiled, channels_last = None, False, False
     if "latents" in kinds:
-        if kinds != {"latents"} or options.moments or options.mirror:
-            raise InputError("latents are repacked as they are: without other sources, --moments and --mirror")
+        _require_plain_import(options, kinds)
         policy = PrecisionPolicy(storage="fp16" if policy.storage == "auto" else policy.storage)
-        spec, autoencoder, tiled = imported_spec(sources[0].latent_shape()), None, False
-        batch_size = batch_size or 64
+        spec = imported_spec(sources[0].latent_shape())
     else:
         policy = policy.resolve(device, "encode")
-        pixels = _pixels(options, kinds)
+        pixels = _pixels(options, kinds, existing)
         tiled = max(pixels.width, pixels.height) > _TILE_ABOVE
-        autoencoder = load_autoencoder(options.autoencoder, options.revision, tiled=tiled)
-        spec = replace(autoencoder.spec, pixels=_fit_to(autoencoder.spec, pixels, options, kinds))
+        autoencoder = load_autoencoder(identifier, options.revision, tiled=tiled)
+        spec = replace(autoencoder.spec, pixels=_fit_to(autoencoder.spec, pixels, options, kinds, existing))
         if options.moments and not autoencoder.variational:
-            raise InputError(
-                f"--moments: {options.autoencoder} has no variance; leave it out, or use a variational one"
-            )
+            raise InputError(f"--moments: {identifier} has no variance; leave it out, or use a variational autoencoder")
+        # Another memory format rounds differently, so one process decides for all and a store keeps it.
+        measured = probe(device).types[policy.compute].prefers_channels_last
+        channels_last = recipe.get("channels_last", measured)
     job = EncodeJob(
         output=options.output,
         spec=spec,
         policy=policy,
-        autoencoder=options.autoencoder,
+        autoencoder=identifier,
         revision=options.revision,
         tiled=tiled,
         moments=options.moments,
         mirror=options.mirror,
-        batch_size=batch_size,
+        batch_size=options.batch_size or recipe.get("batch_size", 0),
         workers=workers,
         strict=options.strict,
         device=device,
+        channels_last=channels_last,
     )
     return job, autoencoder
+
+
+def _require_plain_import(options: EncodeOptions, kinds: set[Kind]) -> None:
+    """Raise InputError when options ask for more of ready latents than to be repacked."""
+    given = {
+        "--moments": options.moments,
+        "--mirror": options.mirror,
+        "--size": options.size is not None,
+        "--autoencoder": options.autoencoder is not None,
+        "--clip-length": options.clip_length is not None,
+        "other kinds of sources": kinds != {"latents"},
+    }
+    if surplus := [name for name, there in given.items() if there]:
+        raise InputError(f"latents are repacked as they are, without {' and '.join(surplus)}; leave that out")
 
 
 def list_sequences(sources: list[Source], spec: LatentSpec, limit: int | None) -> list[FrameSequence]:
     """All sequences of all sources in a fixed order; with `limit`, only the first ones that together reach it."""
     pixels = spec.pixels or PixelSpec(0, 0)
-    sequences = [sequence for source in sources for sequence in source.sequences(pixels)]
+    shape = spec.latent_shape
+    sequences = [sequence for source in sources for sequence in source.sequences(pixels, shape)]
     if limit is None:
         return sequences
     total = 0
@@ -149,18 +175,22 @@ def list_sequences(sources: list[Source], spec: LatentSpec, limit: int | None) -
     return sequences
 
 
-def _pixels(options: EncodeOptions, kinds: set[Kind]) -> PixelSpec:
+def _pixels(options: EncodeOptions, kinds: set[Kind], existing: Manifest | None) -> PixelSpec:
     if "trajectories" in kinds and len(kinds) > 1:
         raise InputError(
             f"sources: {' and '.join(sorted(kinds))} are cropped differently, so they cannot share a store; "
             "encode each kind into a store of its own"
         )
-    crop = "4:3" if "trajectories" in kinds else "fill"
-    width, height = options.size or ((224, 224) if crop == "4:3" else (256, 256))
-    return PixelSpec(width, height, crop)  # type: ignore[arg-type]
+    crop: Crop = "4:3" if "trajectories" in kinds else "fill"
+    made_with = existing.spec.pixels if existing else None
+    default = (224, 224) if crop == "4:3" else (256, 256)
+    width, height = options.size or ((made_with.width, made_with.height) if made_with else default)
+    return PixelSpec(width, height, crop)
 
 
-def _fit_to(spec: LatentSpec, pixels: PixelSpec, options: EncodeOptions, kinds: set[Kind]) -> PixelSpec:
+def _fit_to(
+    spec: LatentSpec, pixels: PixelSpec, options: EncodeOptions, kinds: set[Kind], existing: Manifest | None
+) -> PixelSpec:
     factor, over_time = spec.spatial_factor, spec.temporal_factor
     if pixels.width % factor or pixels.height % factor or min(pixels.width, pixels.height) < factor:
         raise InputError(f"--size: got {pixels.width}x{pixels.height}; {spec.autoencoder} needs multiples of {factor}")
@@ -170,10 +200,15 @@ def _fit_to(spec: LatentSpec, pixels: PixelSpec, options: EncodeOptions, kinds: 
         return pixels
     if "trajectories" in kinds:
         raise InputError(f"{spec.autoencoder} compresses time, but each frame of a trajectory has its own pose")
+    if len(kinds) > 1:
+        raise InputError(
+            f"{spec.autoencoder} makes clips of videos and single frames of pictures; use a store for each"
+        )
+    made_with = existing.spec.pixels if existing else None
     default = 1 if kinds == {"pictures"} else 4 * over_time + 1
-    clip_length = options.clip_length or default
+    clip_length = options.clip_length or (made_with.clip_length if made_with else default)
     if (clip_length - 1) % over_time:
         raise InputError(
-            f"--clip-length: got {clip_length}; {spec.autoencoder} needs 1 more than a multiple of {over_time}"
+            f"--clip-length: got {clip_length}; {spec.autoencoder} needs one more than a multiple of {over_time}"
         )
     return replace(pixels, clip_length=clip_length)

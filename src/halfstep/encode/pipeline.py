@@ -9,7 +9,7 @@ way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -20,8 +20,9 @@ from halfstep.data.base import Array, FrameSequence, Inspection, Problem, Source
 from halfstep.encode.job import EncodeJob
 from halfstep.encode.lanes import Encoded, Lanes
 from halfstep.errors import HalfstepError
-from halfstep.store.dataset import DatasetStore
-from halfstep.store.index import DIGEST_BYTES, Row
+from halfstep.store.formats import LATENT_ARRAYS
+from halfstep.store.index import DIGEST_BYTES, Row, shard_path
+from halfstep.store.shard import MappedShard
 from halfstep.store.writer import DatasetWriter
 
 T = TypeVar("T")
@@ -49,7 +50,11 @@ class Counts:
 
 
 class StoppedError(HalfstepError):
-    """--strict met a failure."""
+    """--strict met a failure. `failures` are those up to then."""
+
+    def __init__(self, line: str, failures: Sequence[Failure] = ()) -> None:
+        super().__init__(line)
+        self.failures = list(failures)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def fingerprint_of(job: EncodeJob, inspection: Inspection) -> bytes:
 def run(
     job: EncodeJob,
     sequences: list[FrameSequence],
-    existing: dict[str, Row],
+    existing: Mapping[str, Row],
     lanes: Lanes,
     writer: DatasetWriter,
     on_progress: Callable[[int, int], None],
@@ -158,7 +163,7 @@ def run(
     return counts
 
 
-def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: dict[str, Row]) -> Counts:
+def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: Mapping[str, Row]) -> Counts:
     """What `run` would do, without decoding anything: for --dry-run."""
     counts = Counts()
     with ThreadPoolExecutor(job.workers) as pool:
@@ -172,7 +177,10 @@ def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: dict[str
                 Failure(sequence.key, str(sequence.source), p.reason, p.frame) for p in inspection.problems
             ]
             row = existing.get(sequence.key)
-            if row is not None and row.fingerprint == fingerprint_of(job, inspection):
+            unchanged = row is not None and row.fingerprint == fingerprint_of(job, inspection)
+            if row is not None and unchanged and _is_complete(row, inspection):
+                if "problem" in row.attributes:
+                    counts.failures.append(Failure(sequence.key, str(sequence.source), row.attributes["problem"]))
                 counts.skipped += row.length
                 continue
             stored = _stored_places(row)
@@ -199,7 +207,7 @@ def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
 
 
 def _plan(
-    job: EncodeJob, sequences: list[FrameSequence], existing: dict[str, Row], pool: ThreadPoolExecutor
+    job: EncodeJob, sequences: list[FrameSequence], existing: Mapping[str, Row], pool: ThreadPoolExecutor
 ) -> Iterator[_Step]:
     """The steps of all sequences. Those that did not change are skipped; of those that did, frames whose content is in
     the store are reused."""
@@ -309,14 +317,14 @@ class _Recorder:
     def __init__(
         self,
         job: EncodeJob,
-        existing: dict[str, Row],
+        existing: Mapping[str, Row],
         writer: DatasetWriter,
         counts: Counts,
         on_progress: Callable[[int, int], None],
     ) -> None:
         self._job, self._existing, self._writer, self._counts = job, existing, writer, counts
         self._on_progress = on_progress
-        self._store = DatasetStore.open(job.output) if existing else None
+        self._mapped: tuple[int, MappedShard] | None = None
         self._stopped = False
         self._key = ""
         self._digests: list[bytes] = []
@@ -372,10 +380,12 @@ class _Recorder:
         self._on_progress(1, sum(values.nbytes for values in arrays.values()))
 
     def _add_reused(self, number: int, frame_digest: bytes, place: int) -> None:
-        assert self._store is not None
-        key = self._key
-        names = self._store.arrays(key) - {"frame", *self._arrays}
-        arrays = {name: self._store.stored_rows(key, name, place, place + 1) for name in names}
+        # From the very row that the place was found in: a Ray task that is repeated has written newer ones since.
+        row = self._existing[self._key]
+        if self._mapped is None or self._mapped[0] != row.shard:
+            self._mapped = (row.shard, MappedShard(shard_path(self._job.output, row.shard)))
+        shard, at = self._mapped[1], row.start + place
+        arrays = {name: shard.rows(name, at, at + 1) for name in LATENT_ARRAYS if name in shard.layouts}
         self._extend(number, frame_digest, arrays)
         self._counts.skipped += 1
         self._on_progress(1, 0)
@@ -391,7 +401,8 @@ class _Recorder:
         self._counts.failures.append(failure)
         self._problem = problem.reason
         if self._job.strict:
-            raise StoppedError(f"{problem.reason}; stopped because of --strict, what was complete is in the store")
+            line = f"{problem.reason}; stopped because of --strict, what was complete is in the store"
+            raise StoppedError(line, self._counts.failures)
 
     def _close(self, step: _Close) -> None:
         if not self._digests:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,25 +9,27 @@ from typing import Any
 from halfstep.data.base import FrameSequence
 from halfstep.data.sources import SourceConfig
 from halfstep.encode.job import EncodeJob, EncodeOptions
-from halfstep.encode.pipeline import Counts
+from halfstep.encode.pipeline import Counts, StoppedError
 from halfstep.encode.runner import (
     EncodeReport,
     Progress,
     encode_share,
     finish_run,
-    make_report,
     merge_counts,
     missing_keys,
     open_store,
     prepare_run,
     reserved,
+    warnings_before,
+    write_failures,
 )
 from halfstep.encode.share import Team
-from halfstep.errors import InputError
-from halfstep.store.index import Row
+from halfstep.errors import HalfstepError, InputError
+from halfstep.store.index import Index
 
 _BLOCKS_PER_ACTOR = 8  # enough to even out the load, few enough that a block is worth a commit
 _LARGEST_BLOCK = 1024
+_WORKERS_PER_ACTOR = 2
 
 
 class _Actor:
@@ -37,16 +38,23 @@ class _Actor:
     def __init__(self, job: EncodeJob, sequences: Any, existing: Any) -> None:
         import ray
 
-        os.environ["LOCAL_WORLD_SIZE"] = "1"
-        self._job = job
+        self._job = replace(job, workers=_WORKERS_PER_ACTOR)
         self._sequences: list[FrameSequence] = ray.get(sequences)
-        self._existing: dict[str, Row] = ray.get(existing)
+        self._existing: Index = ray.get(existing)
+        self._autoencoder = None if job.imports_latents else job.load_autoencoder()
 
-    def __call__(self, block: dict[str, Any]) -> dict[str, list[Counts]]:
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[Counts | HalfstepError]]:
         share = [self._sequences[index] for index in block["index"]]
-        autoencoder = None if self._job.imports_latents else self._job.load_autoencoder()
-        counts = encode_share(self._job, autoencoder, share, self._existing, lambda items, size: None, lane_count=1)
-        return {"counts": [counts]}
+        try:
+            return {
+                "outcome": [encode_share(self._job, self._autoencoder, share, self._existing, _silent, lane_count=1)]
+            }
+        except HalfstepError as error:  # carried as a value: raised, it would arrive wrapped in a traceback
+            return {"outcome": [error]}
+
+
+def _silent(items: int, latent_bytes: int) -> None:
+    """Progress is told once a block, by the driver."""
 
 
 def encode_on_ray(
@@ -62,10 +70,12 @@ def encode_on_ray(
         raise InputError("--ray: ray is not installed; pip install 'halfstep[ray]'") from None
     progress = progress or Progress()
     team = Team()
-    with reserved(options.output, team, dry_run=False):
+    with reserved(options.output):
         job, autoencoder, listed, existing = prepare_run(sources, options, team)
         missing = missing_keys(options, listed, existing)
-        job = open_store(job, autoencoder, team)
+        for line in warnings_before(job, existing, options):
+            progress.note(line)
+        job = open_store(job, autoencoder)
         progress.start(sum(sequence.expected for sequence in listed))
         started = time.monotonic()
         own_cluster = not ray.is_initialized()
@@ -73,16 +83,17 @@ def encode_on_ray(
             ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
         try:
             totals = merge_counts(_map(ray, job, listed, existing, progress))
+        except StoppedError as stopped:
+            write_failures(options.output, stopped.failures)
+            raise
         finally:
             if own_cluster:
                 ray.shutdown()
-        removed = finish_run(job, totals, [] if options.keep_missing else missing)
-        return make_report(job, totals, removed, missing, time.monotonic() - started)
+        drop = [] if options.keep_missing else missing
+        return finish_run(job, totals, drop, missing, time.monotonic() - started)
 
 
-def _map(
-    ray: Any, job: EncodeJob, sequences: list[FrameSequence], existing: dict[str, Row], progress: Progress
-) -> list[Counts]:
+def _map(ray: Any, job: EncodeJob, sequences: list[FrameSequence], existing: Index, progress: Progress) -> list[Counts]:
     resources = ray.cluster_resources()
     on_gpu = job.device.startswith("cuda")
     # One core stays for Ray Data's own tasks, or the actors would wait for each other.
@@ -99,7 +110,9 @@ def _map(
     )
     parts = []
     for row in dataset.iter_rows():
-        counts: Counts = row["counts"]
-        parts.append(counts)
-        progress.advance(counts.encoded + counts.skipped, 0)
+        outcome: Counts | HalfstepError = row["outcome"]
+        if isinstance(outcome, HalfstepError):
+            raise outcome
+        parts.append(outcome)
+        progress.advance(outcome.encoded + outcome.skipped, 0)
     return parts

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,15 +17,16 @@ from halfstep.data.base import FrameSequence
 from halfstep.data.sources import SourceConfig, find_sources
 from halfstep.encode.job import EncodeJob, EncodeOptions, list_sequences, settle
 from halfstep.encode.lanes import Lanes
-from halfstep.encode.pipeline import Counts, Failure, plan_only, run
+from halfstep.encode.pipeline import Counts, Failure, StoppedError, plan_only, run
 from halfstep.encode.share import Team
 from halfstep.errors import InputError, StoreBusyError
 from halfstep.precision import open_device, slowness
 from halfstep.store.commit import FileLock, store_errors, write_durably
 from halfstep.store.dataset import DatasetStore
-from halfstep.store.index import Row, live_rows, read_rows
+from halfstep.store.index import Index
 from halfstep.store.maintenance import compact
 from halfstep.store.manifest import NAME as MANIFEST_NAME
+from halfstep.store.manifest import Manifest
 from halfstep.store.writer import DatasetWriter, create_store, read_manifest, require_same_spec, require_store_or_empty
 
 FAILURES_FILE = "failures.jsonl"
@@ -78,73 +79,99 @@ def encode(
     written, StoppedError at the first failure when `options.strict`.
     """
     progress = progress or Progress()
-    with Team.join() as team, reserved(options.output, team, dry_run):
+    with Team.join() as team, ExitStack() as stack:
+        if not dry_run:
+            team.on_leader(lambda: stack.enter_context(reserved(options.output)))
         job, autoencoder, sequences, existing = prepare_run(sources, options, team)
         missing = missing_keys(options, sequences, existing)
-        if not job.imports_latents and (line := slowness(job.policy, job.device, "encode")) and team.leads:
-            progress.note(line)
+        if team.leads:
+            for line in warnings_before(job, existing, options):
+                progress.note(line)
         mine = sequences[team.rank :: team.size]
         started = time.monotonic()
         if dry_run:
-            counts = plan_only(job, mine, existing)
-        else:
-            job = open_store(job, autoencoder, team)
-            progress.start(sum(sequence.expected for sequence in mine))
-            counts = encode_share(job, autoencoder, mine, existing, progress.advance)
-        totals = merge_counts(team.gather(counts))
+            totals = merge_counts(team.gather(lambda: plan_only(job, mine, existing)))
+            stored = (len(existing), existing.items_in(existing), 0)
+            removed = 0 if options.keep_missing else existing.items_in(missing)
+            return _report(job, totals, removed, missing, 0.0, stored, dry_run=True)
+        job = replace(team.on_leader(lambda: open_store(job, autoencoder)), device=job.device)
+        started = time.monotonic()
+        progress.start(sum(sequence.expected for sequence in mine))
+
+        def share() -> Counts:
+            return encode_share(job, autoencoder, mine, existing, progress.advance)
+
+        try:
+            totals = merge_counts(team.gather(share))
+        except StoppedError as stopped:
+            write_failures(options.output, stopped.failures)
+            raise
         seconds = time.monotonic() - started
-        removed = 0
-        if dry_run:
-            removed = sum(existing[key].length for key in missing) if not options.keep_missing else 0
-        elif team.leads:
-            removed = finish_run(job, totals, [] if options.keep_missing else missing)
-        report = make_report(job, totals, removed, missing, seconds) if team.leads and not dry_run else None
-        if dry_run:
-            items = sum(row.length for row in existing.values())
-            report = _report(job, totals, removed, missing, seconds, (len(existing), items, 0), dry_run=True)
-        shared = team.from_leader(report)
-        assert shared is not None
-        return shared
+        drop = [] if options.keep_missing else missing
+        return team.on_leader(lambda: finish_run(job, totals, drop, missing, seconds))
 
 
 def prepare_run(
     sources: list[SourceConfig], options: EncodeOptions, team: Team
-) -> tuple[EncodeJob, Autoencoder | None, list[FrameSequence], dict[str, Row]]:
+) -> tuple[EncodeJob, Autoencoder | None, list[FrameSequence], Index]:
     """Settle the job on the leader, the same for all, and list what there is to do. Reads the store, writes nothing."""
     found = find_sources(sources)
     manifest = read_manifest(options.output) if (options.output / MANIFEST_NAME).exists() else None
     device = _choose_device(options.device, team)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     job, autoencoder = settle(options, found, manifest, device, options.workers or max(1, min(cores, 16)))
-    device, leader = job.device, team.from_leader(job)
-    job = replace(leader, device=device)
+    settled = job
+    job = replace(team.on_leader(lambda: settled), device=device)
     if manifest is not None:
         require_same_spec(manifest.spec, job.spec, options.output)
     sequences = list_sequences(found, job.spec, options.limit)
-    existing = live_rows(read_rows(options.output)) if manifest is not None else {}
+    existing = Index.read(options.output)
+    if existing and manifest is not None and _changes(manifest, job) and (options.limit or options.keep_missing):
+        raise InputError(
+            f"{options.output}: was made with {_changes(manifest, job)}; with --limit or --keep-missing a part of it "
+            "would stay so: give the same settings, or encode all of it without these options"
+        )
     return job, autoencoder, sequences, existing
 
 
-def open_store(job: EncodeJob, autoencoder: Autoencoder | None, team: Team) -> EncodeJob:
+def open_store(job: EncodeJob, autoencoder: Autoencoder | None) -> EncodeJob:
     """Settle the batch size and make the store ready; return the job that every process then carries out.
 
     One process decides on the size of a batch, because another size may round differently.
     """
-    if team.leads:
-        if job.batch_size == 0:
-            with Lanes.open(job, autoencoder) as lanes:
-                job = replace(job, batch_size=lanes.measure_batch_size())
-        with store_errors(job.output):
-            create_store(job.output, job.manifest)
-            _update_manifest(job)
-    return team.from_leader(job)
+    if job.batch_size == 0:
+        with Lanes.open(job, autoencoder) as lanes:
+            job = replace(job, batch_size=lanes.measure_batch_size())
+    with store_errors(job.output):
+        create_store(job.output, job.manifest)
+        _update_manifest(job)
+    return job
+
+
+def warnings_before(job: EncodeJob, existing: Index, options: EncodeOptions) -> list[str]:
+    """What the user should know before it starts: an emulated type, or that all of the store will be made anew."""
+    lines = []
+    if not job.imports_latents and (line := slowness(job.policy, job.device, "encode")):
+        lines.append(line)
+    if existing and (changes := _changes(read_manifest(options.output), job)):
+        lines.append(f"{options.output}: was made with {changes}; its {len(existing)} sequences are encoded again")
+    return lines
+
+
+def _changes(manifest: Manifest, job: EncodeJob) -> str:
+    """The settings of a store, besides the spec, that differ from the job's in a way that changes latents."""
+    wanted = job.manifest.recipe
+    names = ("policy", "tiled", "moments", "mirror")
+    return ", ".join(
+        f"{n} {manifest.recipe[n]} (now {wanted[n]})" for n in names if manifest.recipe.get(n) != wanted[n]
+    )
 
 
 def encode_share(
     job: EncodeJob,
     autoencoder: Autoencoder | None,
     sequences: list[FrameSequence],
-    existing: dict[str, Row],
+    existing: Index,
     on_progress: Callable[[int, int], None],
     lane_count: int | None = None,
 ) -> Counts:
@@ -153,8 +180,8 @@ def encode_share(
         return run(job, sequences, existing, lanes, writer, on_progress)
 
 
-def finish_run(job: EncodeJob, totals: Counts, drop: list[str]) -> int:
-    """Drop what is gone, merge small shards, note failures and numerics; return the number of items removed."""
+def finish_run(job: EncodeJob, totals: Counts, drop: list[str], missing: list[str], seconds: float) -> EncodeReport:
+    """Drop what is gone, merge small shards, note failures and numerics, and report."""
     removed = compact(job.output, drop)
     with store_errors(job.output):
         manifest = read_manifest(job.output)
@@ -165,7 +192,9 @@ def finish_run(job: EncodeJob, totals: Counts, drop: list[str]) -> int:
         if numerics != manifest.numerics:
             replace(manifest, numerics=numerics).write(job.output)
         write_failures(job.output, totals.failures)
-    return removed
+    store = DatasetStore.open(job.output)
+    stored = (len(store.keys()), len(store), store.latent_bytes())
+    return _report(job, totals, removed, missing, seconds, stored)
 
 
 def write_failures(output: Path, failures: list[Failure]) -> None:
@@ -178,12 +207,9 @@ def write_failures(output: Path, failures: list[Failure]) -> None:
 
 
 @contextmanager
-def reserved(output: Path, team: Team, dry_run: bool) -> Iterator[None]:
+def reserved(output: Path) -> Iterator[None]:
     """Keep other runs from encoding into the same store. Programs that use DatasetWriter themselves are not kept
     out."""
-    if dry_run or not team.leads:
-        yield
-        return
     with store_errors(output):
         require_store_or_empty(output)
         created = not output.exists()
@@ -201,20 +227,22 @@ def reserved(output: Path, team: Team, dry_run: bool) -> Iterator[None]:
 
 
 def _choose_device(name: str, team: Team) -> str:
-    if name != "auto":
+    if name not in ("auto", "cuda"):
         return str(open_device(name))
+    if name == "cuda":
+        open_device(name)
     return f"cuda:{team.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
-def missing_keys(options: EncodeOptions, sequences: list[FrameSequence], existing: dict[str, Row]) -> list[str]:
+def missing_keys(options: EncodeOptions, sequences: list[FrameSequence], existing: Index) -> list[str]:
     """Keys of the store that the sources no longer have. Raises InputError when that is all of them."""
     if options.limit is not None:
         return []
     missing = sorted(existing.keys() - {sequence.key for sequence in sequences})
     if missing and len(missing) == len(existing) and not options.keep_missing:
         raise InputError(
-            f"{options.output}: holds {len(existing)} sequences and the sources have none of them; --keep-missing "
-            "adds to the store, a new folder makes another one"
+            f"{options.output}: holds {len(existing)} sequences and the sources have none of them; if only their names "
+            "changed, set `name` in a YAML list of sources; --keep-missing adds, a new folder makes another store"
         )
     return missing
 
@@ -235,12 +263,6 @@ def merge_counts(parts: list[Counts]) -> Counts:
         sum(c.refused for c in parts),
         [failure for c in parts for failure in c.failures],
     )
-
-
-def make_report(job: EncodeJob, totals: Counts, removed: int, missing: list[str], seconds: float) -> EncodeReport:
-    """The report of a run that has ended, with the size of the store as it now is."""
-    store = DatasetStore.open(job.output)
-    return _report(job, totals, removed, missing, seconds, (len(store.keys()), len(store), store.latent_bytes()))
 
 
 def _report(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from halfstep.errors import HalfstepError
 
 T = TypeVar("T")
 
@@ -44,18 +46,42 @@ class Team:
     def local_rank(self) -> int:
         return int(os.environ.get("LOCAL_RANK", "0"))
 
-    def from_leader(self, value: T) -> T:
-        """The leader's value, on every process."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def on_leader(self, work: Callable[[], T]) -> T:
+        """The result of `work`, done by the leader, on every process; its error too, as one line."""
+        outcome: tuple[T | None, str | None] = (None, None)
+        failed: HalfstepError | None = None
+        if self.leads:
+            try:
+                outcome = (work(), None)
+            except HalfstepError as error:
+                failed, outcome = error, (None, str(error))
+        if self.size > 1:
+            box = [outcome]
+            dist.broadcast_object_list(box, src=0)
+            outcome = box[0]
+        if failed is not None:
+            raise failed
+        if outcome[1] is not None:
+            raise HalfstepError(f"stopped with process 0: {outcome[1]}")
+        return outcome[0]  # type: ignore[return-value]
 
-    def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of ranks, on every process."""
-        if self.size == 1:
-            return [value]
-        box: list[T | None] = [None] * self.size
-        dist.all_gather_object(box, value)
-        return box  # type: ignore[return-value]
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """Every process's result of `work`, in the order of ranks, on every process. When one fails, all do."""
+        result: T | None = None
+        failed: HalfstepError | None = None
+        try:
+            result = work()
+        except HalfstepError as error:
+            failed = error
+        mine = (result, None if failed is None else str(failed))
+        every: list[tuple[T | None, str | None] | None] = [mine]
+        if self.size > 1:
+            every = [None] * self.size
+            dist.all_gather_object(every, mine)
+        if failed is not None:
+            raise failed
+        outcomes = [outcome for outcome in every if outcome is not None]
+        for rank, (_, line) in enumerate(outcomes):
+            if line is not None:
+                raise HalfstepError(f"stopped with process {rank}: {line}")
+        return [value for value, _ in outcomes]  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,17 +18,18 @@ from halfstep.precision.probe import probe, tf32
 TensorMap = Callable[[torch.Tensor], torch.Tensor]
 
 
-def prepare(module: nn.Module, policy: PrecisionPolicy) -> nn.Module:
+def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool | None = None) -> nn.Module:
     """Apply `policy` to `module` in place and return it.
 
     *true* policies cast weights, buffers and, at each call, inputs; *mixed* policies keep fp32 weights and run the call
-    under autocast. Modules that match `policy.islands` keep fp32 weights and run in fp32 also under autocast; they
-    return the type they were given. Results are cast to `policy.output`. Modules with 2-D convolutions use
-    channels_last where `probe` measured it faster on the module's device.
+    under autocast. Modules that match `policy.islands` keep fp32 weights and run in fp32 also under autocast, and
+    return `policy.params`; where there are islands, inputs of at most one dimension (timesteps, sigmas) reach them
+    unrounded. Results are cast to `policy.output`. Modules with 2-D convolutions use channels_last where `probe`
+    measured it faster on the module's device, or as `channels_last` says.
 
     The formats are pinned: `.to(device)` moves the module, `.to(dtype)`, `.half()` and the like leave its types alone.
-    They survive `deepcopy`, `state_dict` (same names) and `torch.compile`. `auto` is resolved for inference on the
-    module's device. Raises InputError when a pattern of `islands` matches no module.
+    They survive `deepcopy`, `pickle`, `state_dict` (same names) and `torch.compile`. `auto` is resolved for inference
+    on the module's device. Raises InputError when a pattern of `islands` matches no module.
     """
     for child in module.modules():  # what an earlier call made of it is undone
         child.__class__ = _ORIGINALS.get(type(child), type(child))
@@ -40,12 +42,15 @@ def prepare(module: nn.Module, policy: PrecisionPolicy) -> nn.Module:
         child._apply(_cast_to(dtype), recurse=False)  # type: ignore[no-untyped-call]
     convolutions = [child for child in module.modules() if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d))]
     memory_format = torch.contiguous_format
-    if convolutions and probe(device).types[policy.compute].prefers_channels_last:
+    if convolutions and channels_last is None:
+        channels_last = probe(device).types[policy.compute].prefers_channels_last
+    if convolutions and channels_last:
         memory_format = torch.channels_last
         for convolution in convolutions:
             convolution.to(memory_format=memory_format)  # type: ignore[call-overload]
     for island in islands:
         island.__class__ = _pinned_class(type(island), _Island)
+        island._halfstep_policy = policy  # type: ignore[assignment]
     module.__class__ = _pinned_class(type(module), _Prepared)
     module._halfstep_policy = policy  # type: ignore[assignment]
     module._halfstep_memory_format = memory_format  # type: ignore[assignment]
@@ -76,14 +81,24 @@ def _map_tensors(fn: TensorMap, value: Any) -> Any:
         return value if all(a is b for a, b in zip(mapped, value, strict=True)) else type(value)(mapped)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map_tensors(fn, item) for item in value))
-    if type(value) is dict:
+    if isinstance(value, dict):
         mapped_items = {key: _map_tensors(fn, item) for key, item in value.items()}
-        return value if all(mapped_items[key] is value[key] for key in value) else mapped_items
+        if all(mapped_items[key] is value[key] for key in value):
+            return value
+        # The libraries' model outputs are dicts and dataclasses at once, made from keywords.
+        return type(value)(**mapped_items) if is_dataclass(value) else type(value)(mapped_items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _map_tensors(fn, getattr(value, f.name)) for f in fields(value) if f.init})
     return value
 
 
 class _Pinned(nn.Module):
     """A module whose floating-point types do not follow `.to(dtype)`."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        original = _ORIGINALS[type(self)]
+        behaviour = _Prepared if isinstance(self, _Prepared) else _Island
+        return _new_pinned, (original, behaviour), self.__dict__
 
     def _apply(self, fn: TensorMap, recurse: bool = True) -> nn.Module:
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,14 +117,14 @@ class _Prepared(_Pinned):
         dtype, output_dtype = torch_dtype(policy.params), torch_dtype(policy.output)
 
         def enter(tensor: torch.Tensor) -> torch.Tensor:
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or (policy.islands and tensor.dim() <= 1):
                 return tensor
             if tensor.dim() == 4 and memory_format is torch.channels_last:
                 return tensor.to(dtype, memory_format=torch.channels_last)
             return tensor.to(dtype)
 
         args, kwargs = _map_tensors(enter, args), _map_tensors(enter, kwargs)
-        device_type = next((t.device.type for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), "cpu")
+        device_type = _device_type(self, args, kwargs)
         if policy.is_mixed:
             # The cache keeps a half copy of every weight beside the fp32 one for the length of the call. Training needs
             # those copies for the backward pass anyway; inference would only pay for them.
@@ -125,14 +140,25 @@ class _Prepared(_Pinned):
 
 
 class _Island(_Pinned):
+    _halfstep_policy: PrecisionPolicy
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
         args, kwargs = (_map_tensors(_cast_to(torch.float32), values) for values in (args, kwargs))
-        if given is None:
-            return super().forward(*args, **kwargs)
-        with torch.autocast(given.device.type, enabled=False):
+        with torch.autocast(_device_type(self, args, kwargs), enabled=False):
             result = super().forward(*args, **kwargs)
-        return _map_tensors(_cast_to(given.dtype), result) if given.is_floating_point() else result
+        return _map_tensors(_cast_to(torch_dtype(self._halfstep_policy.params)), result)
+
+
+def _device_type(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    for tensor in (*module.parameters(), *args, *kwargs.values()):
+        if isinstance(tensor, torch.Tensor):
+            return tensor.device.type
+    return "cpu"
+
+
+def _new_pinned(original: type[nn.Module], behaviour: type[_Pinned]) -> nn.Module:
+    cls = _pinned_class(original, behaviour)
+    return cls.__new__(cls)
 
 
 def _pinned_class(original: type[nn.Module], behaviour: type[_Pinned]) -> type[nn.Module]:

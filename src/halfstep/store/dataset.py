@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import fsspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from halfstep.errors import InputError, StoreError
@@ -39,7 +40,10 @@ class DatasetStore:
         self._filesystem: Any = None
         self._root = self._location
         if remote:
-            self._filesystem, self._root = fsspec.core.url_to_fs(self._location)
+            try:
+                self._filesystem, self._root = fsspec.core.url_to_fs(self._location, use_listings_cache=False)
+            except (ImportError, ValueError) as error:
+                raise InputError(f"{self._location}: {error}") from error
         try:
             manifest = self._read_file(MANIFEST_NAME)
         except FileNotFoundError:
@@ -50,7 +54,8 @@ class DatasetStore:
         table = self._read_index()
         # A later row of the same key supersedes an earlier one. Columns, not objects: a million rows must stay small.
         self._row_of: dict[str, int] = {key: row for row, key in enumerate(table["key"].to_pylist())}
-        self._places = np.stack([table[name].to_numpy() for name in ("shard", "start", "length")], axis=1)
+        self._places = _columns(table)
+        self._checksums = table["checksum"].to_numpy()
         self._labels = table["label"].combine_chunks().dictionary_encode()
         self._items = int(self._places[list(self._row_of.values()), 2].sum())
         self._shards: OrderedDict[int, Shard] = OrderedDict()
@@ -96,16 +101,17 @@ class DatasetStore:
         """Bytes of all latents (mean, variance, mirrored ones), without poses, index and headers."""
         total = 0
         sizes: dict[int, int] = {}
-        for number, _, length in self._places[list(self._row_of.values())].tolist():
+        for key, row in self._row_of.items():
+            number, _, length = self._places[row].tolist()
             if number not in sizes:
-                layouts = self._shard(number).layouts
+                layouts = self._located(key)[0].layouts
                 sizes[number] = sum(layouts[name].row_bytes for name in LATENT_ARRAYS if name in layouts)
             total += sizes[number] * length
         return total
 
     def arrays(self, key: str) -> set[str]:
         """The names of the arrays stored for a sequence: `latents`, `frame`, and those asked for when encoding."""
-        return set(self._shard(self._place(key)[0]).layouts) - {"index"}
+        return set(self._located(key)[0].layouts) - {"index"}
 
     def read(
         self, key: str, start: int = 0, stop: int | None = None, *, raw: bool = False, name: str = "latents"
@@ -133,10 +139,6 @@ class DatasetStore:
         stored, type_name = self._rows(key, start, stop, name)
         return to_float32(stored, type_name) if type_name in ("F16", "BF16") else stored
 
-    def stored_rows(self, key: str, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows [start, stop) of any array exactly as they lie in the shard (bf16 as its bits in uint16)."""
-        return self._rows(key, start, stop, name)[0]
-
     def posterior(self, key: str, start: int = 0, stop: int | None = None) -> tuple[Float32, Float32]:
         """Mean and standard deviation, model-ready, of frames whose store keeps moments. Draw `mean + std * noise`."""
         mean = self.read(key, start, stop)
@@ -150,16 +152,40 @@ class DatasetStore:
         self.__init__(state["location"])  # type: ignore[misc]
 
     def _rows(self, key: str, start: int, stop: int | None, name: str) -> tuple[Array, str]:
-        number, first, length = self._place(key)
+        shard, first, length = self._located(key)
         end = length if stop is None else stop
         if not 0 <= start <= end <= length:
             raise InputError(f"{key}: frames [{start}, {end}) asked for; the sequence has frames [0, {length})")
-        shard = self._shard(number)
         layout = shard.layouts.get(name)
         if layout is None:
             have = ", ".join(sorted(set(shard.layouts) - {"index"}))
             raise InputError(f"{key}: no array {name!r} is stored for it; there are {have}")
         return shard.rows(name, first + start, first + end), layout.type_name
+
+    def _located(self, key: str) -> tuple[Shard, int, int]:
+        """The opened shard of a sequence, its first row there and its length."""
+        try:
+            number, first, length = self._place(key)
+            return self._shard(number), first, length
+        except FileNotFoundError:
+            self._follow_moves()
+        try:
+            number, first, length = self._place(key)
+            return self._shard(number), first, length
+        except FileNotFoundError:
+            raise StoreError(
+                f"{key}: was dropped or replaced after {self._location} was opened; open it again"
+            ) from None
+
+    def _follow_moves(self) -> None:
+        """Find the sequences of this snapshot again after another process has merged shards: same key, same bytes."""
+        table = self._read_index()
+        moved = {key: row for row, key in enumerate(table["key"].to_pylist())}
+        places, checksums = _columns(table), table["checksum"].to_numpy()
+        for key, row in self._row_of.items():
+            there = moved.get(key)
+            if there is not None and checksums[there] == self._checksums[row]:
+                self._places[row] = places[there]
 
     def _place(self, key: str) -> tuple[int, int, int]:
         row = self._row_of.get(key)
@@ -211,3 +237,8 @@ class DatasetStore:
             return (Path(self._root) / name).read_bytes()
         data: bytes = self._filesystem.cat_file(f"{self._root}/{name}")
         return data
+
+
+def _columns(table: pa.Table) -> npt.NDArray[np.int64]:
+    """Shard, start and length of each row."""
+    return np.stack([table[name].to_numpy() for name in ("shard", "start", "length")], axis=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,11 @@ INDEX_SCHEMA = pa.schema(
         ("attributes", pa.string()),
     ]
 )
-READING_COLUMNS = ["key", "shard", "start", "length", "label"]
+READING_COLUMNS = ["key", "shard", "start", "length", "label", "checksum"]
+
+# An empty file of this name and a number says that shards up to it were removed. A number is never used again: a reader
+# that opened the store before would take the new shard for the old one.
+REMOVED_MARK = ".removed-"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ def checksum_path(root: Path, number: int) -> Path:
     return root / "index" / f"{number:05d}.sha256"
 
 
+def used_numbers(root: Path) -> set[int]:
+    """Every shard number that any file of the store has, committed or not, and the last one that was removed."""
+    numbers = {int(p.stem) for name in ("shards", "index", "staging") for p in (root / name).glob("[0-9]*")}
+    return numbers | {int(path.name.removeprefix(REMOVED_MARK)) for path in root.glob(f"{REMOVED_MARK}*")}
+
+
 def committed_numbers(root: Path) -> list[int]:
     """The numbers of the committed shards, in order: those whose index part exists."""
     return sorted(int(path.stem) for path in (root / "index").glob("[0-9]*.parquet"))
@@ -91,15 +101,50 @@ def rows_from_table(table: pa.Table) -> list[Row]:
     return [Row(**{**record, "attributes": json.loads(record["attributes"])}) for record in table.to_pylist()]
 
 
-def read_rows(root: Path) -> list[Row]:
-    """All rows of a local store, later shards last."""
-    return [
-        row
-        for number in committed_numbers(root)
-        for row in rows_from_table(read_table(index_path(root, number), str(index_path(root, number))))
-    ]
+class Index(Mapping[str, Row]):
+    """The live row of every key of a local store: where a key was written again, the one in the later shard.
 
+    Kept as Arrow columns, a Row is made when it is asked for: a store may have millions.
+    """
 
-def live_rows(rows: Iterable[Row]) -> dict[str, Row]:
-    """The row that counts for each key: a later shard supersedes an earlier one."""
-    return {row.key: row for row in sorted(rows, key=lambda row: row.shard)}
+    def __init__(self, parts: Iterable[pa.Table] = ()) -> None:
+        self._table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *parts]).combine_chunks()
+        self._columns = {name: self._table[name].combine_chunks() for name in self._table.column_names}
+        self._row_of = {key: row for row, key in enumerate(self._columns["key"].to_pylist())}
+
+    @classmethod
+    def read(cls, root: Path) -> Index:
+        """The index of the store at `root`; empty when there is none. Raises StoreError when it is damaged."""
+        paths = (index_path(root, number) for number in committed_numbers(root))
+        return cls(read_table(path, str(path)) for path in paths)
+
+    def __getitem__(self, key: str) -> Row:
+        values = {name: column[self._row_of[key]].as_py() for name, column in self._columns.items()}
+        return Row(**{**values, "attributes": json.loads(values["attributes"])})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row_of)
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    def items_in(self, keys: Iterable[str]) -> int:
+        """The number of items (frames) of some sequences."""
+        lengths = self._columns["length"]
+        return sum(lengths[self._row_of[key]].as_py() for key in keys)
+
+    def shard_of(self, key: str) -> int:
+        """The number of the shard that holds a sequence."""
+        number: int = self._columns["shard"][self._row_of[key]].as_py()
+        return number
+
+    def dead_shards(self) -> set[int]:
+        """Shards with rows that a later shard supersedes."""
+        live = set(self._row_of.values())
+        return {n for row, n in enumerate(self._columns["shard"].to_pylist()) if row not in live}
+
+    def __getstate__(self) -> pa.Table:
+        return self._table
+
+    def __setstate__(self, table: pa.Table) -> None:
+        self.__init__([table])  # type: ignore[misc]

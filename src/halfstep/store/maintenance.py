@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +18,30 @@ from halfstep.errors import HalfstepError, StoreBusyError, StoreError
 from halfstep.store.commit import FileLock, fsync_path, sha256_of, store_errors, write_durably
 from halfstep.store.formats import Array, storage_of
 from halfstep.store.index import (
+    REMOVED_MARK,
+    Index,
     Row,
     checksum_path,
     committed_numbers,
     index_path,
-    live_rows,
-    read_rows,
     read_table,
     rows_from_table,
     shard_path,
+    used_numbers,
 )
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import parse_manifest
 from halfstep.store.shard import INDEX_ARRAY, MappedShard
-from halfstep.store.writer import SHARD_BYTES, DatasetWriter, read_manifest, remove_leftovers, sequence_checksum
+from halfstep.store.writer import (
+    SHARD_BYTES,
+    DatasetWriter,
+    read_manifest,
+    remove_leftovers,
+    remove_unfinished,
+    sequence_checksum,
+)
+
+_ADVICE = "run `halfstep store repair`"
 
 
 @dataclass(frozen=True)
@@ -62,23 +74,23 @@ def verify(root: Path | str) -> VerifyReport:
     StoreError when there is no store.
     """
     root = Path(root)
-    if not (root / "index").is_dir() and not (root / MANIFEST_NAME).exists():
-        raise StoreError(f"{root}: no store here; `halfstep encode -i SRC -o {root}` makes one")
+    _require_store(root)
     problems = [] if (problem := _manifest_problem(root)) is None else [problem]
-    rows: list[Row] = []
-    numbers = committed_numbers(root)
+    # Shards before the index: one that is committed meanwhile must not look as if it had no index part.
+    on_disk = [int(path.stem) for path in (root / "shards").glob("[0-9]*.safetensors")]
+    numbers, parts = committed_numbers(root), []
     for number in numbers:
         found = _shard_problems(root, number)
+        if found and not index_path(root, number).exists():
+            continue  # merged into another shard or dropped since the listing
         problems += found
         if not found:
-            rows += rows_from_table(read_table(index_path(root, number), str(number)))
-    for path in sorted((root / "shards").glob("[0-9]*.safetensors")):
-        if int(path.stem) not in numbers and not (root / "staging" / path.stem).exists():
-            problems.append(
-                f"index/{path.stem}.parquet: missing, though its shard is there; run `halfstep store repair`"
-            )
-    items = sum(row.length for row in live_rows(rows).values())
-    return VerifyReport(len(numbers), items, problems)
+            parts.append(read_table(index_path(root, number), str(number)))
+    for number in sorted(set(on_disk) - set(numbers)):
+        if shard_path(root, number).exists() and not _is_unfinished(root, number):
+            problems.append(f"index/{number:05d}.parquet: missing, though its shard is there; {_ADVICE}")
+    index = Index(parts)
+    return VerifyReport(len(numbers), index.items_in(index), problems)
 
 
 def repair(root: Path | str) -> RepairReport:
@@ -88,24 +100,30 @@ def repair(root: Path | str) -> RepairReport:
     still match their checksums move to a new shard. Encoding the same sources again brings back what was lost.
     """
     root = Path(root)
+    _require_store(root)
     with store_errors(root), _alone(root) as lock:
         remove_leftovers(root)
         rebuilt = _rebuild_manifest(root)
+        on_disk = {int(path.stem) for path in (root / "shards").glob("[0-9]*.safetensors")}
+        numbers = sorted(on_disk | set(committed_numbers(root)))
+        tables = {number: _trusted_table(root, number) for number in numbers}
+        index = Index(table for table in tables.values() if table is not None)
+        by_shard: dict[int, list[str]] = {}
+        for key in index:
+            by_shard.setdefault(index.shard_of(key), []).append(key)
         lost: list[str] = []
-        on_disk = {int(path.stem) for path in (root / "shards").iterdir() if path.stem.isdigit()}
-        for number in sorted(on_disk | set(committed_numbers(root))):
-            if not _shard_problems(root, number):
-                continue
-            index = _trusted_index(root, number)
-            if index is None:
+        damaged = [number for number in numbers if _shard_problems(root, number)]
+        for number in damaged:
+            live = [index[key] for key in by_shard.get(number, [])]
+            good = _intact_rows(root, number, live)
+            kept = {row.key for row in good}
+            lost += [row.key for row in live if row.key not in kept]
+            if tables[number] is None:
                 lost.append(f"every sequence of shard {number:05d}")
-                good = []
-            else:
-                rows = rows_from_table(read_table(pa.BufferReader(index), f"shard {number:05d}"))
-                good = [row for row in rows if _is_intact(root, row)]
-                lost += [row.key for row in rows if row not in good]
-                rebuilt += [f"shard {number:05d}: {len(good)} of {len(rows)} sequences"] if good else []
+            elif good:
+                rebuilt.append(f"shard {number:05d}: {len(good)} of {len(live)} sequences")
             _move_rows(root, good, lock)
+        for number in damaged:
             _remove_shard(root, number)
     return RepairReport(rebuilt, lost)
 
@@ -119,19 +137,39 @@ def compact(root: Path | str, drop: Collection[str] = (), shard_bytes: int = SHA
     root = Path(root)
     with store_errors(root), _alone(root) as lock:
         remove_leftovers(root)
-        rows = read_rows(root)
-        current = live_rows(rows)
-        live = [row for key, row in current.items() if key not in drop]
-        removed = sum(row.length for key, row in current.items() if key in drop)
-        numbers = committed_numbers(root)
-        kept = {id(row) for row in live}
-        dead = {row.shard for row in rows if id(row) not in kept}
-        small = {number for number in numbers if shard_path(root, number).stat().st_size < shard_bytes // 4}
-        rewrite = dead | (small if len(small) > 1 else set())
-        _move_rows(root, [row for row in live if row.shard in rewrite], lock, shard_bytes)
+        index = Index.read(root)
+        dropped = {key for key in drop if key in index}
+        rewrite = index.dead_shards() | {index.shard_of(key) for key in dropped} | _small_shards(root, shard_bytes)
+        keys = [key for key in index if key not in dropped and index.shard_of(key) in rewrite]
+        _move_rows(root, (index[key] for key in sorted(keys, key=index.shard_of)), lock, shard_bytes)
         for number in sorted(rewrite):
             _remove_shard(root, number)
-    return removed
+    return index.items_in(dropped)
+
+
+def _require_store(root: Path) -> None:
+    if not (root / "index").is_dir() and not (root / MANIFEST_NAME).exists():
+        raise StoreError(f"{root}: no store here; `halfstep encode -i SRC -o {root}` makes one")
+
+
+def _is_unfinished(root: Path, number: int) -> bool:
+    return (root / "staging" / f"{number:05d}").exists()
+
+
+def _small_shards(root: Path, shard_bytes: int) -> set[int]:
+    """Shards that are worth merging: far below the wanted size, and with another one of the same arrays."""
+    alike: dict[str, set[int]] = {}
+    for number in committed_numbers(root):
+        path = shard_path(root, number)
+        if path.stat().st_size < shard_bytes // 4:
+            alike.setdefault(_arrays_of(MappedShard(path)), set()).add(number)
+    return {number for numbers in alike.values() if len(numbers) > 1 for number in numbers}
+
+
+def _arrays_of(shard: MappedShard) -> str:
+    """What must agree for sequences to share a shard: names, types and shapes of the arrays."""
+    layouts = {name: (entry.type_name, entry.shape[1:]) for name, entry in shard.layouts.items() if name != INDEX_ARRAY}
+    return repr(sorted(layouts.items()))
 
 
 @contextmanager
@@ -148,19 +186,24 @@ def _alone(root: Path) -> Iterator[FileLock]:
         lock.release()
 
 
-def _move_rows(root: Path, rows: list[Row], lock: FileLock, shard_bytes: int = SHARD_BYTES) -> None:
-    """Copy sequences, bytes as they are, into new committed shards; one set of shards for each storage type."""
+def _move_rows(root: Path, rows: Iterable[Row], lock: FileLock, shard_bytes: int = SHARD_BYTES) -> None:
+    """Copy sequences, bytes as they are, into new committed shards, those with the same arrays together.
+
+    `rows` come shard by shard: one shard is mapped at a time, however many there are.
+    """
     manifest = read_manifest(root)
-    shards: dict[int, MappedShard] = {row.shard: MappedShard(shard_path(root, row.shard)) for row in rows}
-    by_storage: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.key):
-        storage = storage_of(shards[row.shard].layouts["latents"].type_name)
-        by_storage.setdefault(storage, []).append(row)
-    for storage, group in by_storage.items():
-        with DatasetWriter(root, replace(manifest, storage=storage), shard_bytes=shard_bytes, lock=lock) as writer:
+    with ExitStack() as stack:
+        writers: dict[str, DatasetWriter] = {}
+        for number, group in groupby(rows, key=lambda row: row.shard):
+            shard = MappedShard(shard_path(root, number))
+            arrays = _arrays_of(shard)
+            if arrays not in writers:
+                alike = replace(manifest, storage=storage_of(shard.layouts["latents"].type_name))
+                writer = DatasetWriter(root, alike, shard_bytes=shard_bytes, commit_seconds=math.inf, lock=lock)
+                writers[arrays] = stack.enter_context(writer)
             for row in group:
-                writer.extend(**_row_arrays(shards[row.shard], row))
-                writer.finish(
+                writers[arrays].extend(**_row_arrays(shard, row))
+                writers[arrays].finish(
                     row.key,
                     label=row.label,
                     fingerprint=row.fingerprint,
@@ -171,12 +214,18 @@ def _move_rows(root: Path, rows: list[Row], lock: FileLock, shard_bytes: int = S
 
 def _remove_shard(root: Path, number: int) -> None:
     """The index part goes first: without it the rest is no longer part of the store, whatever happens next."""
-    (root / "staging" / f"{number:05d}").mkdir(exist_ok=True)  # marks what follows as leftovers until it is done
+    newest = root / f"{REMOVED_MARK}{max(used_numbers(root)):05d}"
+    newest.touch()
+    fsync_path(root)
+    for mark in root.glob(f"{REMOVED_MARK}*"):
+        if mark != newest:
+            mark.unlink()
+    staging = root / "staging" / f"{number:05d}"
+    staging.mkdir(exist_ok=True)  # marks what follows as unfinished until it is done
+    fsync_path(staging.parent)
     index_path(root, number).unlink(missing_ok=True)
     fsync_path(root / "index")
-    shard_path(root, number).unlink(missing_ok=True)
-    checksum_path(root, number).unlink(missing_ok=True)
-    (root / "staging" / f"{number:05d}").rmdir()
+    remove_unfinished(root, staging)
 
 
 def _manifest_problem(root: Path) -> str | None:
@@ -191,7 +240,6 @@ def _manifest_problem(root: Path) -> str | None:
 
 
 def _shard_problems(root: Path, number: int) -> list[str]:
-    advice = "run `halfstep store repair`"
     sums = checksum_path(root, number)
     listed = _listed_checksums(root, number)
     problems = []
@@ -199,22 +247,25 @@ def _shard_problems(root: Path, number: int) -> list[str]:
     for path in (shard_path(root, number), index_path(root, number)):
         name = path.relative_to(root).as_posix()
         if not path.is_file():
-            problems.append(f"{name}: missing; {advice}")
+            problems.append(f"{name}: missing; {_ADVICE}")
         elif sha256_of(path) != listed.get(name):
-            problems.append(f"{name}: does not match its checksum; {advice}")
+            problems.append(f"{name}: does not match its checksum; {_ADVICE}")
         canonical += f"{listed.get(name)}  {name}\n"
     if not sums.is_file() or sums.read_bytes() != canonical.encode():
-        problems.append(f"{sums.relative_to(root)}: missing or damaged; {advice}")
+        problems.append(f"{sums.relative_to(root)}: missing or damaged; {_ADVICE}")
     return problems or _structure_problems(root, number)
 
 
 def _structure_problems(root: Path, number: int) -> list[str]:
     """What intact bytes can still have wrong: rows that point outside their shard."""
-    shard = MappedShard(shard_path(root, number))
-    length = shard.layouts["latents"].shape[0]
-    rows = rows_from_table(read_table(index_path(root, number), str(number)))
+    part = f"index/{number:05d}.parquet"
+    try:
+        length = MappedShard(shard_path(root, number)).layouts["latents"].shape[0]
+        rows = rows_from_table(read_table(index_path(root, number), part))
+    except (StoreError, FileNotFoundError, KeyError) as error:
+        return [f"shards/{number:05d}.safetensors: {error}; {_ADVICE}"]
     return [
-        f"index/{number:05d}.parquet: {row.key!r} lies outside its shard; run `halfstep store repair`"
+        f"{part}: {row.key!r} lies outside its shard; {_ADVICE}"
         for row in rows
         if row.shard != number or row.start < 0 or row.start + row.length > length
     ]
@@ -227,36 +278,39 @@ def _rebuild_manifest(root: Path) -> list[str]:
         try:
             text = MappedShard(path).metadata["manifest"]
             parse_manifest(text.encode(), str(path))
-        except (HalfstepError, KeyError):
+        except (HalfstepError, FileNotFoundError, KeyError):
             continue
         write_durably(root / MANIFEST_NAME, text.encode())
         return [MANIFEST_NAME]
     raise StoreError(f"{root}: the manifest is damaged and no shard has a copy; encode into a new folder")
 
 
-def _trusted_index(root: Path, number: int) -> bytes | None:
-    """The bytes of a shard's index part, from its file or from the copy inside the shard, if either can be vouched for:
-    by its checksum, by the two being equal, or by the checksum of the whole shard."""
-    file = index_path(root, number).read_bytes() if index_path(root, number).is_file() else None
+def _trusted_table(root: Path, number: int) -> pa.Table | None:
+    """The rows of a shard, from its index part or from the copy inside the shard, if either can be vouched for: by its
+    checksum, by the two being equal, or by the checksum of the whole shard."""
+    path, shard = index_path(root, number), shard_path(root, number)
+    file = path.read_bytes() if path.is_file() else None
     embedded = _embedded_index(root, number)
     listed = _listed_checksums(root, number)
-    vouched = listed.get(index_path(root, number).relative_to(root).as_posix())
     for data in (file, embedded):
-        if data is not None and hashlib.sha256(data).hexdigest() == vouched:
-            return data
+        if data is not None and hashlib.sha256(data).hexdigest() == listed.get(path.relative_to(root).as_posix()):
+            return _table(data, number)
     if file is not None and file == embedded:
-        return file
-    shard = shard_path(root, number)
+        return _table(file, number)
     if embedded is not None and sha256_of(shard) == listed.get(shard.relative_to(root).as_posix()):
-        return embedded
+        return _table(embedded, number)
     return None
+
+
+def _table(data: bytes, number: int) -> pa.Table:
+    return read_table(pa.BufferReader(data), f"index of shard {number:05d}")
 
 
 def _embedded_index(root: Path, number: int) -> bytes | None:
     try:
         shard = MappedShard(shard_path(root, number))
         return shard.rows(INDEX_ARRAY, 0, shard.layouts[INDEX_ARRAY].shape[0]).tobytes()
-    except (StoreError, KeyError):
+    except (StoreError, FileNotFoundError, KeyError):
         return None
 
 
@@ -268,12 +322,17 @@ def _listed_checksums(root: Path, number: int) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def _is_intact(root: Path, row: Row) -> bool:
+def _intact_rows(root: Path, number: int, rows: list[Row]) -> list[Row]:
+    """The rows whose bytes match their checksums; none when the shard cannot be opened."""
     try:
-        shard = MappedShard(shard_path(root, row.shard))
-        arrays = _row_arrays(shard, row)
-    except (StoreError, KeyError):
-        return False
+        shard = MappedShard(shard_path(root, number))
+    except (StoreError, FileNotFoundError):
+        return []
+    return [row for row in rows if _is_intact(shard, row)]
+
+
+def _is_intact(shard: MappedShard, row: Row) -> bool:
+    arrays = _row_arrays(shard, row)
     checksums = {
         (name, shard.layouts[name].type_name, values.shape[1:]): zlib.crc32(np.ascontiguousarray(values).data)
         for name, values in arrays.items()

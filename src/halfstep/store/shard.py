@@ -72,6 +72,8 @@ def write_shard(
         for _, (spool, _, _) in ordered:
             spool.seek(0)
             copy_bytes(spool, file)
+        if file.tell() != 8 + len(raw) + offset:
+            raise StoreError(f"{path}: {file.tell() - 8 - len(raw)} bytes of arrays; its header says {offset}")
         file.write(index)
         file.flush()
         os.fsync(file.fileno())
@@ -88,14 +90,17 @@ class Shard(Protocol):
 
 
 class MappedShard:
-    """A local shard behind a read-only memory map: `rows` returns views and copies nothing."""
+    """A local shard behind a read-only memory map: `rows` returns views and copies nothing.
+
+    Raises FileNotFoundError when the file is gone, StoreError when it is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise StoreError(f"{path}: is gone; the store changed after it was opened, open it again") from None
+            raise
         except (OSError, ValueError) as error:
             raise StoreError(f"{path}: cannot be read ({error}); run `halfstep store verify`") from error
         length = int.from_bytes(mapped[:8], "little")

@@ -13,6 +13,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from halfstep.errors import InputError, StoreError
+from halfstep.spec import LatentSpec
 from halfstep.store.commit import (
     FileLock,
     fsync_path,
@@ -26,10 +27,10 @@ from halfstep.store.formats import LATENT_ARRAYS, NUMPY_TYPES, Array, safetensor
 from halfstep.store.index import (
     Row,
     checksum_path,
-    committed_numbers,
     index_path,
     rows_to_bytes,
     shard_path,
+    used_numbers,
 )
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import Manifest, parse_manifest
@@ -75,6 +76,7 @@ class DatasetWriter:
         self._shard_bytes, self._commit_seconds = shard_bytes, commit_seconds
         self._spools: dict[str, _Spool] = {}
         self._rows: list[Row] = []
+        self._staging: Path | None = None
         self._pending = self._items = 0
         self._bytes = 0
         with store_errors(self._root):
@@ -165,6 +167,7 @@ class DatasetWriter:
         if not self._rows:
             return
         root, number, staging = self._root, self._number, self._staging
+        assert staging is not None
         with store_errors(root):
             index = rows_to_bytes(replace(row, shard=number) for row in self._rows)
             spools = {
@@ -208,12 +211,14 @@ class DatasetWriter:
 
     def _start_shard(self, stored: dict[str, Array]) -> None:
         self.commit()
+        self._discard()  # of a shard whose only sequence was abandoned
+        types = {name: self._type_name(name, values) for name, values in stored.items()}
         self._number, self._staging = claim_number(self._root)
         self._opened = time.monotonic()
         for name, values in stored.items():
             # Unbuffered: a full disk must be met at the write, not again when the file is closed.
             file = (self._staging / f"{name}.spool").open("w+b", buffering=0)
-            self._spools[name] = _Spool(file, self._type_name(name, values), values.shape[1:])
+            self._spools[name] = _Spool(file, types[name], values.shape[1:])
 
     def _reset_sequence(self) -> None:
         self._pending = 0
@@ -222,10 +227,11 @@ class DatasetWriter:
 
     def _discard(self) -> None:
         """Forget the open shard and remove its staging folder."""
-        if self._spools:
+        if self._staging is not None:
             for spool in self._spools.values():
                 spool.file.close()
-            shutil.rmtree(self._staging)
+            remove_unfinished(self._root, self._staging)
+        self._staging = None
         self._spools, self._rows = {}, []
         self._pending = self._items = self._bytes = 0
 
@@ -262,9 +268,9 @@ def require_store_or_empty(root: Path) -> None:
         raise InputError(f"{root}: is not empty and not a store; name a new or empty folder")
 
 
-def require_same_spec(found: Any, wanted: Any, root: Path) -> None:
+def require_same_spec(found: LatentSpec, wanted: LatentSpec, root: Path) -> None:
     """Raise InputError, naming the differences, unless latents of the two specs may share the store at `root`."""
-    if differences := wanted.differences(found):
+    if differences := found.differences(wanted):
         raise InputError(
             f"{root}: holds latents of another kind ({'; '.join(differences)}); encode into a new folder, or give the "
             "settings that made this store (`halfstep store inspect` shows them)"
@@ -272,9 +278,8 @@ def require_same_spec(found: Any, wanted: Any, root: Path) -> None:
 
 
 def claim_number(root: Path) -> tuple[int, Path]:
-    """A shard number above all committed ones that no other writer has, and its staging folder."""
-    numbers = committed_numbers(root)
-    number = numbers[-1] + 1 if numbers else 0
+    """A shard number that nobody has or had, and its staging folder, which marks it as taken and unfinished."""
+    number = max(used_numbers(root), default=-1) + 1
     while True:
         staging = root / "staging" / f"{number:05d}"
         try:
@@ -284,6 +289,8 @@ def claim_number(root: Path) -> tuple[int, Path]:
             continue
         # Between the listing and the claim another writer may have committed this very number.
         if not index_path(root, number).exists():
+            # Durable before anything it marks as unfinished.
+            fsync_path(staging.parent)
             return number, staging
         staging.rmdir()
         number += 1
@@ -293,11 +300,16 @@ def remove_leftovers(root: Path) -> None:
     """Remove what writers that no longer live left uncommitted. Only for a caller that holds the writers' lock
     alone."""
     for staging in sorted((root / "staging").iterdir()):
-        number = int(staging.name)
-        if not index_path(root, number).exists():
-            shard_path(root, number).unlink(missing_ok=True)
-            checksum_path(root, number).unlink(missing_ok=True)
-        shutil.rmtree(staging)
+        remove_unfinished(root, staging)
+
+
+def remove_unfinished(root: Path, staging: Path) -> None:
+    """Remove a staging folder, and what a commit that it never finished has put in place already."""
+    number = int(staging.name)
+    if not index_path(root, number).exists():
+        shard_path(root, number).unlink(missing_ok=True)
+        checksum_path(root, number).unlink(missing_ok=True)
+    shutil.rmtree(staging)
 
 
 def read_manifest(root: Path) -> Manifest:
