@@ -126,7 +126,7 @@ def test_a_run_never_drops_everything(world: Path, toy_world: Path, tmp_path: Pa
     (tmp_path / "other").mkdir()
     shutil.copytree(toy_world / "walk_000", tmp_path / "other" / "another")
     with pytest.raises(
-        InputError, match="the sources have none of them; if only their names changed, .* --keep-missing adds"
+        InputError, match=r"the sources have none of them; if only their names changed, .* --keep-missing adds"
     ):
         run(tmp_path / "other", tmp_path / "s")
     assert run(tmp_path / "other", tmp_path / "s", keep_missing=True).items == 40

@@ -106,28 +106,30 @@ def find_sources(configs: list[SourceConfig]) -> list[Source]:
 
 def _list_files(path: Path) -> dict[Kind, list[str]]:
     """Relative names by kind, sorted. A folder with poses and pictures is a trajectory, its pictures are not listed."""
-    names = [Path(path.name)] if path.is_file() else sorted(_walk(path))
-    posed = {name.parent for name in names if name.name == POSES_FILE}
+    names = [path.name] if path.is_file() else sorted(_walk(path))
+    posed = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == POSES_FILE}
     found: dict[Kind, list[str]] = {"pictures": [], "videos": [], "trajectories": [], "latents": []}
-    folders: dict[Kind, set[Path]] = {"trajectories": set(), "latents": set()}
+    folders: dict[Kind, set[str]] = {"trajectories": set(), "latents": set()}
     for name in names:
-        suffix = name.suffix.lower()
-        if suffix in pictures.EXTENSIONS:
-            if name.parent in posed:
-                folders["trajectories"].add(name.parent)
+        folder, _, file = name.rpartition("/")
+        stem, dot, extension = file.rpartition(".")
+        suffix = f"{dot}{extension}"
+        if suffix.lower() in pictures.EXTENSIONS:
+            if folder in posed:
+                folders["trajectories"].add(folder or ".")
             else:
-                found["pictures"].append(name.as_posix())
-        elif suffix in videos.EXTENSIONS:
-            found["videos"].append(name.as_posix())
-        elif suffix in pt_tree.EXTENSIONS and name.stem.isdecimal():
-            folders["latents"].add(name.parent)
+                found["pictures"].append(name)
+        elif suffix.lower() in videos.EXTENSIONS:
+            found["videos"].append(name)
+        elif suffix.lower() in pt_tree.EXTENSIONS and stem.isdecimal():
+            folders["latents"].add(folder or ".")
     for kind, parents in folders.items():
-        found[kind] = sorted(parent.as_posix() for parent in parents)
+        found[kind] = sorted(parents)
     return found
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Relative paths of all files, through symbolic links too, but not of hidden ones. Raises InputError for a folder
+def _walk(root: Path) -> Iterator[str]:
+    """Relative names of all files, through symbolic links too, but not of hidden ones. Raises InputError for a folder
     that cannot be listed."""
 
     def stop(error: OSError) -> None:
@@ -137,7 +139,9 @@ def _walk(root: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(root, followlinks=True, onerror=stop):
         seen.add(os.path.realpath(folder))
         inner[:] = [n for n in inner if not n.startswith(".") and os.path.realpath(Path(folder) / n) not in seen]
-        yield from (Path(folder).relative_to(root) / name for name in files if not name.startswith("."))
+        below = os.path.relpath(folder, root)
+        prefix = "" if below == "." else f"{below}/"
+        yield from (f"{prefix}{name}" for name in files if not name.startswith("."))
 
 
 def _only_kind(path: Path, by_kind: dict[Kind, list[str]]) -> Kind:

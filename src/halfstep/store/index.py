@@ -36,7 +36,7 @@ READING_COLUMNS = ["key", "shard", "start", "length", "label", "checksum"]
 REMOVED_MARK = ".removed-"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sequence of a store: items [start, start + length) of a shard.
 
@@ -81,9 +81,11 @@ def committed_numbers(root: Path) -> list[int]:
 
 def rows_to_bytes(rows: Iterable[Row]) -> bytes:
     """The index part of one shard as parquet."""
-    records = [{**vars(row), "attributes": json.dumps(row.attributes)} for row in rows]
+    listed = list(rows)
+    columns = {name: [getattr(row, name) for row in listed] for name in INDEX_SCHEMA.names}
+    columns["attributes"] = [json.dumps(attributes) for attributes in columns["attributes"]]
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records, schema=INDEX_SCHEMA), buffer, compression="zstd")
+    pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), buffer, compression="zstd")
     return buffer.getvalue()
 
 
