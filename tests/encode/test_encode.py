@@ -475,7 +475,9 @@ def test_the_real_clip_and_photographs_with_taef2(tmp_path: Path) -> None:
     for key in store.keys():
         decoded = codec.decode(codec.unscaled(torch.from_numpy(store.read(key)))).clamp(-1, 1)
         original = load_fitted(tmp_path / "photos" / key, PixelSpec(128, 128))
-        error = (decoded - (torch.from_numpy(original).permute(2, 0, 1)[None] / 127.5 - 1)).square().mean() / 4
+        error = (
+            decoded - (torch.from_numpy(np.array(original)).permute(2, 0, 1)[None] / 127.5 - 1)
+        ).square().mean() / 4
         assert -10 * torch.log10(error) > 24
     clip = SourceConfig(path=OUTSIDE_DATA / "video" / "wan_clip.mp4", stride=27)
     options = EncodeOptions(tmp_path / "v", autoencoder=autoencoder, size=(208, 120), batch_size=1)

@@ -111,7 +111,7 @@ def load_originals(world: Path, store: DatasetStore, pixels: PixelSpec) -> dict[
 
 def to_pixels(picture: Array) -> torch.Tensor:
     """uint8 [H, W, 3] to [1, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_picture(pixels: torch.Tensor) -> Array:
