@@ -66,8 +66,8 @@ def write_report(result: DemoResult, path: Path) -> None:
         _bar_chart({name: size / 1e6 for name, size in result.bytes_by_form.items()}, "MB for all frames", "{:.2f}"),
         "<h2>Speed by precision</h2>",
         "<p>Frames a second through the encoder, all precisions in turn. A half type is only worth having where the "
-        "device really has it. The built-in codec is one small convolution, which conversions slow down as much as half "
-        "products speed it up; <code>auto</code> goes by the mix of operations of a real autoencoder, measured below.</p>",
+        "device really has it. The built-in codec is one small convolution, which conversions slow down as much as "
+        "half products speed it up; <code>auto</code> goes by the mix of operations of a real autoencoder, below.</p>",
         _bar_chart(result.speed_by_precision, "frames a second", "{:.0f}", highlight=str(result.policy).split(",")[0]),
         "<h2>Why this precision</h2>",
         f"<pre>{html.escape(result.policy.explain())}</pre>",
