@@ -75,13 +75,11 @@ class StoreFrames:
     def read(
         self, key: str, start: int, stop: int, *, noise: np.random.Generator | None = None, mirror: bool = False
     ) -> Array:
-        suffix = "_mirror" if mirror else ""
-        latents = self.store.read(self.prefix + key, start, stop, name=f"latents{suffix}")
-        if noise is None or f"logvar{suffix}" not in self.store.arrays(self.prefix + key):
-            return latents
-        logvar = self.store.read_array(self.prefix + key, f"logvar{suffix}", start, stop)
-        scale = np.array(self.store.spec.scale, np.float32).reshape(-1, *[1] * (latents.ndim - 2))
-        drawn: Array = latents + np.exp(0.5 * logvar) * scale * noise.standard_normal(latents.shape, np.float32)
+        stored = self.prefix + key
+        if noise is None or "logvar" not in self.store.arrays(stored):
+            return self.store.read(stored, start, stop, name="latents_mirror" if mirror else "latents")
+        mean, std = self.store.posterior(stored, start, stop, mirror=mirror)
+        drawn: Array = mean + std * noise.standard_normal(mean.shape, np.float32)
         return drawn
 
     def numbers(self, key: str) -> Array:

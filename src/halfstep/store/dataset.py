@@ -139,10 +139,13 @@ class DatasetStore:
         stored, type_name = self._rows(key, start, stop, name)
         return to_float32(stored, type_name) if type_name in ("F16", "BF16") else stored
 
-    def posterior(self, key: str, start: int = 0, stop: int | None = None) -> tuple[Float32, Float32]:
+    def posterior(
+        self, key: str, start: int = 0, stop: int | None = None, *, mirror: bool = False
+    ) -> tuple[Float32, Float32]:
         """Mean and standard deviation, model-ready, of frames whose store keeps moments. Draw `mean + std * noise`."""
-        mean = self.read(key, start, stop)
-        std = np.exp(0.5 * self.read_array(key, "logvar", start, stop))
+        suffix = "_mirror" if mirror else ""
+        mean = self.read(key, start, stop, name=f"latents{suffix}")
+        std = np.exp(0.5 * self.read_array(key, f"logvar{suffix}", start, stop))
         return mean, std * np.array(self.spec.scale, np.float32).reshape(-1, *[1] * (std.ndim - 2))
 
     def __getstate__(self) -> dict[str, Any]:
