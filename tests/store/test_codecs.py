@@ -1,16 +1,20 @@
 """The predictive codec: its promise holds for anything, its size on real trajectories, and damage is never wrong
 numbers."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from halfstep.errors import InputError, StoreError
 from halfstep.store.codecs import decode_trajectory, encode_trajectory
+from halfstep.store.zarr_codec import PredictiveCodec
 
 anything = st.floats(width=32, allow_subnormal=True)
 bounds = st.sampled_from([0.0, 1e-42, 1e-30, 1e-4, 0.01, 1.0, 1e10, 1e38])
@@ -114,3 +118,27 @@ def test_any_damage_is_an_error() -> None:
 def test_bad_arguments_are_named(values: np.ndarray, options: dict, named: str) -> None:
     with pytest.raises(InputError, match=named):
         encode_trajectory(values, **options)
+
+
+@pytest.mark.parametrize("options", [{"max_error": 1e-3}, {}, {"fidelity": None}])
+def test_zarr_finds_the_codec_by_itself(tmp_path: Path, options: dict) -> None:
+    """A program that has never heard of halfstep opens the array; it is installed beside it, no more."""
+    path = np.cumsum(np.random.default_rng(0).standard_normal((21, 2, 4, 80)), axis=0).astype(np.float32) / 9
+    array = zarr.create_array(
+        str(tmp_path / "a"),
+        shape=path.shape,
+        chunks=(8, 2, 4, 80),
+        dtype="float32",
+        serializer=PredictiveCodec(**options),
+        compressors=None,
+    )
+    array[:] = path
+    script = "import sys, zarr, numpy; assert 'halfstep' not in sys.modules; "
+    script += "numpy.save(sys.argv[2], zarr.open(sys.argv[1], mode='r')[:])"
+    subprocess.run([sys.executable, "-c", script, tmp_path / "a", tmp_path / "out.npy"], check=True)
+    read = np.load(tmp_path / "out.npy")
+    bound = options.get("max_error", 0.0 if "fidelity" in options else 2e-3)
+    assert np.abs(read - path).max() <= bound
+    assert np.array_equal(zarr.open(str(tmp_path / "a"), mode="r")[20], read[20])
+    with pytest.raises(InputError, match="got an array of float64; expected float32"):
+        zarr.create_array(str(tmp_path / "b"), shape=(2,), dtype="float64", serializer=PredictiveCodec())
