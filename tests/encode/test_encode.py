@@ -470,6 +470,8 @@ def test_the_real_clip_and_photographs_with_taef2(tmp_path: Path) -> None:
     autoencoder = str(OUTSIDE_DATA / "autoencoders")
     report = run(tmp_path / "photos", tmp_path / "p", autoencoder=autoencoder, size=(128, 128), storage="fp16")
     assert (report.items, report.failed) == (3, 0)
+    again = encode([SourceConfig(path=tmp_path / "photos")], EncodeOptions(tmp_path / "p"))
+    assert (again.encoded, again.skipped) == (0, 3)  # the store knows where its autoencoder is
     store = DatasetStore.open(tmp_path / "p")
     codec = load_autoencoder(autoencoder)
     for key in store.keys():

@@ -25,6 +25,8 @@ def load_autoencoder(identifier: str = "dct8", revision: str | None = None, *, t
 
     if identifier == "dct8":
         return dct8()
+    if Path(identifier).is_dir():
+        identifier = str(Path(identifier).resolve())  # a store notes it down, for reruns from other folders
     if (Path(identifier) / ENCODER_FILE).is_file():
         return taef2(Path(identifier))
     if identifier == "taef2":

@@ -89,7 +89,7 @@ def taef2(folder: Path) -> Autoencoder:
     """Load `taef2_encoder.pth` and `taef2_decoder.pth` from `folder`. Latents [B, 32, H/8, W/8]."""
     encoder = _load(_encoder(), folder / ENCODER_FILE)
     decoder = _load(_decoder(), folder / DECODER_FILE)
-    spec = LatentSpec("taef2", CHANNELS, FACTOR, weights_sha256=weights_sha256(encoder, decoder))
+    spec = LatentSpec(str(folder), CHANNELS, FACTOR, weights_sha256=weights_sha256(encoder, decoder))
     return Autoencoder(
         spec,
         _FromUnitRange(encoder, encodes=True).eval(),

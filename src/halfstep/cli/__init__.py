@@ -56,7 +56,7 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group without a verb: its message is its help
             typer.echo(error.format_message())
             sys.exit(error.exit_code)
-        _stop(error, f"{error.format_message()}; `halfstep ... --help` lists the options", error.exit_code)
+        _stop(error, f"{error.format_message().rstrip('.')}; `halfstep ... --help` lists the options", error.exit_code)
     except Exception as error:  # noqa: BLE001 - the last line of defence, it exits with the error's name
         _stop(error, f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback", 1)
     if code == _INTERRUPTED:

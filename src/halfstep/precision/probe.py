@@ -132,7 +132,7 @@ def slowness(policy: PrecisionPolicy, device: str | torch.device, task: str) -> 
         raise InputError(f"precision: {result.device} cannot compute in {policy.compute}; use fp32 or auto")
     if speedup < 1:
         return (
-            f"{policy.compute} is {1 / speedup:.1f} times slower than fp32 on {result.device}; auto would not choose it"
+            f"{policy.compute} is {1 / speedup:.1f} times as slow as fp32 on {result.device}; auto would not choose it"
         )
     return None
 
