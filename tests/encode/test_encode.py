@@ -279,6 +279,21 @@ def test_a_bad_frame_leaves_a_gap_that_heals(world: Path, tmp_path: Path) -> Non
     assert same(content(tmp_path / "s"), content(tmp_path / "whole"))
 
 
+def test_a_frame_that_breaks_keeps_its_older_latent(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    before = content(tmp_path / "s")
+    good = (world / "walk_000" / "4.jpg").read_bytes()
+    (world / "walk_000" / "4.jpg").write_bytes(good[:300])
+    for _ in range(2):  # told every time
+        report = run(world, tmp_path / "s")
+        assert (report.encoded, report.failed, report.items) == (0, 1, 30)
+        assert same(content(tmp_path / "s"), before)
+    shutil.copy(world / "walk_001" / "0.jpg", world / "walk_000" / "4.jpg")
+    report = run(world, tmp_path / "s")
+    assert (report.encoded, report.failed) == (1, 0)
+    assert np.array_equal(content(tmp_path / "s")["walk_000"][4], before["walk_001"][0])
+
+
 def test_strict_stops_and_keeps_what_was_complete(world: Path, tmp_path: Path) -> None:
     (world / "walk_001" / "4.jpg").write_bytes(b"")
     with pytest.raises(StoppedError, match=r"walk_001/4.jpg: an empty file; stopped because of --strict"):

@@ -20,12 +20,15 @@ from halfstep.data.base import Array, FrameSequence, Inspection, Problem, Source
 from halfstep.encode.job import EncodeJob
 from halfstep.encode.lanes import Encoded, Lanes
 from halfstep.errors import HalfstepError
-from halfstep.store.formats import LATENT_ARRAYS
+from halfstep.store.formats import LATENT_ARRAYS, safetensors_name
 from halfstep.store.index import DIGEST_BYTES, Row, shard_path
 from halfstep.store.shard import MappedShard
 from halfstep.store.writer import DatasetWriter
 
 T = TypeVar("T")
+
+# Stands for the content of a frame that is kept from before, because what the source has now cannot be read.
+_UNREADABLE = bytes(DIGEST_BYTES)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,11 @@ class _Reuse:
 
 @dataclass(frozen=True)
 class _Failed:
+    """`attempted` when it is a frame of the open sequence that could not be read, in the place of its sample."""
+
     sequence: FrameSequence
     problem: Problem
+    attempted: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,9 @@ def _plan(
 
 def _is_complete(row: Row, inspection: Inspection) -> bool:
     """False when some frames failed last time: they are tried again."""
-    return not inspection.numbers or len(row.digests) == len(inspection.numbers) * DIGEST_BYTES
+    if not inspection.numbers:
+        return True
+    return len(row.digests) == len(inspection.numbers) * DIGEST_BYTES and _UNREADABLE not in _stored_places(row)
 
 
 def _frame_steps(
@@ -284,7 +292,7 @@ def _batches(job: EncodeJob, steps: Iterable[_Step]) -> Iterator[_Batch]:
             try:
                 clip = np.stack([future.result() for future in step.pixels])
             except SourceError as error:
-                batch.steps.append(_Failed(step.sequence, Problem(str(error), step.number)))
+                batch.steps.append(_Failed(step.sequence, Problem(str(error), step.number), attempted=True))
                 continue
             batch.values.append(clip)
         batch.steps.append(step)
@@ -355,8 +363,10 @@ class _Recorder:
                     slot += 1
                 case _Reuse(number, frame_digest, place):
                     self._add_reused(number, frame_digest, place)
-                case _Failed(sequence, problem):
+                case _Failed(sequence, problem, attempted):
                     self._fail(sequence, problem)
+                    if attempted:
+                        self._keep_older(problem.frame)
                 case _Skipped(row):
                     self._counts.skipped += row.length
                     self._on_progress(row.length, 0)
@@ -371,6 +381,7 @@ class _Recorder:
         if reason is not None:
             self._counts.refused += 1
             self._fail(step.sequence, Problem(f"{step.sequence.source}: {reason}", step.number))
+            self._keep_older(step.number)
             return
         arrays = {name: values[slot : slot + 1] for name, values in encoded.arrays.items()}
         if self._job.mirror:
@@ -382,13 +393,32 @@ class _Recorder:
     def _add_reused(self, number: int, frame_digest: bytes, place: int) -> None:
         # From the very row that the place was found in: a Ray task that is repeated has written newer ones since.
         row = self._existing[self._key]
-        if self._mapped is None or self._mapped[0] != row.shard:
-            self._mapped = (row.shard, MappedShard(shard_path(self._job.output, row.shard)))
-        shard, at = self._mapped[1], row.start + place
-        arrays = {name: shard.rows(name, at, at + 1) for name in LATENT_ARRAYS if name in shard.layouts}
-        self._extend(number, frame_digest, arrays)
+        self._extend(number, frame_digest, self._older_arrays(row, place))
         self._counts.skipped += 1
         self._on_progress(1, 0)
+
+    def _keep_older(self, number: int | None) -> None:
+        """Bad input takes nothing away: where the store has the frame from a time when it could be read, that stays."""
+        row = self._existing.get(self._key)
+        if row is None or number not in self._places:
+            return
+        shard = self._shard(row)
+        numbers = shard.rows("frame", row.start, row.start + row.length)
+        arrays = ["latents", "logvar"] if self._job.moments else ["latents"]
+        wanted = {*arrays, *(f"{name}_mirror" for name in arrays if self._job.mirror)}
+        alike = wanted == {name for name in LATENT_ARRAYS if name in shard.layouts}
+        if number in numbers and alike and shard.layouts["latents"].type_name == safetensors_name(self._job.storage):
+            place = int(np.flatnonzero(numbers == number)[0])
+            self._extend(number, _UNREADABLE, self._older_arrays(row, place))
+
+    def _older_arrays(self, row: Row, place: int) -> dict[str, Array]:
+        shard, at = self._shard(row), row.start + place
+        return {name: shard.rows(name, at, at + 1) for name in LATENT_ARRAYS if name in shard.layouts}
+
+    def _shard(self, row: Row) -> MappedShard:
+        if self._mapped is None or self._mapped[0] != row.shard:
+            self._mapped = (row.shard, MappedShard(shard_path(self._job.output, row.shard)))
+        return self._mapped[1]
 
     def _extend(self, number: int, frame_digest: bytes, arrays: dict[str, Array]) -> None:
         place = self._places.get(number)

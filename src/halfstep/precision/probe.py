@@ -215,8 +215,15 @@ def _time_ms(call: Callable[[], torch.Tensor]) -> float:
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     try:
         return timer.blocked_autorange(min_run_time=0.02).median * 1e3
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError as error:  # NotImplementedError is one
+        if not _says_missing(error):
+            raise
         return math.inf
+
+
+def _says_missing(error: RuntimeError) -> bool:
+    """Whether the device lacks an operation in a type, rather than memory or health."""
+    return isinstance(error, NotImplementedError) or any(w in str(error) for w in ("not implemented", "not supported"))
 
 
 def _operations(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
@@ -239,8 +246,10 @@ def _is_sound(device: torch.device, dtype: torch.dtype) -> bool:
     info = torch.finfo(dtype)
     try:
         return _rounds_as_it_should(device, dtype, info)
-    except (RuntimeError, NotImplementedError):
-        return False  # the device does not compute in this type
+    except RuntimeError as error:
+        if not _says_missing(error):
+            raise
+        return False
 
 
 def _rounds_as_it_should(device: torch.device, dtype: torch.dtype, info: torch.finfo) -> bool:
