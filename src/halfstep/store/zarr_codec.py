@@ -20,6 +20,8 @@ NAME = "halfstep.predictive"
 class PredictiveCodec(ArrayBytesCodec):
     """Array-to-bytes codec for float32 arrays [S, ...]; each chunk is one group of steps.
 
+    The zeros with which Zarr fills up an array's last chunk are not coded.
+
     `max_error` or `fidelity` as in `encode_trajectory`; a bound by `fidelity` is that of each chunk's own values.
     Raises InputError for another type of array.
     """
@@ -42,15 +44,20 @@ class PredictiveCodec(ArrayBytesCodec):
 
     async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
         values = np.ascontiguousarray(chunk_array.as_numpy_array())
+        used = np.flatnonzero(values.reshape(len(values), -1).view(np.uint32).any(axis=1))  # bits, so -0.0 is used
+        values = values[: max(1, used[-1] + 1 if used.size else 0)]
         options: dict[str, Any] = {"max_error": self.max_error, "fidelity": self.fidelity}
         return chunk_spec.prototype.buffer.from_bytes(encode_trajectory(values, group=len(values), **options))
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         values = decode_trajectory(chunk_bytes.to_bytes())
-        if values.shape != chunk_spec.shape:
+        steps, *step_shape = chunk_spec.shape
+        if list(values.shape[1:]) != step_shape or len(values) > steps:
             raise StoreError(
                 f"{NAME}: a chunk of {list(values.shape)}, not {list(chunk_spec.shape)}; read another copy"
             )
+        if len(values) < steps:
+            values = np.concatenate([values, np.zeros((steps - len(values), *step_shape), np.float32)])
         return chunk_spec.prototype.nd_buffer.from_numpy_array(values)
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:

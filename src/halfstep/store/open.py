@@ -1,0 +1,23 @@
+"""One way to open recorded trajectories, whatever kept them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from halfstep.errors import StoreError
+from halfstep.store.legacy import LegacyBatch
+from halfstep.store.run import Run
+from halfstep.store.trajectory import TrajectoryStore
+
+
+def open_trajectories(path: Path | str) -> Mapping[str, Run]:
+    """The runs recorded in `path`: a trajectory store, a batch folder of the older one-file-a-step format, or the
+    `latents` folder of either. Raises StoreError when there is none."""
+    path = Path(path)
+    for folder in (path, path / "latents"):
+        if (folder / "zarr.json").exists():
+            return TrajectoryStore.open(folder)
+    if not path.is_dir():
+        raise StoreError(f"{path}: no such folder; expected a trajectory store or a batch folder")
+    return LegacyBatch(path)

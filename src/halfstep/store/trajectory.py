@@ -1,0 +1,210 @@
+"""TrajectoryStore: few large runs, written step by step while a sampler runs, read by step.
+
+A Zarr v3 group with a group a run: `latents` [steps, C, (T,) H, W], `steps`, `timesteps`, `sigmas` [steps], and the
+run's attributes. Steps that are durable but not yet in the arrays lie in the run's journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import zarr
+from zarr.storage import LocalStore
+
+from halfstep.errors import HalfstepError, InputError, StoreError
+from halfstep.store.commit import store_errors
+from halfstep.store.journal import NAME as JOURNAL_NAME
+from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values
+from halfstep.store.run import Float32, Latents, Run
+from halfstep.store.trajectory_layout import FORMAT_VERSION, KEY, LABELS, DurableStore, TrajectoryFormat, chunk_path
+from halfstep.store.trajectory_writer import RunWriter
+
+# What zarr and its codecs raise when bytes are damaged.
+DAMAGE = (StoreError, ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
+
+
+class TrajectoryStore(Mapping[str, Run]):
+    """The store in a folder: a mapping from the names of runs to `Run`.
+
+    Looking at it takes no lock and needs no repair. Several processes may record different runs into one store at once.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        try:
+            attributes = zarr.open_group(LocalStore(self.root, read_only=True), mode="r").attrs.asdict()
+        except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+            raise StoreError(f"{self.root}: no trajectories here (no zarr.json of a group)") from None
+        except DAMAGE as error:
+            raise StoreError(f"{self.root}/zarr.json: cannot be read ({error}); read another copy") from error
+        version = attributes.get("halfstep_trajectories")
+        if version != FORMAT_VERSION:
+            found = "a Zarr group of something else" if version is None else f"format {version!r}"
+            raise StoreError(f"{self.root}: got {found}; expected halfstep trajectories of format {FORMAT_VERSION}")
+
+    @classmethod
+    def open(cls, root: Path | str) -> Self:
+        """The store in folder `root`. Raises StoreError when there is none."""
+        return cls(root)
+
+    @classmethod
+    def create(cls, root: Path | str) -> Self:
+        """The store in folder `root`, made when there is nothing. Raises InputError when something else is there."""
+        root = Path(root)
+        if not (root / "zarr.json").exists():
+            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+                raise InputError(f"{root}: holds something that is not a trajectory store; name a new folder")
+            with store_errors(root):
+                zarr.create_group(DurableStore(root), attributes={"halfstep_trajectories": FORMAT_VERSION})
+        return cls(root)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(path.parent.name for path in self.root.glob("[!.]*/zarr.json")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and KEY.fullmatch(key) is not None and (self.root / key / "zarr.json").exists()
+
+    def __getitem__(self, key: str) -> Run:
+        if key not in self:
+            raise InputError(f"{self.root}: no run {key!r} (of {len(self)}); `.keys()` lists them")
+        return read_run(self.root, key)
+
+    def record(self, key: str, format: TrajectoryFormat | None = None, **attributes: Any) -> RunWriter:
+        """Begin the run `key`, whose steps are given to the writer one by one. `attributes` are kept with it as JSON;
+        `prompt`, `seed`, `guidance`, `model` and `policy` are the usual ones. Raises InputError when there is a run of
+        that name."""
+        return RunWriter(self.root, key, format or TrajectoryFormat(), attributes)
+
+    def add(
+        self,
+        key: str,
+        latents: Sequence[Float32] | Float32,
+        *,
+        sigmas: Sequence[float],
+        timesteps: Sequence[float] | None = None,
+        steps: Sequence[int] | None = None,
+        format: TrajectoryFormat | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Keep a whole run: `latents` [n, C, (T,) H, W] (or a sequence of steps, read one after the other) with the
+        noise level of each. `timesteps` default to `sigmas`, `steps` to 0 ... n-1. Raises InputError when their numbers
+        differ."""
+        labels = {"sigmas": sigmas, "timesteps": timesteps, "steps": steps}
+        for name, given in labels.items():
+            if given is not None and len(given) != len(latents):
+                raise InputError(f"{key}: got {len(given)} {name} for {len(latents)} steps; expected one a step")
+        writer = self.record(key, format, **attributes)
+        try:
+            for k, latent in enumerate(latents):
+                timestep = sigmas[k] if timesteps is None else timesteps[k]
+                writer.append(k if steps is None else int(steps[k]), float(timestep), float(sigmas[k]), latent)
+                writer.pack()
+            writer.finish()
+        finally:
+            writer.close()
+
+    def is_being_recorded(self, key: str) -> bool:
+        """Whether a living process is recording the run."""
+        return is_being_written(self.root / key / JOURNAL_NAME)
+
+
+def read_run(root: Path, key: str) -> Run:
+    """The run `key` of the store at `root` as it is now. Raises StoreError when its metadata is damaged."""
+    folder = root / key
+    entries = read_journal(folder / JOURNAL_NAME)  # before the arrays: steps move from here to there
+    try:
+        group = zarr.open_group(LocalStore(root, read_only=True), path=key, mode="r")
+        attributes: dict[str, Any] = group.attrs.asdict()
+        array: Any = group.get("latents")
+        if array is None and attributes.get("complete"):
+            raise StoreError("latents/zarr.json is missing")
+        stored = 0 if array is None else array.shape[0]
+        columns: dict[str, Any] = {name: group[name] for name in LABELS} if stored else {}
+        for name, column in columns.items():
+            for number in range(-(-stored // column.chunks[0])):
+                if not (folder / name / "c" / str(number)).exists():  # zarr would read zeros
+                    raise StoreError(f"{name}/c/{number} is missing")
+        labels = {name: np.asarray(column[:stored]) for name, column in columns.items()}
+    except DAMAGE as error:
+        raise StoreError(
+            f"{root}/{key}: its metadata cannot be read ({error}); run `halfstep store verify {root}`"
+        ) from error
+    for name, values in labels.items():
+        if len(values) != stored:
+            raise StoreError(f"{root}/{key}: got {len(values)} {name} for {stored} steps; read another copy")
+    waiting = [entry for entry in entries if entry.position >= stored]
+    problems = _problems(attributes, folder)
+    reader = StepReader(root, key, waiting)
+    return Run(
+        key=key,
+        steps=np.array([*labels.get("steps", []), *(entry.step for entry in waiting)], np.int64),
+        timesteps=np.array([*labels.get("timesteps", []), *(entry.timestep for entry in waiting)], np.float64),
+        sigmas=np.array([*labels.get("sigmas", []), *(entry.sigma for entry in waiting)], np.float64),
+        latents=Latents(stored + len(waiting), reader.step_shape, reader.read),
+        prompt=attributes.get("prompt"),
+        seed=attributes.get("seed"),
+        attributes={name: value for name, value in attributes.items() if name != "problems"},
+        problems=tuple(problems),
+    )
+
+
+def _problems(attributes: dict[str, Any], folder: Path) -> list[str]:
+    problems = list(attributes.get("problems", []))
+    if not attributes.get("complete"):
+        alive = is_being_written(folder / JOURNAL_NAME)
+        problems.insert(0, "incomplete: " + ("it is being recorded" if alive else "its recording did not finish"))
+    return problems
+
+
+class StepReader:
+    """Reads single steps of one run, and keeps the group that was read last."""
+
+    def __init__(self, root: Path, key: str, waiting: Sequence[JournalEntry] = ()) -> None:
+        self._root, self._key = root, key
+        self._waiting = {entry.position: entry for entry in waiting}
+        self._array: Any = None
+        self._held: tuple[int, Float32] | None = None
+        if (root / key / "latents" / "zarr.json").exists():
+            self._open()
+        self.step_shape: tuple[int, ...] = () if self._array is None else self._array.shape[1:]
+
+    def read(self, k: int) -> Float32:
+        """Step `k` as float32, a copy of the caller's own. Raises StoreError when its bytes are damaged."""
+        if k in self._waiting:
+            values = read_values(self._root / self._key / JOURNAL_NAME, self._waiting[k], self.step_shape)
+            if values is not None:
+                return values
+            self._open()  # it is in the arrays by now
+        group = self._array.chunks[0]
+        number = k // group
+        if self._held is None or self._held[0] != number:
+            self._held = None  # the old group need not be in memory beside the new one
+            self._held = number, self.read_group(number)
+        step: Float32 = self._held[1][k % group].copy()
+        return step
+
+    def read_group(self, number: int) -> Float32:
+        """All steps of one chunk, as float32."""
+        group = self._array.chunks[0]
+        start, stop = number * group, min((number + 1) * group, self._array.shape[0])
+        path = chunk_path(self._root / self._key, number, len(self._array.shape))
+        try:
+            if start >= stop or not path.exists():  # zarr would read zeros
+                raise StoreError(f"{path.name} is missing")
+            values: Float32 = np.asarray(self._array[start:stop], np.float32)
+        except DAMAGE as error:
+            what = error.args[0] if isinstance(error, HalfstepError) else f"{type(error).__name__}: {error}"
+            raise StoreError(
+                f"{self._root}/{self._key}: steps {start} to {max(start, stop - 1)} are damaged ({what}); "
+                f"`halfstep store repair {self._root}` drops them and keeps the others"
+            ) from error
+        return values
+
+    def _open(self) -> None:
+        self._array = zarr.open_array(LocalStore(self._root, read_only=True), path=f"{self._key}/latents", mode="r")

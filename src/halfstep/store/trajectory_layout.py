@@ -1,0 +1,96 @@
+"""How a trajectory store lies on disk: formats of latents, names, and writes that survive a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from halfstep.errors import InputError
+from halfstep.store.codecs import GROUP
+from halfstep.store.commit import fsync_path, write_durably
+from halfstep.store.zarr_codec import PredictiveCodec
+
+FORMAT_VERSION = 1
+LABELS = ("steps", "timesteps", "sigmas")
+
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CODECS = ("predictive", "blosc", "raw")
+
+
+@dataclass(frozen=True)
+class TrajectoryFormat:
+    """How a run's latents are kept.
+
+    codec: `predictive` (an eighth of fp32's bytes at fp16's error), or what any Zarr reader opens without halfstep:
+        `blosc` (shuffle and zstd) and `raw`.
+    storage: predictive keeps the error at that of casting to this type, fp32 meaning exactly; the others cast to it.
+        bf16 is for predictive only, Zarr does not have it.
+    max_error: for predictive, the largest error of a value instead.
+    """
+
+    codec: str = "predictive"
+    storage: str = "fp16"
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        allowed = ("fp16", "bf16", "fp32") if self.codec == "predictive" else ("fp16", "fp32")
+        if self.codec not in _CODECS:
+            raise InputError(f"codec: got {self.codec!r}; expected one of {', '.join(_CODECS)}")
+        if self.storage not in allowed:
+            raise InputError(f"storage: got {self.storage!r}; expected one of {', '.join(allowed)} with {self.codec}")
+        if self.max_error is not None and self.codec != "predictive":
+            raise InputError(f"max_error: {self.codec} keeps what it is given; use the predictive codec")
+        if self.max_error is not None and not 0 <= self.max_error < np.inf:
+            raise InputError(f"max_error: got {self.max_error}; expected a finite number, 0 or more")
+
+    @property
+    def group(self) -> int:
+        """Steps to a chunk."""
+        return GROUP if self.codec == "predictive" else 1
+
+    def array_options(self) -> dict[str, Any]:
+        """The arguments of zarr's `create_array` that make latents of this format."""
+        if self.codec == "predictive":
+            fidelity: Any = None if self.storage == "fp32" else self.storage
+            serializer = PredictiveCodec(max_error=self.max_error, fidelity=fidelity)
+            return {"dtype": "float32", "serializer": serializer, "compressors": None, "filters": None}
+        blosc = [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")] if self.codec == "blosc" else []
+        dtype = {"fp16": "float16", "fp32": "float32"}[self.storage]
+        return {"dtype": dtype, "serializer": BytesCodec(), "compressors": [*blosc, Crc32cCodec()], "filters": None}
+
+
+class DurableStore(LocalStore):
+    """zarr's local store, whose writes survive a crash once they return."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self._check_writable()
+        await asyncio.to_thread(_write_with_folders, self.root / key, value.to_bytes())
+
+
+def _write_with_folders(path: Path, data: bytes) -> None:
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, data)
+    for folder in missing:
+        fsync_path(folder.parent)
+
+
+def check_key(key: str) -> None:
+    """Raise InputError unless `key` can name a run."""
+    if not KEY.fullmatch(key):
+        raise InputError(
+            f"run {key!r}: a name is 1 to 128 letters, digits, '.', '_' or '-', and begins with a letter or digit"
+        )
+
+
+def chunk_path(folder: Path, number: int, dimensions: int) -> Path:
+    """The file of chunk `number` of the latents in run folder `folder`."""
+    return folder / "latents" / ".".join(["c", str(number), *["0"] * (dimensions - 1)])

@@ -1,0 +1,149 @@
+"""Look after a trajectory store: read every byte, fold in what a crash left in journals, drop what is damaged."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from halfstep.errors import HalfstepError
+from halfstep.store.commit import fsync_path, store_errors
+from halfstep.store.journal import NAME as JOURNAL_NAME
+from halfstep.store.journal import is_being_written
+from halfstep.store.trajectory import StepReader, TrajectoryStore, read_run
+from halfstep.store.trajectory_layout import LABELS, DurableStore, chunk_path
+from halfstep.store.trajectory_writer import recover_run
+
+
+@dataclass(frozen=True)
+class TrajectoryVerifyReport:
+    """What `verify_trajectories` found. `problems` are damage; `incomplete` names runs whose recording did not finish,
+    which is none."""
+
+    runs: int
+    steps: int
+    incomplete: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class TrajectoryRepairReport:
+    """What `repair_trajectories` did: steps `recovered` from journals by run, and lines about what was `lost`."""
+
+    recovered: dict[str, int]
+    lost: list[str]
+
+
+def verify_trajectories(root: Path | str) -> TrajectoryVerifyReport:
+    """Read every step of every run at `root`; all bytes of latents, labels and journals are under checksums. Raises
+    StoreError when there is no store."""
+    store = TrajectoryStore.open(root)
+    steps, incomplete, problems = 0, [], []
+    for key in store.keys():
+        try:
+            run = store[key]
+            if not run.attributes.get("complete"):
+                incomplete.append(key)
+            damaged = _damaged_groups(store.root, key)
+        except HalfstepError as error:
+            problems.append(str(error))
+            continue
+        problems += damaged.values()
+        steps += len(run)
+    return TrajectoryVerifyReport(len(store), steps, incomplete, problems)
+
+
+def repair_trajectories(root: Path | str) -> TrajectoryRepairReport:
+    """Bring every run at `root` that nobody is recording into a state without journal and damage.
+
+    Steps in a journal move to the arrays; groups of steps whose bytes are damaged are dropped, with a line among the
+    run's problems; the others keep their bytes. A run whose metadata is damaged is left as it is and named. Raises
+    StoreError when there is no store.
+    """
+    store = TrajectoryStore.open(root)
+    recovered: dict[str, int] = {}
+    lost: list[str] = []
+    with store_errors(store.root):
+        _finish_interrupted_repair(store.root)
+        for key in store.keys():
+            if is_being_written(store.root / key / JOURNAL_NAME):
+                continue
+            for leftover in (store.root / key).rglob(".*.tmp"):
+                leftover.unlink()
+            try:
+                read_run(store.root, key)  # its metadata is sound
+                if count := recover_run(store.root, key):
+                    recovered[key] = count
+                if damaged := _damaged_groups(store.root, key):
+                    lost.append(_drop_groups(store.root, key, sorted(damaged)))
+            except HalfstepError as error:
+                lost.append(str(error))
+    return TrajectoryRepairReport(recovered, lost)
+
+
+def _damaged_groups(root: Path, key: str) -> dict[int, str]:
+    """Chunks of a run that cannot be read, and why."""
+    damaged: dict[int, str] = {}
+    folder = root / key / "latents"
+    if not (folder / "zarr.json").exists():
+        return damaged
+    array: Any = zarr.open_array(str(folder), mode="r")
+    reader = StepReader(root, key)
+    for number in range(-(-array.shape[0] // array.chunks[0])):
+        try:
+            reader.read_group(number)
+        except HalfstepError as error:
+            damaged[number] = str(error)
+    return damaged
+
+
+def _finish_interrupted_repair(root: Path) -> None:
+    for copy in root.glob(".*.repair"):
+        shutil.rmtree(copy)
+    for old in root.glob(".*.old"):
+        key = old.name.removeprefix(".").removesuffix(".old")
+        if (root / key).exists():
+            shutil.rmtree(old)
+        else:  # the copy had not taken its place
+            old.rename(root / key)
+    fsync_path(root)
+
+
+def _drop_groups(root: Path, key: str, damaged: list[int]) -> str:
+    """Replace the run by a copy without some chunks, made aside and put in its place by renaming."""
+    run = read_run(root, key)
+    copy = root / f".{key}.repair"
+    shutil.copytree(root / key, copy)
+    group: Any = zarr.open_group(DurableStore(root), path=copy.name, mode="r+")
+    array = group["latents"]
+    size, stored, dimensions = array.chunks[0], array.shape[0], len(array.shape)
+    keep = np.array([k // size not in damaged for k in range(stored)])
+    intact = [number for number in range(-(-stored // size)) if number not in damaged]
+    for number in damaged:
+        chunk_path(copy, number, dimensions).unlink(missing_ok=True)
+    for place, number in enumerate(intact):
+        chunk_path(copy, number, dimensions).rename(chunk_path(copy, place, dimensions))
+    array.resize((int(keep.sum()), *array.shape[1:]))
+    for name in LABELS:
+        values = np.asarray(group[name][:stored])[keep]
+        group[name].resize((len(values),))
+        group[name][:] = values
+    dropped = run.steps[:stored][~keep]
+    line = f"damaged: steps {dropped[0]} to {dropped[-1]} ({len(dropped)}) could not be read and were dropped"
+    group.update_attributes({"complete": False, "problems": [*group.attrs.asdict().get("problems", []), line]})
+    for path in [*copy.rglob("*"), copy]:
+        fsync_path(path)
+    old = root / f".{key}.old"
+    (root / key).rename(old)
+    copy.rename(root / key)
+    fsync_path(root)
+    shutil.rmtree(old)
+    return f"{root}/{key}: {line}"

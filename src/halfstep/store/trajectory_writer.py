@@ -1,0 +1,190 @@
+"""RunWriter: record one run into a store, a step at a time; each step is durable on its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from halfstep.errors import InputError
+from halfstep.store.commit import fsync_path, store_errors
+from halfstep.store.formats import to_storage
+from halfstep.store.journal import NAME as JOURNAL_NAME
+from halfstep.store.journal import Journal, JournalEntry, is_being_written, read_journal, read_values
+from halfstep.store.run import Float32
+from halfstep.store.trajectory_layout import LABELS, DurableStore, TrajectoryFormat, check_key
+
+_LABEL_TYPES = {"steps": "int64", "timesteps": "float64", "sigmas": "float64"}
+_LABEL_CHUNK = 4096
+_DIMENSIONS = {
+    4: ("step", "channel", "height", "width"),
+    5: ("step", "channel", "frame", "height", "width"),
+}
+
+
+class RunWriter:
+    """Writes the run `key` of the store at `root`. Not safe for several threads.
+
+    `append` makes a step durable in the journal; `pack` moves full groups from there to the arrays. After `finish` the
+    run is complete; `close` alone leaves it incomplete, with every step that was appended. The order of writes is
+    labels, latents, shape of `latents` (from here on the steps count), journal: whenever it stops, readers see each
+    step once. Raises InputError when the name is taken or an attribute is no JSON.
+    """
+
+    def __init__(self, root: Path, key: str, format: TrajectoryFormat, attributes: dict[str, Any]) -> None:
+        check_key(key)
+        try:
+            json.dumps(attributes, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{root}/{key}: attributes must be JSON ({error})") from error
+        self._folder, self._format = root / key, format
+        self._problems: dict[str, int] = {}
+        self._shape: tuple[int, ...] | None = None
+        self._packed = 0
+        self._waiting: list[JournalEntry] = []
+        self._last_step = -1
+        with store_errors(self._folder):
+            try:
+                self._folder.mkdir()
+            except FileExistsError:
+                alive = is_being_written(self._folder / JOURNAL_NAME)
+                state = "being recorded by another process" if alive else "in the store"
+                raise InputError(
+                    f"{self._folder}: a run of this name is already {state}; choose another name, or delete that folder"
+                ) from None
+            fsync_path(root)
+            self._journal = Journal(self._folder / JOURNAL_NAME)
+            self._group = zarr.create_group(
+                DurableStore(root), path=key, attributes={**attributes, "complete": False, "problems": []}
+            )
+
+    def append(self, step: int, timestep: float, sigma: float, latents: Float32) -> None:
+        """Add the state `latents` [C, (T,) H, W] at noise level `sigma`; when this returns, it is durable.
+
+        Values that are not finite are kept as they are and noted among the run's problems, except that a format of
+        fp16 raises NumericsError for them and for values beyond its range. Raises InputError when the shape is not
+        that of the steps before, `step` does not grow, or a label is not finite.
+        """
+        if self._shape is not None and latents.shape != self._shape:
+            raise InputError(
+                f"{self._folder}: step {step} has the shape {list(latents.shape)}, the steps before "
+                f"{list(self._shape)}; record another shape as another run"
+            )
+        if step <= self._last_step:
+            raise InputError(f"{self._folder}: got step {step} after step {self._last_step}; steps must grow")
+        if not np.isfinite([timestep, sigma]).all():
+            raise InputError(f"{self._folder}: step {step}: got timestep {timestep}, sigma {sigma}; expected numbers")
+        if self._format.codec != "predictive" and self._format.storage == "fp16":
+            latents = to_storage(latents, "fp16").astype(np.float32)
+        unsound = latents.size - int(np.isfinite(latents).sum())
+        with store_errors(self._folder):
+            if self._shape is None:
+                self._create_arrays(latents.shape)
+                self._shape = latents.shape
+            position = self._packed + len(self._waiting)
+            self._waiting.append(self._journal.append(position, step, timestep, sigma, latents))
+        self._last_step = step
+        if unsound:
+            self._problems[f"step {step}: {unsound} values are not finite"] = step
+
+    def pack(self) -> None:
+        """Encode groups that are full. May be called after every step."""
+        while len(self._waiting) >= self._format.group:
+            self._pack(self._format.group)
+
+    def finish(self) -> None:
+        """Encode what is left and mark the run complete."""
+        self.pack()
+        if self._waiting:
+            self._pack(len(self._waiting))
+        with store_errors(self._folder):
+            self._group.update_attributes({"complete": True, "problems": list(self._problems)})
+            self._journal.remove()
+
+    def note_problem(self, line: str) -> None:
+        """Keep a line with the run, which stays incomplete."""
+        self._problems[line] = -1
+        with store_errors(self._folder):
+            self._group.update_attributes({"problems": list(self._problems)})
+
+    def close(self) -> None:
+        """Let go of the run; without `finish` it stays incomplete."""
+        self._journal.close()
+
+    def _create_arrays(self, shape: tuple[int, ...]) -> None:
+        for name in LABELS:
+            self._group.create_array(
+                name,
+                shape=(0,),
+                chunks=(_LABEL_CHUNK,),
+                dtype=_LABEL_TYPES[name],
+                compressors=[ZstdCodec(), Crc32cCodec()],
+                dimension_names=("step",),
+            )
+        dimensions = _DIMENSIONS.get(len(shape) + 1, ("step", *(f"axis_{i}" for i in range(1, len(shape) + 1))))
+        self._group.create_array(
+            "latents",
+            shape=(0, *shape),
+            chunks=(self._format.group, *shape),
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=dimensions,
+            fill_value=0,
+            **self._format.array_options(),
+        )
+
+    def _pack(self, count: int) -> None:
+        entries = self._waiting[:count]
+        with store_errors(self._folder):
+            _move_to_arrays(self._group, self._journal.path, entries, self._packed)
+            self._packed += count
+            self._waiting = self._waiting[count:]
+            if not self._waiting:
+                self._journal.clear()
+
+
+def recover_run(root: Path, key: str) -> int:
+    """Move what a crash left in the journal of run `key` to its arrays and remove the journal; the number of steps that
+    lay there. Nobody may be recording the run."""
+    path = root / key / JOURNAL_NAME
+    if not path.exists():
+        return 0
+    journal = Journal(path)
+    try:
+        group = zarr.open_group(DurableStore(root), path=key, mode="r+")
+        array: Any = group.get("latents")
+        stored = 0 if array is None else array.shape[0]
+        waiting = [entry for entry in read_journal(path) if entry.position >= stored]
+        for first in range(0, len(waiting), array.chunks[0] if waiting else 1):
+            entries = waiting[first : first + array.chunks[0]]
+            _move_to_arrays(group, path, entries, stored + first)
+        journal.remove()
+    finally:
+        journal.close()
+    return len(waiting)
+
+
+def _move_to_arrays(group: zarr.Group, journal: Path, entries: list[JournalEntry], start: int) -> None:
+    """Write journal `entries` as steps `start` and on. They count from the moment `latents` has its new shape."""
+    array = _writable(group, "latents")
+    shape = (start + len(entries), *array.shape[1:])
+    values = [read_values(journal, entry, shape[1:]) for entry in entries]
+    latents = np.stack([value for value in values if value is not None])
+    assert len(latents) == len(entries)  # nobody else clears the journal
+    for name, column in zip(LABELS, zip(*((e.step, e.timestep, e.sigma) for e in entries), strict=True), strict=True):
+        label = _writable(group, name)
+        label.resize(shape[:1])
+        label[start:] = column
+    # Through a handle that knows the new shape before the file does.
+    grown = zarr.AsyncArray(array.metadata.update_shape(shape), array.store_path, array.async_array.config)
+    zarr.Array(grown)[start:] = latents
+    array.resize(shape)
+
+
+def _writable(group: zarr.Group, name: str) -> Any:
+    """An array that writes chunks of zeros too: a chunk that is not there is a chunk that was lost."""
+    array: Any = group[name]
+    return array.with_config({"write_empty_chunks": True})

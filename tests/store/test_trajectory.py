@@ -1,0 +1,250 @@
+"""TrajectoryStore against a plain list of steps: what was appended is there, in every state a writer can leave."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from halfstep.errors import InputError, NumericsError, StoreError
+from halfstep.store import (
+    TrajectoryFormat,
+    TrajectoryStore,
+    open_trajectories,
+    repair_trajectories,
+    verify_trajectories,
+)
+
+FORMATS = [
+    TrajectoryFormat(),
+    TrajectoryFormat(storage="bf16"),
+    TrajectoryFormat(storage="fp32"),
+    TrajectoryFormat(max_error=0.01),
+    TrajectoryFormat("blosc"),
+    TrajectoryFormat("blosc", "fp32"),
+    TrajectoryFormat("raw"),
+    TrajectoryFormat("raw", "fp32"),
+]
+SHAPE = (4, 2, 16, 16)
+
+
+def walk(steps: int = 21, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    """Latents of a smooth way: float32 [steps, C, T, H, W]."""
+    rng = np.random.default_rng(seed)
+    noise, clean = rng.standard_normal((2, *shape))
+    t = np.linspace(0, 1, steps).reshape(-1, *[1] * len(shape))
+    return ((1 - t) * noise + t * clean + 0.1 * np.sin(3 * t) * noise * clean).astype(np.float32)
+
+
+def tolerance(form: TrajectoryFormat, latents: np.ndarray) -> float:
+    if form.max_error is not None:
+        return form.max_error
+    largest = float(np.abs(latents).max())
+    return {"fp32": 0.0, "fp16": largest * 2**-11, "bf16": largest * 2**-8}[form.storage]
+
+
+@pytest.mark.parametrize("steps", [1, 16, 21, 33])
+@pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.codec}-{f.storage}-{f.max_error}")
+def test_what_was_recorded_is_read(tmp_path: Path, form: TrajectoryFormat, steps: int) -> None:
+    latents, sigmas = walk(steps), np.linspace(1, 0, steps)
+    store = TrajectoryStore.create(tmp_path / "s")
+    store.add("a", latents, sigmas=sigmas, timesteps=1000 * sigmas, format=form, prompt="a cat", seed=3, guidance=5.0)
+    run = open_trajectories(tmp_path / "s")["a"]
+    assert run.latents.shape == latents.shape
+    for k in (0, -1, steps // 2):
+        assert np.abs(run.latents[k] - latents[k]).max() <= tolerance(form, latents)
+    assert np.abs(run.latents[:] - latents).max() <= tolerance(form, latents)
+    assert np.abs(np.stack(list(run.latents)) - latents).max() <= tolerance(form, latents)
+    assert np.array_equal(run.sigmas, sigmas)
+    assert np.array_equal(run.timesteps, 1000 * sigmas)
+    assert run.steps.tolist() == list(range(steps))
+    assert (run.prompt, run.seed, run.attributes["guidance"], run.problems) == ("a cat", 3, 5.0, ())
+    assert run.attributes["complete"]
+    assert verify_trajectories(tmp_path / "s").ok
+    with pytest.raises(IndexError):
+        run.latents[steps]
+
+
+@pytest.mark.parametrize("codec", ["blosc", "raw"])
+def test_stock_codecs_need_only_zarr(tmp_path: Path, codec: str) -> None:
+    TrajectoryStore.create(tmp_path / "s").add(
+        "a", walk(), sigmas=np.linspace(1, 0, 21), format=TrajectoryFormat(codec, "fp32")
+    )
+    script = "import sys, zarr, numpy; g = zarr.open_group(sys.argv[1], mode='r')['a']\n"
+    script += "assert not any(name.split('.')[0] in ('halfstep', 'torch') for name in sys.modules)\n"
+    script += "assert g.attrs['complete'] and g['sigmas'].shape == (21,)\n"
+    script += "assert g['latents'].metadata.dimension_names[0] == 'step'\n"
+    script += "numpy.save(sys.argv[2], g['latents'][:])"
+    subprocess.run([sys.executable, "-c", script, tmp_path / "s", tmp_path / "out.npy"], check=True)
+    assert np.array_equal(np.load(tmp_path / "out.npy"), walk())
+
+
+@pytest.mark.parametrize("appended", [0, 1, 15, 16, 17, 40])
+def test_a_run_that_was_left_is_read_and_repaired(tmp_path: Path, appended: int) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    latents = walk(40)
+    writer = store.record("a", TrajectoryFormat(storage="fp32"), prompt="p")
+    for k in range(appended):
+        writer.append(k, 1000 - k, 1 - k / 40, latents[k])
+        writer.pack()
+    assert store["a"].problems[0] == "incomplete: it is being recorded"
+    assert repair_trajectories(tmp_path / "s").recovered == {}  # not while someone writes
+    writer.close()
+    for repaired in (False, True):
+        run = store["a"]
+        assert run.problems[0] == "incomplete: its recording did not finish"
+        assert run.steps.tolist() == list(range(appended))
+        assert run.sigmas.tolist() == [1 - k / 40 for k in range(appended)]
+        assert all(np.array_equal(run.latents[k], latents[k]) for k in range(appended))
+        report = verify_trajectories(tmp_path / "s")
+        assert (report.ok, report.steps, report.incomplete) == (True, appended, ["a"])
+        if not repaired:
+            assert sum(repair_trajectories(tmp_path / "s").recovered.values()) == appended % 16
+    assert not list((tmp_path / "s" / "a").glob("journal"))
+
+
+def test_a_reader_follows_the_steps_from_the_journal_to_the_arrays(tmp_path: Path) -> None:
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk(40)
+    writer = store.record("a", TrajectoryFormat(storage="fp32"))
+    for k in range(10):
+        writer.append(k, k, k, latents[k])
+    early = store["a"]
+    assert np.array_equal(early.latents[7], latents[7])
+    for k in range(10, 40):
+        writer.append(k, k, k, latents[k])
+        writer.pack()
+    assert np.array_equal(early.latents[7], latents[7])
+    writer.finish()
+    writer.close()
+    assert np.array_equal(early.latents[:], latents[:10])
+
+
+def test_every_damaged_byte_of_the_latents_is_found_and_costs_its_group(tmp_path: Path) -> None:
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk(40)
+    store.add("a", latents, sigmas=np.linspace(1, 0, 40), format=TrajectoryFormat(storage="fp32"))
+    store.add("b", latents, sigmas=np.linspace(1, 0, 40))
+    chunk = tmp_path / "s" / "a" / "latents" / "c.1.0.0.0.0"
+    good = chunk.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in [*range(40), *rng.integers(len(good), size=60)]:
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        chunk.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"s/a: steps 16 to 31 are damaged"):
+            store["a"].latents[20]
+    assert np.array_equal(store["a"].latents[39], latents[39])
+    chunk.unlink()  # zarr alone would read zeros
+    report = verify_trajectories(tmp_path / "s")
+    assert not report.ok
+    assert len(report.problems) == 1
+    repaired = repair_trajectories(tmp_path / "s")
+    assert len(repaired.lost) == 1
+    run = store["a"]
+    assert run.steps.tolist() == [*range(16), *range(32, 40)]
+    assert np.array_equal(run.latents[:], latents[run.steps])
+    assert np.array_equal(run.sigmas, np.linspace(1, 0, 40)[run.steps])
+    assert "steps 16 to 31 (16) could not be read" in run.problems[-1]
+    assert verify_trajectories(tmp_path / "s").ok
+    assert len(store["b"]) == 40
+
+
+def test_an_interrupted_repair_loses_nothing(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    store.add("a", walk(), sigmas=np.linspace(1, 0, 21))
+    (tmp_path / "s" / "a").rename(tmp_path / "s" / ".a.old")  # before the copy had its name
+    (tmp_path / "s" / ".a.repair").mkdir()
+    assert list(store) == []
+    repair_trajectories(tmp_path / "s")
+    assert list(store) == ["a"]
+    assert verify_trajectories(tmp_path / "s").ok
+
+
+@pytest.mark.parametrize("part", ["zarr.json", "latents/zarr.json", "sigmas/zarr.json", "sigmas/c/0", "steps/c/0"])
+def test_damaged_metadata_is_named_and_costs_its_run(tmp_path: Path, part: str) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    for key in "ab":
+        store.add(key, walk(), sigmas=np.linspace(1, 0, 21))
+    data = (tmp_path / "s" / "a" / part).read_bytes()
+    (tmp_path / "s" / "a" / part).write_bytes(data[: len(data) // 2])
+    for missing in (False, True):
+        if missing and part != "zarr.json":  # without its zarr.json a folder is no run
+            (tmp_path / "s" / "a" / part).unlink()
+        report = verify_trajectories(tmp_path / "s")
+        assert len(report.problems) == 1
+        assert f"{tmp_path}/s/a" in report.problems[0]
+        assert len(repair_trajectories(tmp_path / "s").lost) == 1
+    assert len(store["b"].latents[:]) == 21
+
+
+def test_a_damaged_journal_loses_only_what_follows(tmp_path: Path) -> None:
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk()
+    writer = store.record("a")
+    for k in range(5):
+        writer.append(k, k, k, latents[k])
+    writer.close()
+    journal = tmp_path / "s" / "a" / "journal"
+    data = journal.read_bytes()
+    for cut in (len(data) - 1, 4 * len(data) // 5 + 1, 4 * len(data) // 5):
+        journal.write_bytes(data[:cut])
+        assert np.array_equal(store["a"].latents[:], latents[:4])
+
+
+def test_values_that_are_not_finite_are_kept_and_noted(tmp_path: Path) -> None:
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk(5)
+    latents[3, 0, 0, 0, :2] = np.nan, np.inf
+    store.add("a", latents, sigmas=np.linspace(1, 0, 5))
+    run = store["a"]
+    assert np.array_equal(np.isfinite(run.latents[3]), np.isfinite(latents[3]))
+    assert run.problems == ("step 3: 2 values are not finite",)
+    with pytest.raises(NumericsError, match="not finite in fp16"):
+        store.add("b", latents, sigmas=np.linspace(1, 0, 5), format=TrajectoryFormat("raw"))
+    assert store["b"].steps.tolist() == [0, 1, 2]
+    assert store["b"].problems[0].startswith("incomplete")
+
+
+def test_bad_input_is_named_and_loses_nothing(tmp_path: Path) -> None:
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk(5)
+    sigmas = np.linspace(1, 0, 5)
+    store.add("a", latents, sigmas=sigmas)
+    with pytest.raises(InputError, match="a run of this name is already in the store; choose another name"):
+        store.add("a", latents, sigmas=sigmas)
+    with pytest.raises(InputError, match="b: got 6 sigmas for 5 steps"):
+        store.add("b", latents, sigmas=np.linspace(1, 0, 6))
+    assert "b" not in store
+    with pytest.raises(InputError, match="attributes must be JSON"):
+        store.add("b", latents, sigmas=sigmas, model=object())
+    for name in ("", "../x", "a b", ".hidden", "a/b"):
+        with pytest.raises(InputError, match="a name is 1 to 128"):
+            store.record(name)
+    writer = store.record("c")
+    writer.append(0, 1000, 1, latents[0])
+    with pytest.raises(InputError, match=r"step 1 has the shape \[4, 2, 16\], the steps before \[4, 2, 16, 16\]"):
+        writer.append(1, 900, 0.9, latents[1, ..., 0])
+    with pytest.raises(InputError, match="got step 0 after step 0"):
+        writer.append(0, 900, 0.9, latents[1])
+    with pytest.raises(InputError, match="expected numbers"):
+        writer.append(1, 900, np.nan, latents[1])
+    with pytest.raises(InputError, match="already being recorded by another process"):
+        store.record("c")
+    writer.append(1, 900, 0.9, latents[1])
+    writer.close()
+    assert store["c"].steps.tolist() == [0, 1]
+    with pytest.raises(InputError, match="no run 'z'"):
+        store["z"]
+    with pytest.raises(InputError, match="codec: got 'zip'"):
+        TrajectoryFormat("zip")
+    with pytest.raises(InputError, match="storage: got 'bf16'; expected one of fp16, fp32 with raw"):
+        TrajectoryFormat("raw", "bf16")
+    with pytest.raises(StoreError, match="no such folder"):
+        open_trajectories(tmp_path / "nothing")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "note.txt").touch()
+    with pytest.raises(InputError, match="is not a trajectory store"):
+        TrajectoryStore.create(tmp_path / "else")
+    with pytest.raises(StoreError, match="no recorded steps here"):
+        open_trajectories(tmp_path / "else")
+    zarr.create_group(tmp_path / "other")
+    with pytest.raises(StoreError, match="a Zarr group of something else"):
+        open_trajectories(tmp_path / "other")
