@@ -67,6 +67,41 @@ def small_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_wan_pipeline(tmp_path_factory: pytest.TempPathFactory, small_wan: Path) -> Path:
+    """A saved WanPipeline, text to video, with random weights and a tokenizer of a few words."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "green", "car", "cat", "house", "worst", "quality"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    folder = tmp_path_factory.mktemp("wan_pipeline")
+    WanPipeline(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
+        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(words), **sizes)),
+        vae=AutoencoderKLWan.from_pretrained(small_wan),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=48,
+            num_layers=2,
+            rope_max_seq_len=32,
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def manifest() -> Manifest:
     """A store of fp16 latents with 2 channels."""

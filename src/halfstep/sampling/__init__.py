@@ -1,0 +1,6 @@
+"""Sampling, and the recording of every step of it."""
+
+from halfstep.sampling.diffusers_hook import record
+from halfstep.sampling.recorder import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder
+
+__all__ = ["MemoryRecorder", "NullRecorder", "Recorder", "Step", "StoreRecorder", "record"]

@@ -1,0 +1,235 @@
+"""Recorders: what becomes of a sampler's steps. Recording never changes a sample, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+
+from halfstep.errors import HalfstepError, InputError
+from halfstep.store import RunWriter, TrajectoryFormat, TrajectoryStore
+
+Ticket = Future[None]
+
+_MOST_WAITING = 4  # steps between the sampler and the disk; a sampler that is faster waits
+_NICENESS = 10  # the recorder gives way to the sampler where both want the processor
+
+
+@dataclass(frozen=True)
+class Step:
+    """A state of a sampler: `latent` [C, (T,) H, W] of any floating type on any device, at noise level `sigma` (in the
+    sampler's unit) and `timestep` (the scheduler's). `index` 0 is the initial noise."""
+
+    index: int
+    timestep: float
+    sigma: float
+    latent: torch.Tensor
+
+
+class Recorder(Protocol):
+    """Takes the steps of one run. A ticket is done when its step is safe; `finish` ends a run that came to its end,
+    `close` one that did not."""
+
+    def record(self, step: Step) -> Ticket: ...
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NullRecorder:
+    """Keeps nothing."""
+
+    def record(self, step: Step) -> Ticket:
+        return _done()
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class MemoryRecorder:
+    """Keeps all steps as float32 on the CPU, in `steps`."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def record(self, step: Step) -> Ticket:
+        kept = step.latent.detach().to("cpu", torch.float32, copy=True)
+        self.steps.append(replace(step, latent=kept))
+        return _done()
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class StoreRecorder:
+    """Records into a TrajectoryStore, off the sampler's path.
+
+    `record` copies the latent (from a GPU into pinned memory, without waiting for it) and returns; a thread of low
+    priority writes and encodes. At most a few steps wait in memory: a sampler that is faster than the disk waits.
+    `interval` keeps every n-th step, and always the first and the last. When the store cannot take a step (a full
+    disk), sampling goes on: one warning is given, that ticket and all after it hold the error, and the run stays
+    incomplete. As a context manager it finishes on a clean exit. Raises InputError when the run's name is taken, the
+    shape changes or the index does not grow.
+    """
+
+    def __init__(
+        self,
+        store: TrajectoryStore,
+        key: str,
+        *,
+        format: TrajectoryFormat | None = None,
+        interval: int = 1,
+        **attributes: Any,
+    ) -> None:
+        if interval < 1:
+            raise InputError(f"storage interval: got {interval}; expected 1 or more steps")
+        self.key = key
+        self._interval = interval
+        self._where = f"{store.root}/{key}"
+        self._writer: RunWriter = store.record(key, format, **attributes)
+        self._shape: torch.Size | None = None
+        self._last_index = -1
+        self._held: tuple[_Copy, Ticket] | None = None  # a step that is kept only if it turns out to be the last
+        self._failure: BaseException | None = None
+        self._warned = False
+        self._free = threading.Semaphore(_MOST_WAITING)
+        self._thread = ThreadPoolExecutor(1, f"record {key}", initializer=_give_way)
+
+    def record(self, step: Step) -> Ticket:
+        if self._shape is not None and step.latent.shape != self._shape:
+            raise InputError(
+                f"{self._where}: step {step.index} has the shape {list(step.latent.shape)}, the steps before "
+                f"{list(self._shape)}; record another shape as another run"
+            )
+        if step.index <= self._last_index:
+            raise InputError(f"{self._where}: got step {step.index} after step {self._last_index}; steps must grow")
+        if not np.isfinite([step.timestep, step.sigma]).all():
+            raise InputError(
+                f"{self._where}: step {step.index}: got timestep {step.timestep}, sigma {step.sigma}; expected numbers"
+            )
+        first = self._shape is None
+        self._shape, self._last_index = step.latent.shape, step.index
+        self._warn_once()
+        self._free.acquire()
+        ticket: Ticket = Future()
+        copy = _Copy(step)
+        if self._held is not None:
+            self._held[1].set_result(None)  # it was not the last, so it is not kept
+            self._held = None
+            self._free.release()
+        if first or step.index % self._interval == 0:
+            self._submit(copy, ticket)
+        else:
+            self._held = copy, ticket
+        return ticket
+
+    def finish(self) -> None:
+        """Wait until all is on disk and mark the run complete; after a failure it stays incomplete."""
+        self._drain()
+        try:
+            if self._failure is None:
+                self._writer.finish()
+            else:
+                self._writer.note_problem(f"recording stopped: {self._failure}")
+        except HalfstepError as error:
+            self._failure = self._failure or error
+        finally:
+            self._writer.close()
+        self._warn_once()
+
+    def close(self) -> None:
+        """Wait until all that was recorded is on disk, and leave the run incomplete."""
+        self._drain()
+        self._writer.close()
+        self._warn_once()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
+
+    def _submit(self, copy: _Copy, ticket: Ticket) -> None:
+        def settle(written: Future[None]) -> None:
+            self._free.release()
+            self._note_failure(written)
+            error = written.exception()
+            ticket.set_result(None) if error is None else ticket.set_exception(error)
+
+        self._thread.submit(self._append, copy).add_done_callback(settle)
+        self._thread.submit(self._pack).add_done_callback(self._note_failure)
+
+    def _append(self, copy: _Copy) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._writer.append(copy.step.index, copy.step.timestep, copy.step.sigma, copy.values())
+
+    def _pack(self) -> None:
+        if self._failure is None:
+            self._writer.pack()
+
+    def _note_failure(self, written: Future[None]) -> None:
+        self._failure = self._failure or written.exception()
+
+    def _drain(self) -> None:
+        if self._held is not None:
+            self._submit(*self._held)
+            self._held = None
+        self._thread.shutdown()
+
+    def _warn_once(self) -> None:
+        """In the sampler's thread, so that the warning points at its caller."""
+        if self._failure is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._where}: recording stopped, sampling goes on: {self._failure}", RuntimeWarning, stacklevel=3
+            )
+
+
+class _Copy:
+    """A step's latent on its way to the host. The copy from a GPU runs behind the sampler's own work."""
+
+    def __init__(self, step: Step) -> None:
+        latent = step.latent.detach()
+        self._arrived: torch.cuda.Event | None = None
+        if latent.is_cuda:
+            self._host = torch.empty(latent.shape, dtype=latent.dtype, pin_memory=True)
+            self._host.copy_(latent, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+        else:
+            self._host = latent.to("cpu", copy=True)
+        self.step = replace(step, latent=self._host)
+
+    def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """float32, once the copy has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.float().contiguous().numpy()
+
+
+def _give_way() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def _done() -> Ticket:
+    ticket: Ticket = Future()
+    ticket.set_result(None)
+    return ticket
