@@ -23,6 +23,7 @@ from halfstep.sampling import record
 from halfstep.store import TrajectoryFormat, TrajectoryStore
 
 EXACT = TrajectoryFormat(storage="fp32")
+OFFSET: dict[str, Any] = {"steps_offset": 1}  # as Stable Diffusion has it
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,12 @@ def test_mistakes_are_named(pipe: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "scheduler",
-    [DDIMScheduler(), PNDMScheduler(skip_prk_steps=True), EulerDiscreteScheduler(), HeunDiscreteScheduler()],
+    [
+        DDIMScheduler(**OFFSET),
+        PNDMScheduler(skip_prk_steps=True, **OFFSET),
+        EulerDiscreteScheduler(**OFFSET),
+        HeunDiscreteScheduler(**OFFSET),
+    ],
 )
 def test_variance_preserving_models(small_vae: Path, tmp_path: Path, scheduler: Any) -> None:
     torch.manual_seed(0)

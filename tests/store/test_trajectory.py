@@ -225,7 +225,7 @@ def test_bad_input_is_named_and_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="got step 0 after step 0"):
         writer.append(0, 900, 0.9, latents[1])
     with pytest.raises(InputError, match="expected numbers"):
-        writer.append(1, 900, np.nan, latents[1])
+        writer.append(1, 900, np.inf, latents[1])
     with pytest.raises(InputError, match="already being recorded by another process"):
         store.record("c")
     writer.append(1, 900, 0.9, latents[1])

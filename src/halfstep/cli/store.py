@@ -1,14 +1,16 @@
-"""halfstep store verify | repair | inspect | export"""
+"""halfstep store verify | repair | inspect | export | convert"""
 
 from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-app = typer.Typer(help="Look at, check, mend and export a latent store.", no_args_is_help=True)
+from halfstep.errors import InputError
+
+app = typer.Typer(help="Look at, check, mend, export and convert a latent or trajectory store.", no_args_is_help=True)
 
 _Store = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the store.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -17,8 +19,11 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 @app.command()
 def verify(store: _Store, json: _Json = False) -> None:
     """Hold every byte of the store against its checksums; exit code 1 when something is wrong."""
+    from halfstep.store import find_trajectory_store
     from halfstep.store import verify as run_verify
 
+    if (trajectories := find_trajectory_store(store)) is not None:
+        _verify_trajectories(trajectories, json)
     report = run_verify(store)
     if json:
         facts = {"ok": report.ok, "shards": report.shards, "items": report.items, "problems": report.problems}
@@ -32,9 +37,12 @@ def verify(store: _Store, json: _Json = False) -> None:
 
 @app.command()
 def repair(store: _Store, json: _Json = False) -> None:
-    """Rebuild what can be rebuilt and drop only sequences whose own bytes are damaged."""
+    """Rebuild what can be rebuilt and drop only sequences, or steps of a run, whose own bytes are damaged."""
+    from halfstep.store import find_trajectory_store
     from halfstep.store import repair as run_repair
 
+    if (trajectories := find_trajectory_store(store)) is not None:
+        _repair_trajectories(trajectories, json)
     report = run_repair(store)
     if json:
         typer.echo(json_module.dumps({"rebuilt": report.rebuilt, "lost": report.lost}))
@@ -51,11 +59,14 @@ def repair(store: _Store, json: _Json = False) -> None:
 def inspect(
     store: Annotated[str, typer.Argument(metavar="DIR", help="Folder or fsspec URL.")], json: _Json = False
 ) -> None:
-    """Say what a store holds: autoencoder, latents, types, numerics, sequences."""
+    """Say what a store holds: autoencoder, latents, types, numerics, sequences; or runs, steps and their problems."""
     from dataclasses import asdict
 
     from halfstep.store import DatasetStore
 
+    if "://" not in store and not (Path(store) / "manifest.json").exists() and Path(store).is_dir():
+        _inspect_trajectories(Path(store), json)
+        return
     opened = DatasetStore.open(store)
     manifest = opened.manifest
     keys = opened.keys()
@@ -104,3 +115,108 @@ def export(
         typer.echo(json_module.dumps({"items": items, "format": form, "output": str(output)}))
     else:
         typer.echo(f"{output}: {items} items as {form}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Batch folder, or trajectory store.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Store, or new batch folder.")],
+    to: Annotated[str | None, typer.Option(metavar="KIND", help="store or npy.gz; the other one by default.")] = None,
+    codec: Annotated[str, typer.Option(metavar="C", help="predictive, blosc or raw.")] = "predictive",
+    storage: Annotated[
+        str, typer.Option(metavar="TYPE", help="The error of fp16 or bf16 casting; fp32 is exact.")
+    ] = "fp16",
+    max_error: Annotated[float | None, typer.Option(metavar="E", help="Or the largest error of a value.")] = None,
+    json: _Json = False,
+) -> None:
+    """Recorded latents of one file a step into a trajectory store, or back; the same command again goes on."""
+    from dataclasses import asdict
+
+    from halfstep.store import TrajectoryFormat, find_trajectory_store, open_trajectories
+    from halfstep.store.convert import to_batch, to_store
+
+    runs = open_trajectories(source)
+    if to is None:
+        to = "store" if find_trajectory_store(source) is None else "npy.gz"
+    if to not in ("store", "npy.gz"):
+        raise InputError(f"--to: got {to!r}; expected store or npy.gz")
+
+    def say(line: str) -> None:
+        if not json:
+            typer.echo(line)
+
+    if to == "store":
+        report = to_store(runs, output, TrajectoryFormat(codec, storage, max_error), say)
+    else:
+        report = to_batch(runs, output, say)
+    if json:
+        typer.echo(json_module.dumps(asdict(report)))
+        return
+    for note in report.notes:
+        typer.echo(note)
+    share = f", {report.bytes / report.fp32_bytes:.3f} of fp32" if report.fp32_bytes and not report.skipped else ""
+    typer.echo(
+        f"{output}: {report.converted} runs converted, {report.skipped} there already; {report.bytes:,} bytes{share}"
+    )
+
+
+def _verify_trajectories(store: Path, json: bool) -> NoReturn:
+    from dataclasses import asdict
+
+    from halfstep.store import verify_trajectories
+
+    report = verify_trajectories(store)
+    if json:
+        typer.echo(json_module.dumps({"ok": report.ok, **asdict(report)}))
+    else:
+        for problem in report.problems:
+            typer.echo(problem)
+        for key in report.incomplete:
+            typer.echo(f"{store}/{key}: incomplete, its recording did not finish; what it has is sound")
+        typer.echo(f"{store}: {'ok' if report.ok else 'NOT ok'}, {report.steps} steps in {report.runs} runs")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _repair_trajectories(store: Path, json: bool) -> NoReturn:
+    from dataclasses import asdict
+
+    from halfstep.store import repair_trajectories
+
+    report = repair_trajectories(store)
+    if json:
+        typer.echo(json_module.dumps(asdict(report)))
+    else:
+        for key, steps in report.recovered.items():
+            typer.echo(f"{store}/{key}: recovered {steps} steps from its journal")
+        for line in report.lost:
+            typer.echo(line)
+        typer.echo(f"{store}: {sum(report.recovered.values())} steps recovered, {len(report.lost)} losses")
+    raise typer.Exit(1 if report.lost else 0)
+
+
+def _inspect_trajectories(path: Path, json: bool) -> None:
+    from halfstep.store import open_trajectories
+    from halfstep.store.convert import folder_bytes
+
+    runs = open_trajectories(path)
+    facts: dict[str, dict[str, Any]] = {}
+    for key in runs:
+        run = runs[key]
+        facts[key] = {
+            "steps": len(run),
+            "shape": list(run.latents.shape[1:]),
+            "sigmas": [None if value != value else value for value in run.sigmas.tolist()],
+            "prompt": run.prompt,
+            "seed": run.seed,
+            "attributes": run.attributes,
+            "problems": list(run.problems),
+        }
+    size = folder_bytes(path)
+    if json:
+        typer.echo(json_module.dumps({"runs": facts, "bytes": size}))
+        return
+    typer.echo(f"{path}: {len(facts)} runs, {sum(fact['steps'] for fact in facts.values())} steps, {size:,} bytes")
+    for key, fact in facts.items():
+        typer.echo(f"  {key:24} {fact['steps']:4} steps {fact['shape']}  seed {fact['seed']}  {fact['prompt'] or ''}")
+        for problem in fact["problems"]:
+            typer.echo(f"    {problem}")

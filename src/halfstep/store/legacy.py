@@ -10,6 +10,7 @@ found are in `attributes["sigma_labels"]` and `["timestep_labels"]`.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from halfstep.store.torch_files import read_torch_tensor
 _STEP = re.compile(r"step_(\d+)(\.npy\.gz|\.npy|\.pt\.gz|\.pt)")
 _PROMPT = re.compile(r"prompt_\d+")
 _VIDEO = re.compile(r"vid_(\d+)")
-_SHARED = ("total_steps", "prompt", "seed", "cfg_scale", "shape")  # what all steps of one run agree on
+_SHARED = ("total_steps", "prompt", "seed", "cfg_scale", "shape", "dtype")  # what all steps of one run agree on
 _DAMAGE = (OSError, EOFError, ValueError, zlib.error)
 
 
@@ -136,11 +137,13 @@ def read_step(path: Path) -> Float32:
     """The latents of one step file as float32, without the leading batch axis of one. Raises StoreError naming the
     file when it is damaged."""
     try:
-        with _opened(path) as file:
-            if ".pt" in path.suffixes:
-                values = read_torch_tensor(file, str(path))
-            else:
-                values = np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
+        data = path.read_bytes()
+        # All of it at once: the checksum of a gzip file stands at its end.
+        file = io.BytesIO(gzip.decompress(data) if path.suffix == ".gz" else data)
+        if ".pt" in path.suffixes:
+            values = read_torch_tensor(file, str(path))
+        else:
+            values = np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
     except HalfstepError:
         raise
     except _DAMAGE as error:
@@ -148,10 +151,11 @@ def read_step(path: Path) -> Float32:
     return values[0] if values.ndim > 1 and values.shape[0] == 1 else values
 
 
-def write_step(path: Path, latents: Float32, dtype: str) -> None:
-    """Write `latents` [C, (T,) H, W] as a `.npy.gz` of the older format, with its batch axis, in numpy type `dtype`."""
-    with gzip.GzipFile(path, "wb", compresslevel=9, mtime=0) as file:
-        np.lib.format.write_array(file, latents[None].astype(dtype), allow_pickle=False)
+def step_bytes(latents: Float32, dtype: str) -> bytes:
+    """The `.npy.gz` of `latents` [C, (T,) H, W] in the older format: with its batch axis, in numpy type `dtype`."""
+    plain = io.BytesIO()
+    np.lib.format.write_array(plain, latents[None].astype(dtype), allow_pickle=False)
+    return gzip.compress(plain.getvalue(), compresslevel=9, mtime=0)
 
 
 def _find_runs(latents: Path) -> dict[str, Path]:

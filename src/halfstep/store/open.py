@@ -15,9 +15,14 @@ def open_trajectories(path: Path | str) -> Mapping[str, Run]:
     """The runs recorded in `path`: a trajectory store, a batch folder of the older one-file-a-step format, or the
     `latents` folder of either. Raises StoreError when there is none."""
     path = Path(path)
-    for folder in (path, path / "latents"):
-        if (folder / "zarr.json").exists():
-            return TrajectoryStore.open(folder)
+    store = find_trajectory_store(path)
+    if store is not None:
+        return TrajectoryStore.open(store)
     if not path.is_dir():
         raise StoreError(f"{path}: no such folder; expected a trajectory store or a batch folder")
     return LegacyBatch(path)
+
+
+def find_trajectory_store(path: Path) -> Path | None:
+    """The folder of the trajectory store at `path` or in its `latents`, if there is one."""
+    return next((folder for folder in (path, path / "latents") if (folder / "zarr.json").exists()), None)

@@ -45,6 +45,8 @@ def read_torch_tensor(file: IO[bytes], where: str) -> Float32:
                 raise StoreError(f"{where}: no file of torch.save (1.6 or newer)")
             with archive.open(described[0]) as data:
                 tensor = _TensorUnpickler(data, archive, described[0].removesuffix("data.pkl"), where).load()
+    except UnsafePickleError:
+        raise
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, IndexError, ValueError, TypeError) as error:
         raise StoreError(f"{where}: damaged ({error})") from error
     if not isinstance(tensor, _Tensor):
@@ -83,4 +85,4 @@ def _rebuild(storage: _Storage, offset: int, size: tuple[int, ...], stride: tupl
     values = np.lib.stride_tricks.as_strided(
         storage.values[offset:], size, [step * item for step in stride], writeable=False
     )
-    return _Tensor(storage.type_name, np.ascontiguousarray(values))
+    return _Tensor(storage.type_name, np.array(values, order="C"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class RunWriter:
         except (TypeError, ValueError) as error:
             raise InputError(f"{root}/{key}: attributes must be JSON ({error})") from error
         self._folder, self._format = root / key, format
-        self._problems: dict[str, int] = {}
+        self._problems: list[str] = []
         self._shape: tuple[int, ...] | None = None
         self._packed = 0
         self._waiting: list[JournalEntry] = []
@@ -67,7 +68,7 @@ class RunWriter:
 
         Values that are not finite are kept as they are and noted among the run's problems, except that a format of
         fp16 raises NumericsError for them and for values beyond its range. Raises InputError when the shape is not
-        that of the steps before, `step` does not grow, or a label is not finite.
+        that of the steps before, `step` does not grow, or a label is infinite; NaN is a label that is not known.
         """
         if self._shape is not None and latents.shape != self._shape:
             raise InputError(
@@ -76,7 +77,7 @@ class RunWriter:
             )
         if step <= self._last_step:
             raise InputError(f"{self._folder}: got step {step} after step {self._last_step}; steps must grow")
-        if not np.isfinite([timestep, sigma]).all():
+        if np.isinf([timestep, sigma]).any():
             raise InputError(f"{self._folder}: step {step}: got timestep {timestep}, sigma {sigma}; expected numbers")
         if self._format.codec != "predictive" and self._format.storage == "fp16":
             latents = to_storage(latents, "fp16").astype(np.float32)
@@ -89,27 +90,28 @@ class RunWriter:
             self._waiting.append(self._journal.append(position, step, timestep, sigma, latents))
         self._last_step = step
         if unsound:
-            self._problems[f"step {step}: {unsound} values are not finite"] = step
+            self._problems.append(f"step {step}: {unsound} values are not finite")
 
     def pack(self) -> None:
         """Encode groups that are full. May be called after every step."""
         while len(self._waiting) >= self._format.group:
             self._pack(self._format.group)
 
-    def finish(self) -> None:
-        """Encode what is left and mark the run complete."""
+    def finish(self, *, complete: bool = True, problems: Sequence[str] = (), **attributes: Any) -> None:
+        """Encode what is left and mark the run complete, or not; add `problems` and `attributes` to it."""
         self.pack()
         if self._waiting:
             self._pack(len(self._waiting))
+        self._problems += problems
         with store_errors(self._folder):
-            self._group.update_attributes({"complete": True, "problems": list(self._problems)})
+            self._group.update_attributes({"complete": complete, "problems": self._problems, **attributes})
             self._journal.remove()
 
     def note_problem(self, line: str) -> None:
         """Keep a line with the run, which stays incomplete."""
-        self._problems[line] = -1
+        self._problems.append(line)
         with store_errors(self._folder):
-            self._group.update_attributes({"problems": list(self._problems)})
+            self._group.update_attributes({"problems": self._problems})
 
     def close(self) -> None:
         """Let go of the run; without `finish` it stays incomplete."""
