@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -19,22 +22,62 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def load_yaml(path: Path, kind: type[T]) -> T:
-    """Read and validate `path` as `kind`. Raises InputError with the dotted path of the first fault."""
+def load_yaml(path: Path, kind: type[T], settings: Sequence[str] = ()) -> T:
+    """Read and validate `path` as `kind`, with `settings` (`a.b=value`, the value in YAML) in place of what is there.
+    Raises InputError with the dotted path of the first fault."""
     try:
         content: Any = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
-    return validate(content, kind, path)
+    return validate(with_settings(content, settings), kind, path)
 
 
-def validate(content: Any, kind: type[T], path: Path) -> T:
-    """`content` of the file `path` as `kind`. Raises InputError with the dotted path of the first fault."""
+def with_settings(content: Any, settings: Sequence[str]) -> Any:
+    """`content` with each of `settings`, `a.b=value`, put in its place."""
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator or not all(name.split(".")):
+            raise InputError(f"--set: got {setting!r}; expected a.b=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {name}: the value {text!r} is not valid YAML") from error
+        content = _put(content, name.split("."), value)
+    return content
+
+
+def validate(content: Any, kind: type[T], path: Path | str) -> T:
+    """`content` of the file `path` as `kind`. Raises InputError with the dotted path of the first fault; an unknown key
+    comes with the known one that is nearest."""
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "top level"
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(kind, first["loc"][:-1])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise InputError(f"{path}: {place}: unknown key; {hint}") from error
         raise InputError(f"{path}: {place}: got {first['input']!r}; {first['msg'].lower()}") from error
+
+
+def _put(content: Any, names: list[str], value: Any) -> Any:
+    if not names:
+        return value
+    inner = content if isinstance(content, dict) else {}
+    return {**inner, names[0]: _put(inner.get(names[0]), names[1:], value)}
+
+
+def _known_keys(kind: Any, place: tuple[int | str, ...]) -> list[str]:
+    """The keys that `kind` has at `place`."""
+    if get_origin(kind) in (Union, UnionType):
+        return [key for part in get_args(kind) for key in _known_keys(part, place)]
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if not place:
+            return list(kind.model_fields)
+        field = kind.model_fields.get(str(place[0]))
+        return [] if field is None else _known_keys(field.annotation, place[1:])
+    return _known_keys(get_args(kind)[-1], place[1:]) if place and get_args(kind) else []

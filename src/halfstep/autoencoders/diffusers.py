@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from halfstep.autoencoders.base import Autoencoder, weights_sha256
+from halfstep.autoencoders.hub import cached_models, hub_answers
 from halfstep.errors import InputError
 from halfstep.spec import LatentSpec
 
@@ -114,7 +115,7 @@ def _load_config(identifier: str, revision: str | None) -> tuple[dict[str, Any],
     # diffusers passes the hub's library an option that it has dropped, which then warns every user.
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument", category=UserWarning)
     is_folder = Path(identifier).is_dir()
-    offline = is_folder or not _hub_answers(identifier, revision)
+    offline = is_folder or not hub_answers(identifier, revision, _local_alternatives())
     for subfolder in (None, "vae"):
         try:
             config = AutoencoderKL.load_config(
@@ -129,36 +130,5 @@ def _load_config(identifier: str, revision: str | None) -> tuple[dict[str, Any],
     raise InputError(f"{identifier}: {'no network' if offline else 'no autoencoder in it'}; {_local_alternatives()}")
 
 
-def _hub_answers(identifier: str, revision: str | None) -> bool:
-    """Ask once, because the download functions retry for most of a minute before they find that there is no network.
-
-    Raises InputError when the hub says that it has no such model.
-    """
-    import httpx2
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    try:
-        HfApi().model_info(identifier, revision=revision, timeout=10)
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise InputError(
-            f"{identifier}: not a folder, and not on the hub ({reason}); {_local_alternatives()}"
-        ) from error
-    except (httpx2.TransportError, OfflineModeIsEnabled):
-        return False
-    return True
-
-
 def _local_alternatives() -> str:
-    return f"available here: {', '.join(['dct8', *_cached_models()])}, or the folder of an autoencoder on disk"
-
-
-def _cached_models() -> list[str]:
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
-    except CacheNotFound:
-        return []
+    return f"available here: {', '.join(['dct8', *cached_models()])}, or the folder of an autoencoder on disk"

@@ -1,4 +1,4 @@
-"""The progress bar of long verbs, on stderr."""
+"""The progress bars of long verbs, on stderr."""
 
 from __future__ import annotations
 
@@ -50,3 +50,39 @@ class BarProgress(Progress):
         self._bytes += latent_bytes
         task = self._bar.tasks[0]
         self._bar.update(self._task, advance=items, rate=task.speed or 0.0, megabytes=self._bytes / 1e6)
+
+
+class StepProgress:
+    """Sampling steps done of all runs, time left, and a line for each run that is done."""
+
+    def __init__(self, runs: int, *, hidden: bool = False) -> None:
+        self._runs = runs
+        self._seen: dict[str, int] = {}
+        self._hidden = hidden
+        console = Console(stderr=True)
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=hidden or not console.is_terminal,
+        )
+        self._task = self._bar.add_task("generating", total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def note(self, line: str) -> None:
+        if not self._hidden:
+            self._bar.console.print(f"halfstep: {line}", highlight=False, soft_wrap=True, markup=False)
+
+    def step(self, run: str, step: int, steps: int) -> None:
+        self._seen[run] = step
+        done = sum(self._seen.values())
+        self._bar.update(self._task, description=run, completed=done, total=steps * self._runs)

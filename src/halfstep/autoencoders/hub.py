@@ -1,0 +1,35 @@
+"""The model hub: whether it can be asked, and what of it lies on this machine."""
+
+from __future__ import annotations
+
+from halfstep.errors import InputError
+
+
+def hub_answers(identifier: str, revision: str | None, alternatives: str) -> bool:
+    """Ask once, because the download functions retry for most of a minute before they find that there is no network.
+
+    Raises InputError when the hub says that it has no such model; `alternatives` ends that line.
+    """
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        HfApi().model_info(identifier, revision=revision, timeout=10)
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise InputError(f"{identifier}: not a folder, and not on the hub ({reason}); {alternatives}") from error
+    except (httpx2.TransportError, OfflineModeIsEnabled):
+        return False
+    return True
+
+
+def cached_models() -> list[str]:
+    """The models in the hub's cache on this machine."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+    except CacheNotFound:
+        return []

@@ -1,0 +1,267 @@
+"""generate(): one batch of videos or pictures in a folder that is only ever added to.
+
+OUT/batch.json               prompts, seeds, settings
+OUT/runs.jsonl               a line for every run that began, ended or failed
+OUT/runs/prompt_000_vid001/  video.mp4 or image.png, and metadata.json
+OUT/latents/                 a TrajectoryStore with a run of the same name
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import halfstep
+from halfstep.errors import InputError, NumericsError
+from halfstep.generate.config import GenerateConfig, VideoSettings
+from halfstep.generate.pipeline import Generator, load_generator, write_video
+from halfstep.generate.template import expand_template
+from halfstep.precision import PrecisionPolicy
+from halfstep.sampling import record
+from halfstep.store import TrajectoryStore
+from halfstep.store.commit import store_errors, write_durably
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One video or picture to make."""
+
+    key: str
+    prompt: str
+    seed: int
+
+
+@dataclass
+class GenerateReport:
+    """What was done: keys of runs `generated`, `skipped` (complete from an earlier call), `failed` with the reason."""
+
+    output: str
+    policy: str
+    generated: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def plan(config: GenerateConfig, template: str) -> list[PlannedRun]:
+    """All runs: every prompt with the same seeds, prompt by prompt."""
+    seed = config.model_settings.seed
+    return [
+        PlannedRun(f"prompt_{p:03d}_vid{v + 1:03d}", prompt, seed + v)
+        for p, prompt in enumerate(expand_template(template))
+        for v in range(config.videos_per_variation)
+    ]
+
+
+def generate(
+    config: GenerateConfig,
+    template: str,
+    output: Path,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    on_step: Callable[[str, int, int], None] = lambda *_: None,
+) -> GenerateReport:
+    """Make every run of `template` in folder `output`.
+
+    With `resume`, complete runs are left alone and the others made again, in the precision of the batch; it must be
+    the same batch but for more videos a prompt. A run whose result is not finite fails alone. `say` hears what a user
+    should know; `on_step(key, step, steps)` is called after each sampling step. Raises InputError for a folder that
+    holds a batch already (without `resume`) or another one.
+    """
+    started = time.monotonic()
+    runs = plan(config, template)
+    device = config.model_settings.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    policy = _claim(output, config, template, runs, resume, device)
+    done = {run.key for run in runs if _status(output, run) == "complete"}
+    report = GenerateReport(str(output), str(policy), skipped=[run.key for run in runs if run.key in done])
+    unused = config.memory_settings.without_effect()
+    if unused:
+        say(f"memory_settings: {', '.join(unused)} have no effect here; attention is memory-efficient as it is")
+    if len(done) < len(runs):
+        generator = load_generator(config.model_settings, config.memory_settings, policy, device)
+        frames = _frames(generator, config.video_settings)
+        if frames not in (None, wanted_frames := config.video_settings.wanted_frames):
+            say(f"video_settings: {wanted_frames} frames do not fit the model, {frames} are made")
+        for run in runs:
+            if run.key in done:
+                continue
+            try:
+                _make(generator, config, run, frames, output, say, on_step)
+                report.generated.append(run.key)
+            except NumericsError as error:
+                report.failed[run.key] = str(error)
+                _log(output, {"run": run.key, "event": "failed", "reason": str(error)})
+            if config.memory_settings.clear_cache_between_videos and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _claim(
+    output: Path, config: GenerateConfig, template: str, runs: list[PlannedRun], resume: bool, device: str
+) -> PrecisionPolicy:
+    """Write batch.json, or hold the one that is there against this batch; the precision of all of its runs."""
+    path = output / "batch.json"
+    wanted = {"template": template, "config": config.model_dump(mode="json")}
+    policy = PrecisionPolicy.parse(config.model_settings.precision)
+    if path.exists():
+        if not resume:
+            raise InputError(f"{output}: holds a batch already; --resume goes on with it, or name a new folder")
+        there = json.loads(path.read_text())
+        difference = _difference({name: there.get(name) for name in wanted}, wanted)
+        if difference:
+            raise InputError(f"{output}: is another batch: {difference}; name a new folder")
+        policy = PrecisionPolicy.parse(there["policy"])  # what auto chose then
+    elif output.exists() and any(output.iterdir()):
+        raise InputError(f"{output}: holds something that is not a batch; name a new folder")
+    policy = policy.resolve(device, "sample")
+    content = {**wanted, "policy": str(policy), "halfstep": halfstep.__version__, "runs": [asdict(run) for run in runs]}
+    with store_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_durably(path, _json(content))
+    return policy
+
+
+def _difference(there: Any, wanted: Any, place: str = "") -> str | None:
+    """The first setting that differs, in words; more videos a prompt, and where the batch lies, are no difference."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        for name in wanted:
+            found = _difference(there.get(name), wanted[name], f"{place}.{name}" if place else name)
+            if found:
+                return found
+        return None
+    if place in ("config.output_dir", "config.batch_name", "config.use_timestamp", "config.model_settings.device"):
+        return None
+    if place == "config.videos_per_variation" and isinstance(there, int) and there <= wanted:
+        return None
+    return None if there == wanted else f"{place.removeprefix('config.')} is {there!r} there and {wanted!r} here"
+
+
+def _status(output: Path, run: PlannedRun) -> str | None:
+    path = output / "runs" / run.key / "metadata.json"
+    status: str | None = json.loads(path.read_text())["status"] if path.exists() else None
+    return status
+
+
+def _make(
+    generator: Generator,
+    config: GenerateConfig,
+    run: PlannedRun,
+    frames: int | None,
+    output: Path,
+    say: Callable[[str], None],
+    on_step: Callable[[str, int, int], None],
+) -> None:
+    model, video, latents = config.model_settings, config.video_settings, config.latent_analysis_settings
+    folder = output / "runs" / run.key
+    metadata: dict[str, Any] = {
+        **asdict(run),
+        "status": "running",
+        "model": model.model_id,
+        "sampler": type(generator.pipe.scheduler).__name__,
+        "steps": model.steps,
+        "guidance": model.cfg_scale,
+        "policy": str(generator.policy),
+        "device": str(generator.device),
+    }
+    with store_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / "metadata.json", _json(metadata))
+    _log(output, {"run": run.key, "event": "began"})
+    options: dict[str, Any] = {
+        "prompt": run.prompt,
+        "num_inference_steps": model.steps,
+        "guidance_scale": model.cfg_scale,
+        "width": video.width,
+        "height": video.height,
+        "generator": torch.Generator().manual_seed(run.seed),
+        "output_type": "np",
+    }
+    if config.prompt_settings.negative_prompt is not None:
+        options["negative_prompt"] = config.prompt_settings.negative_prompt
+    if frames is not None:
+        options["num_frames"] = frames
+    recording: Any = nullcontext(lambda pipe, i, t, tensors: tensors)
+    if latents.store_latents:
+        store = TrajectoryStore.create(output / "latents")
+        with store_errors(store.root):
+            if run.key in store:  # of a call that was interrupted; the same seed makes the same steps again
+                shutil.rmtree(store.root / run.key)
+        noted = {"prompt": run.prompt, "seed": run.seed, "guidance": model.cfg_scale, "policy": str(generator.policy)}
+        recording = record(
+            generator.pipe, store, run=run.key, format=latents.format(), interval=latents.storage_interval, **noted
+        )
+    begun = time.monotonic()
+    with recording as record_step:
+
+        def after_step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            kept: dict[str, Any] = record_step(pipe, i, t, tensors)
+            on_step(run.key, i + 1, pipe.num_timesteps)
+            return kept
+
+        result = generator.pipe(**options, callback_on_step_end=after_step)
+    metadata["sampling_seconds"] = round(time.monotonic() - begun, 3)
+    values = np.asarray(result.frames if hasattr(result, "frames") else result.images)[0]
+    if not np.isfinite(values).all():
+        write_durably(folder / "metadata.json", _json({**metadata, "status": "failed"}))
+        raise NumericsError(f"{run.key}: the result is not finite in {generator.policy}; use --precision bf16 or fp32")
+    pixels = (values * 255).round().clip(0, 255).astype(np.uint8)
+    with store_errors(folder):
+        metadata["file"] = _write_result(folder, pixels, video.fps)
+        metadata |= {
+            "shape": list(pixels.shape),
+            "decoder": {
+                "precision": "bf16-mixed" if generator.gate.half else "fp32",
+                "bf16_rms_difference": generator.gate.difference,
+                "retried_in_fp32": generator.gate.retried,
+            },
+        }
+        if latents.store_latents:
+            metadata["latents"] = {"run": run.key, "problems": list(store[run.key].problems)}
+        write_durably(folder / "metadata.json", _json({**metadata, "status": "complete"}))
+    _log(output, {"run": run.key, "event": "complete", "seconds": metadata["sampling_seconds"]})
+    say(f"{run.key}: {metadata['sampling_seconds']:.1f} s, seed {run.seed}, {run.prompt}")
+
+
+def _frames(generator: Generator, video: VideoSettings) -> int | None:
+    """The nearest number of frames that an autoencoder which compresses time can decode: one, and groups after it; None
+    for a model of pictures."""
+    if not generator.takes("num_frames"):
+        return None
+    factor = int(getattr(generator.pipe, "vae_scale_factor_temporal", 1))
+    return max(0, round((video.wanted_frames - 1) / factor)) * factor + 1
+
+
+def _write_result(folder: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], fps: int) -> str:
+    """Write the picture [H, W, 3] or video [T, H, W, 3] under a temporary name first; the name of the file."""
+    from PIL import Image
+
+    name = "image.png" if pixels.ndim == 3 else "video.mp4"
+    temporary = folder / f".{name}.tmp"
+    if pixels.ndim == 3:
+        Image.fromarray(pixels).save(temporary, "PNG")
+    else:
+        write_video(temporary, pixels, fps)
+    write_durably(folder / name, temporary.read_bytes())
+    temporary.unlink()
+    return name
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, ensure_ascii=False).encode()
+
+
+def _log(output: Path, line: dict[str, Any]) -> None:
+    with store_errors(output / "runs.jsonl"), (output / "runs.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **line}, ensure_ascii=False) + "\n")

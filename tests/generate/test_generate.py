@@ -1,0 +1,249 @@
+"""halfstep generate on pipelines with random weights: what it makes, how it goes on, what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from halfstep.config import load_yaml, validate
+from halfstep.errors import InputError
+from halfstep.generate import GenerateConfig, expand_template, generate
+from halfstep.generate.pipeline import VaeGate, load_generator
+from halfstep.precision import PrecisionPolicy
+from halfstep.store import open_trajectories, verify_trajectories
+from tests.conftest import run_cli
+
+# The form of the files that people have.
+YAML = """
+latent_analysis_settings: {store_latents: true, latent_storage_format: "numpy", storage_interval: 1,
+  compress_latents: true, storage_dtype: "float16"}
+model_settings: {model_id: MODEL, seed: 42, sampler: unipc, cfg_scale: 6.5, steps: 4, device: cpu}
+video_settings: {width: 32, height: 48, fps: 8, duration: 1.0, frames: 5}
+memory_settings: {enable_memory_optimization: true, clear_cache_between_videos: true, use_gradient_checkpointing: true}
+prompt_settings:
+videos_per_variation: 2
+"""
+
+
+def config(model: Path, **changes: Any) -> GenerateConfig:
+    content = {
+        "model_settings": {"model_id": str(model), "steps": 3, "precision": "fp32", "device": "cpu"},
+        "video_settings": {"width": 32, "height": 48, "frames": 5},
+    }
+    for name, values in changes.items():
+        content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
+    return validate(content, GenerateConfig, "test")
+
+
+def test_templates() -> None:
+    assert expand_template("a cat") == ["a cat"]
+    assert expand_template("a [red|blue] [car|cat]") == ["a red car", "a red cat", "a blue car", "a blue cat"]
+    assert expand_template("a [|big ]cat (sitting)") == ["a cat (sitting)", "a big cat (sitting)"]
+    for bad, named in [("a [red", "do not match"), ("a red]", "do not match"), ("[[a]|b]", "do not match"),
+                       ("[|a]", "empty prompt"), ("a [b|b]", "twice")]:  # fmt: skip
+        with pytest.raises(InputError, match=named):
+            expand_template(bad)
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_batch_and_goes_on_with_it(small_wan_pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(YAML.replace("MODEL", str(small_wan_pipeline)))
+    command = ["generate", "--config", tmp_path / "c.yaml", "--template", "a [red|blue] car", "-o", tmp_path / "b"]
+    result = run_cli(*command, "--store-latents", "--json")
+    assert json.loads(result.stdout)["generated"] == [f"prompt_00{p}_vid00{v}" for p in (0, 1) for v in (1, 2)]
+    assert "use_gradient_checkpointing" in result.stderr
+    runs = open_trajectories(tmp_path / "b")
+    assert [(runs[key].prompt, runs[key].seed) for key in runs] == [
+        ("a red car", 42), ("a red car", 43), ("a blue car", 42), ("a blue car", 43)]  # fmt: skip
+    for key in runs:
+        assert (len(runs[key]), runs[key].problems, runs[key].attributes["guidance"]) == (5, (), 6.5)
+        with av.open(str(tmp_path / "b" / "runs" / key / "video.mp4")) as video:
+            assert [(f.width, f.height) for f in video.decode(video=0)] == [(32, 48)] * 5
+    first, other, third = (runs[f"prompt_00{p}_vid00{v}"].latents for p, v in ((0, 1), (1, 1), (0, 2)))
+    assert np.abs(first[0] - other[0]).max() < 0.01  # the same seed, within what the codec may change
+    assert np.abs(first[-1] - other[-1]).max() > 0.03
+    assert np.abs(first[0] - third[0]).max() > 0.1
+
+    again = run_cli(*command, check=2)
+    assert "holds a batch already; --resume goes on with it" in again.stderr
+    damaged = tmp_path / "b" / "runs" / "prompt_000_vid002" / "metadata.json"
+    damaged.write_text(damaged.read_text().replace('"complete"', '"running"'))  # as a kill in mid-run leaves it
+    (tmp_path / "b" / "latents" / "prompt_000_vid002" / "sigmas" / "zarr.json").unlink()
+    before = (tmp_path / "b" / "runs" / "prompt_000_vid001" / "video.mp4").stat().st_mtime_ns
+    report = json.loads(
+        run_cli(*command, "--resume", "--store-latents", "--set", "videos_per_variation=3", "--json").stdout
+    )
+    assert report["generated"] == ["prompt_000_vid002", "prompt_000_vid003", "prompt_001_vid003"]
+    assert (tmp_path / "b" / "runs" / "prompt_000_vid001" / "video.mp4").stat().st_mtime_ns == before
+    assert verify_trajectories(tmp_path / "b" / "latents").ok
+    assert np.array_equal(open_trajectories(tmp_path / "b")["prompt_000_vid002"].latents[-1], third[-1])
+    other = run_cli(*command, "--resume", "--set", "model_settings.steps=5", check=2)
+    assert "model_settings.steps is 4 there and 5 here" in other.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
+def test_the_precision_reaches_the_networks(small_wan_pipeline: Path, tmp_path: Path, precision: str) -> None:
+    policy = PrecisionPolicy.parse(precision)
+    settings = config(small_wan_pipeline)
+    generator = load_generator(settings.model_settings, settings.memory_settings, policy, "cpu")
+    seen: set[torch.dtype] = set()
+    block = generator.pipe.transformer.blocks[0].ffn.net[2]
+    block.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    out = generator.pipe(
+        prompt="a red car",
+        height=32,
+        width=32,
+        num_frames=5,
+        num_inference_steps=3,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).frames
+    assert np.isfinite(out).all()
+    half = torch.bfloat16 if precision != "fp32" else torch.float32
+    assert seen == {half}
+    stored = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert generator.pipe.transformer.blocks[0].attn1.to_q.weight.dtype == stored
+    assert generator.pipe.text_encoder.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == stored
+    assert generator.pipe.transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+    assert generator.pipe.vae.dtype == torch.float32
+    assert (generator.gate.difference is None) == (precision == "fp32")
+
+
+class _Decoder:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.calls: list[bool] = []
+
+    def decode(self, latents: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
+        """A product whose rounding is visible, and in half precision, past 100, not finite."""
+        half = torch.is_autocast_enabled("cpu")
+        self.calls.append(half)
+        out = (latents @ torch.eye(latents.shape[-1])).float() * self.scale
+        return (torch.where(latents.abs() > 100, torch.inf, out),) if half else (out,)
+
+
+def test_the_decoder_is_half_where_that_is_enough() -> None:
+    latents = torch.linspace(-1, 1, 64).reshape(8, 8)
+    good, coarse = _Decoder(1.0), _Decoder(20.0)
+    gates = [VaeGate(half=True), VaeGate(half=True)]
+    for gate, decoder in zip(gates, (good, coarse), strict=True):
+        gate.attach(decoder)
+        for _ in range(3):
+            decoder.decode(latents)
+    assert good.calls == [True, False, True, True]
+    assert coarse.calls == [True, False, False, False]
+    assert gates[0].half
+    assert not gates[1].half
+    assert torch.isfinite(good.decode(latents * 1000)[0]).all()
+    assert gates[0].retried == 1
+
+
+def test_a_model_of_pictures(small_vae: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1, "</s>": 2, "a": 3, "cat": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    StableDiffusionPipeline(
+        AutoencoderKL.from_pretrained(small_vae),
+        CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+            )
+        ),
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", model_max_length=8),
+        UNet2DConditionModel(
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            sample_size=16,
+        ),
+        DDIMScheduler(steps_offset=1, clip_sample=False),
+        None,
+        None,
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "sd")
+    settings = config(tmp_path / "sd", latent_analysis_settings={"store_latents": True, "storage_interval": 2})
+    heard: list[str] = []
+    steps: list[tuple[str, int, int]] = []
+    report = generate(settings, "a cat", tmp_path / "b", say=heard.append, on_step=lambda *s: steps.append(s))
+    assert report.generated == ["prompt_000_vid001"]
+    with Image.open(tmp_path / "b" / "runs" / "prompt_000_vid001" / "image.png") as picture:
+        assert picture.size == (32, 48)
+    assert steps == [("prompt_000_vid001", k, 3) for k in (1, 2, 3)]
+    assert open_trajectories(tmp_path / "b")["prompt_000_vid001"].steps.tolist() == [0, 2, 3]
+    for sampler, scheduler in (("euler", "EulerDiscreteScheduler"), ("dpm++", "DPMSolverMultistepScheduler")):
+        model = settings.model_settings.model_copy(update={"sampler": sampler})
+        loaded = load_generator(model, settings.memory_settings, PrecisionPolicy(), "cpu")
+        assert type(loaded.pipe.scheduler).__name__ == scheduler
+
+
+def test_a_result_that_is_not_finite_fails_alone(small_wan_pipeline: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(small_wan_pipeline, tmp_path / "model")
+    weights = load_file(broken / "vae" / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_out.bias"][:] = float("nan")
+    save_file(weights, broken / "vae" / "diffusion_pytorch_model.safetensors")
+    report = generate(config(broken), "a [red|blue] car", tmp_path / "b")
+    assert report.generated == []
+    assert list(report.failed) == ["prompt_000_vid001", "prompt_001_vid001"]
+    assert "the result is not finite in fp32" in report.failed["prompt_000_vid001"]
+    assert json.loads((tmp_path / "b/runs/prompt_000_vid001/metadata.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("model_setings: {}", "model_setings: unknown key; did you mean 'model_settings'?"),
+        ("video_settings: {widht: 3}", "video_settings.widht: unknown key; did you mean 'width'?"),
+        ("latent_analysis_settings: {zzzz: 3}", "zzzz: unknown key; expected one of store_latents, latent_storage"),
+        ("model_settings: {steps: 0}", "model_settings.steps: got 0"),
+        ("model_settings: {sampler: plms}", "model_settings.sampler: got 'plms'; input should be 'unipc'"),
+        ("prompt_settings: {enable_weighting: true}", "prompt_settings.enable_weighting: got True"),
+        ("attention_analysis_settings: {store_attention: true}", "attention_analysis_settings.store_attention: got"),
+        ("- a", "top level: got"),
+    ],
+)
+def test_faults_in_a_configuration_are_named(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError) as raised:
+        load_yaml(tmp_path / "c.yaml", GenerateConfig)
+    assert named in str(raised.value)
+
+
+def test_settings_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model_settings: {steps: 7}\n")
+    loaded = load_yaml(tmp_path / "c.yaml", GenerateConfig, ["model_settings.seed=3", "video_settings.frames=9"])
+    assert (loaded.model_settings.steps, loaded.model_settings.seed, loaded.video_settings.frames) == (7, 3, 9)
+    for bad in ("steps", "=3", "a..b=3"):
+        with pytest.raises(InputError, match=r"expected a\.b=value"):
+            load_yaml(tmp_path / "c.yaml", GenerateConfig, [bad])
+    with pytest.raises(InputError, match="did you mean 'seed'"):
+        load_yaml(tmp_path / "c.yaml", GenerateConfig, ["model_settings.sed=3"])
+
+
+def test_models_that_cannot_be_loaded_are_named(small_wan_pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="cannot be loaded as a pipeline"):
+        generate(config(tmp_path / "empty"), "a cat", tmp_path / "b")
+    settings = config(small_wan_pipeline, model_settings={"sampler": "ddim"})
+    with pytest.raises(InputError, match="got 'ddim' for a flow-matching model; expected unipc, euler"):
+        generate(settings, "a cat", tmp_path / "c")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "thesis.txt").touch()
+    with pytest.raises(InputError, match="not a batch"):
+        generate(config(small_wan_pipeline), "a cat", tmp_path / "d")
