@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from halfstep.cli import bench, demo, encode, generate, probe, store, toy_world
+from halfstep.cli import analyze, bench, demo, encode, generate, probe, store, toy_world
 from halfstep.errors import HalfstepError
 
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C, the shells' 128 + SIGINT
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command()(encode.encode)
 app.add_typer(store.app, name="store")
 app.command()(generate.generate)
+app.command()(analyze.analyze)
 app.command()(probe.probe)
 app.command("toy-world")(toy_world.toy_world)
 app.command()(demo.demo)

@@ -1,0 +1,400 @@
+"""analyze(): metrics of every run, then what differs between groups of runs. Steps are read a few at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from sklearn.cluster import HDBSCAN, KMeans
+from sklearn.metrics import adjusted_rand_score, silhouette_score
+
+from halfstep.analyze import stats
+from halfstep.analyze.axes import SharedAxes, fit_axes
+from halfstep.analyze.metrics import (
+    METRICS,
+    PROFILES,
+    VOLUME_AXES,
+    Path,
+    profile_sigmas,
+    spectrum,
+    summarize,
+)
+from halfstep.analyze.stats import GroupTest, Separation
+from halfstep.errors import InputError, StoreError
+from halfstep.store.run import Float64, Latents, Run
+
+_SPECTRUM = 10  # eigenvalues of a run that are reported
+
+
+@dataclass(frozen=True)
+class AnalyzedRun:
+    """One run: who it is, its path, `metrics` by name and `profiles` along the path as (sigmas, values)."""
+
+    key: str
+    prompt: str | None
+    seed: int | None
+    group: str
+    path: Path
+    metrics: dict[str, float]
+    profiles: dict[str, tuple[Float64, Float64]]
+    spectrum: Float64
+    problems: tuple[str, ...]
+    comparable: bool = True  # has the noise levels that most runs have
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one group that can be compared. dispersion: root-mean-square distance to the group's centre at each noise
+    level, latent, with its interval; log_volume: log det of the covariance of the last states on the first three shared
+    axes, None for fewer than five runs."""
+
+    name: str
+    runs: list[str]
+    means: dict[str, float]
+    deviations: dict[str, float]
+    sigmas: Float64
+    dispersion: list[float]
+    dispersion_interval: list[tuple[float, float] | None]
+    log_volume: float | None
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Whether the last states fall into the groups by themselves, in the shared axes. Agreement is the adjusted Rand
+    index (Hubert and Arabie 1985): 1 the same, 0 as by chance; silhouettes from -1 to 1 (Rousseeuw 1987)."""
+
+    silhouette_of_groups: float
+    kmeans_agreement: float
+    kmeans_silhouette: float
+    hdbscan_clusters: int
+    hdbscan_noise: int
+    hdbscan_agreement: float
+
+
+@dataclass(frozen=True)
+class PairOfRuns:
+    """Two runs in all of latent space, at each noise level that both have: distance, latent, and the correlation of
+    their values."""
+
+    a: str
+    b: str
+    sigmas: list[float]
+    distance: list[float]
+    correlation: list[float]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that was found. `explained` [p]: share of the variance of the states on each shared axis."""
+
+    runs: list[AnalyzedRun]
+    groups: list[Group]
+    tests: list[GroupTest]
+    separations: list[Separation]
+    clustering: Clustering | None
+    explained: Float64
+    pairs: list[PairOfRuns] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def analyze(
+    runs: Mapping[str, Run],
+    groups: Mapping[str, str],
+    *,
+    metrics: Sequence[str] | None = None,
+    pairwise: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Analysis:
+    """Analyse `runs`; `groups` gives the group of each key that is to be looked at.
+
+    `metrics` names some of METRICS (all by default); `pairwise` compares all runs two by two. Runs that cannot be
+    used, and what is wrong with the others, are among the problems. Raises InputError for an unknown metric or when no
+    run can be used.
+    """
+    chosen = list(METRICS) if metrics is None else list(metrics)
+    for name in chosen:
+        if name not in METRICS:
+            raise InputError(f"--metrics: got {name!r}; expected some of {', '.join(METRICS)}")
+    problems: list[str] = []
+    usable = _usable_runs({key: runs[key] for key in groups}, problems)
+    summaries = {}
+    for key, run in list(usable.items()):
+        try:
+            say(f"{key}: {len(run)} steps")
+            summaries[key] = summarize(run.latents)
+            if not np.isfinite(summaries[key][0]).all():
+                problems.append(f"{key}: has values that are not finite; left out")
+                del usable[key]
+        except StoreError as error:
+            problems.append(f"{error}; left out")
+            del usable[key]
+    if not usable:
+        raise InputError(f"no run can be analysed: {'; '.join(problems) or 'there is none'}")
+    shared = fit_axes(usable.values())
+    say(f"shared axes: {len(shared.components)}, {shared.explained.sum():.0%} of the variance")
+    analyzed = [_analyze_run(run, groups[key], summaries[key], shared, chosen) for key, run in usable.items()]
+    analyzed = _mark_comparable(analyzed, problems)
+    comparable = [run for run in analyzed if run.comparable]
+    names = list(dict.fromkeys(run.group for run in comparable))
+    members = {name: [run for run in comparable if run.group == name] for name in names}
+    tests = stats.correct(
+        [test for a, b in itertools.combinations(names, 2) for test in _tests(a, b, members[a], members[b], chosen)]
+    )
+    separations = [
+        level for a, b in itertools.combinations(names, 2) for level in _separations(a, b, members[a], members[b])
+    ]
+    return Analysis(
+        analyzed,
+        [_group(name, members[name], chosen) for name in names],
+        tests,
+        separations,
+        _clustering(comparable, names),
+        shared.explained,
+        [_compare_runs(usable[a], usable[b]) for a, b in itertools.combinations(usable, 2)] if pairwise else [],
+        problems,
+    )
+
+
+def _usable_runs(runs: Mapping[str, Run], problems: list[str]) -> dict[str, Run]:
+    """The runs of the usual shape with two states or more, without states whose noise level is not known."""
+    usable: dict[str, Run] = {}
+    for key, run in runs.items():
+        problems += [f"{key}: {line}" for line in run.problems]
+        known = np.flatnonzero(np.isfinite(run.sigmas))
+        if len(known) < 2:
+            problems.append(f"{key}: has {len(known)} states of known noise level; at least 2 are needed; left out")
+            continue
+        usable[key] = run if len(known) == len(run) else _only(run, known)
+    shapes = Counter(run.latents.shape[1:] for run in usable.values())
+    for key, run in list(usable.items()):
+        usual = shapes.most_common(1)[0][0]
+        if run.latents.shape[1:] != usual:
+            problems.append(f"{key}: has the shape {list(run.latents.shape[1:])}, most runs {list(usual)}; left out")
+            del usable[key]
+    return usable
+
+
+def _only(run: Run, places: Any) -> Run:
+    latents = Latents(len(places), run.latents.shape[1:], lambda k: run.latents[int(places[k])])
+    return replace(
+        run,
+        steps=run.steps[places],
+        sigmas=run.sigmas[places],
+        timesteps=run.timesteps[places],
+        latents=latents,
+    )
+
+
+def _analyze_run(
+    run: Run, group: str, summary: tuple[Float64, Float64, Float64], shared: SharedAxes, metrics: Sequence[str]
+) -> AnalyzedRun:
+    gram, mean, variance = summary
+    path = Path(gram, mean, variance, run.sigmas, shared.project(run.latents))
+    profiles = {name: profile.compute(path) for name, profile in PROFILES.items()}
+    return AnalyzedRun(
+        run.key,
+        run.prompt,
+        run.seed,
+        group,
+        path,
+        {name: METRICS[name].compute(path) for name in metrics},
+        {name: (profile_sigmas(len(values), run.sigmas), values) for name, values in profiles.items()},
+        spectrum(path)[:_SPECTRUM],
+        run.problems,
+    )
+
+
+def _mark_comparable(runs: list[AnalyzedRun], problems: list[str]) -> list[AnalyzedRun]:
+    """Runs are compared at equal noise levels only, nothing is interpolated: those whose levels are not those of most
+    runs are left out of comparisons."""
+    levels = Counter(_levels(run) for run in runs)
+    usual = levels.most_common(1)[0][0]
+    marked = []
+    for run in runs:
+        same = _levels(run) == usual
+        if not same:
+            problems.append(f"{run.key}: its {len(run.path.sigmas)} noise levels differ from most runs'; not compared")
+        marked.append(replace(run, comparable=same))
+    return marked
+
+
+def _levels(run: AnalyzedRun) -> tuple[float, ...]:
+    return tuple(float(f"{sigma:.4g}") for sigma in run.path.sigmas)
+
+
+def _pairs_by_seed(a: list[AnalyzedRun], b: list[AnalyzedRun]) -> tuple[list[AnalyzedRun], list[AnalyzedRun]] | None:
+    """Both groups in the order of their seeds, when those are the same and each is there once."""
+    seeds = [{run.seed for run in group} for group in (a, b)]
+    if None in seeds[0] | seeds[1] or seeds[0] != seeds[1] or not len(seeds[0]) == len(a) == len(b):
+        return None
+    return sorted(a, key=lambda run: run.seed or 0), sorted(b, key=lambda run: run.seed or 0)
+
+
+def _tests(
+    a: str, b: str, runs_a: list[AnalyzedRun], runs_b: list[AnalyzedRun], metrics: Sequence[str]
+) -> Iterator[GroupTest]:
+    pairs = _pairs_by_seed(runs_a, runs_b)
+    for name in metrics:
+        if pairs is None:
+            values = [[run.metrics[name] for run in runs] for runs in (runs_a, runs_b)]
+            values = [[value for value in column if math.isfinite(value)] for column in values]
+        else:
+            both = [(x.metrics[name], y.metrics[name]) for x, y in zip(*pairs, strict=True)]
+            both = [pair for pair in both if math.isfinite(pair[0]) and math.isfinite(pair[1])]
+            values = [[pair[0] for pair in both], [pair[1] for pair in both]]
+        yield stats.compare(name, a, b, values[0], values[1], paired=pairs is not None)
+    spreads = [stats.distances_to_centre(_last_states(runs)).tolist() for runs in (runs_a, runs_b)]
+    spreads = [[value for value in column if math.isfinite(value)] for column in spreads]
+    yield stats.compare("dispersion", a, b, spreads[0], spreads[1], paired=False)
+
+
+def _separations(a: str, b: str, runs_a: list[AnalyzedRun], runs_b: list[AnalyzedRun]) -> list[Separation]:
+    pairs = _pairs_by_seed(runs_a, runs_b)
+    first, second = pairs if pairs is not None else (runs_a, runs_b)
+    in_b = np.array([False] * len(first) + [True] * len(second))
+    points = np.array([run.path.axes for run in (*first, *second)]).transpose(1, 0, 2)  # [levels, runs, axes]
+    distances = np.array([np.sqrt(np.square(level[:, None] - level[None]).sum(axis=-1)) for level in points])
+    energy, p, corrected = stats.energy_tests(distances, in_b, paired=pairs is not None)
+    return [
+        Separation(
+            a,
+            b,
+            float(sigma),
+            float(energy[k]),
+            None if p is None else float(p[k]),
+            None if corrected is None else float(corrected[k]),
+        )
+        for k, sigma in enumerate(first[0].path.sigmas)
+    ]
+
+
+def _group(name: str, runs: list[AnalyzedRun], metrics: Sequence[str]) -> Group:
+    values = {metric: np.array([run.metrics[metric] for run in runs]) for metric in metrics}
+    finite = {metric: column[np.isfinite(column)] for metric, column in values.items()}
+    spreads = [stats.dispersion(np.array([run.path.axes[k] for run in runs])) for k in range(len(runs[0].path.sigmas))]
+    last = _last_states(runs)[:, :VOLUME_AXES]
+    volume = None
+    if len(last) > VOLUME_AXES + 1 and last.shape[1] == VOLUME_AXES:
+        sign, value = np.linalg.slogdet(np.cov(last.T))
+        volume = float(value) if sign > 0 else None
+    return Group(
+        name,
+        [run.key for run in runs],
+        {metric: float(column.mean()) if column.size else math.nan for metric, column in finite.items()},
+        {metric: float(column.std(ddof=1)) if column.size > 1 else math.nan for metric, column in finite.items()},
+        runs[0].path.sigmas,
+        [value for value, _ in spreads],
+        [interval for _, interval in spreads],
+        volume,
+    )
+
+
+def _last_states(runs: list[AnalyzedRun]) -> Float64:
+    return np.array([run.path.axes[-1] for run in runs])
+
+
+def _clustering(runs: list[AnalyzedRun], names: list[str]) -> Clustering | None:
+    """None when there is one group, or fewer than two runs a group."""
+    labels = np.array([names.index(run.group) for run in runs])
+    if len(names) < 2 or len(runs) < 2 * len(names):
+        return None
+    points = _last_states(runs)
+    kmeans = KMeans(len(names), n_init=10, random_state=0).fit_predict(points)
+    dense = HDBSCAN(min_cluster_size=max(2, len(runs) // (2 * len(names))), copy=True).fit_predict(points)
+    found = len(set(kmeans.tolist()))
+    return Clustering(
+        float(silhouette_score(points, labels)),
+        float(adjusted_rand_score(labels, kmeans)),
+        float(silhouette_score(points, kmeans)) if found > 1 else math.nan,
+        len(set(dense.tolist()) - {-1}),
+        int((dense == -1).sum()),
+        float(adjusted_rand_score(labels, dense)),
+    )
+
+
+def _compare_runs(a: Run, b: Run) -> PairOfRuns:
+    place = {float(f"{sigma:.4g}"): k for k, sigma in enumerate(b.sigmas)}
+    sigmas, distances, correlations = [], [], []
+    for k, sigma in enumerate(a.sigmas):
+        other = place.get(float(f"{sigma:.4g}"))
+        if other is None:
+            continue
+        x, y = a.latents[k].reshape(-1).astype(np.float64), b.latents[other].reshape(-1).astype(np.float64)
+        sigmas.append(float(sigma))
+        distances.append(float(np.linalg.norm(x - y)))
+        x, y = x - x.mean(), y - y.mean()
+        scale = float(np.linalg.norm(x) * np.linalg.norm(y))
+        correlations.append(float(x @ y) / scale if scale else math.nan)
+    return PairOfRuns(a.key, b.key, sigmas, distances, correlations)
+
+
+def document(analysis: Analysis) -> dict[str, Any]:
+    """The analysis as one JSON document; what is not a number is null."""
+    groups = {}
+    for group in analysis.groups:
+        content = asdict(group)
+        groups[content.pop("name")] = content
+    definitions = {name: (metric.unit, metric.formula) for name, metric in METRICS.items()}
+    names = list(analysis.runs[0].metrics)
+    content = {
+        "runs": {
+            run.key: {
+                "prompt": run.prompt,
+                "seed": run.seed,
+                "group": run.group,
+                "states": len(run.path.sigmas),
+                "sigmas": run.path.sigmas,
+                "compared": run.comparable,
+                "spectrum": run.spectrum,
+                "problems": run.problems,
+            }
+            for run in analysis.runs
+        },
+        "metrics": {
+            name: {
+                "unit": definitions[name][0],
+                "formula": definitions[name][1],
+                "values": {run.key: run.metrics[name] for run in analysis.runs},
+            }
+            for name in names
+        },
+        "groups": groups,
+        "tests": [{**asdict(test), "verdict": test.verdict} for test in analysis.tests],
+        "separation": [asdict(level) for level in analysis.separations],
+        "clustering": None if analysis.clustering is None else asdict(analysis.clustering),
+        "pairs": [asdict(pair) for pair in analysis.pairs],
+        "shared_axes": {"explained": analysis.explained},
+        "problems": analysis.problems,
+    }
+    result: dict[str, Any] = plain(content)
+    return result
+
+
+def plain(value: Any) -> Any:
+    """`value` in the types of JSON; what is not finite becomes None."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def tidy(analysis: Analysis) -> list[dict[str, Any]]:
+    """One row a value: run, group, prompt, seed, quantity, unit, sigma (of quantities along the path), value."""
+    rows = []
+    for run in analysis.runs:
+        who = {"run": run.key, "group": run.group, "prompt": run.prompt, "seed": run.seed}
+        for name, value in run.metrics.items():
+            rows.append({**who, "quantity": name, "unit": METRICS[name].unit, "sigma": None, "value": value})
+        for name, (sigmas, values) in run.profiles.items():
+            unit = PROFILES[name].unit
+            for sigma, value in zip(sigmas, values, strict=True):
+                rows.append({**who, "quantity": name, "unit": unit, "sigma": float(sigma), "value": float(value)})
+    return rows

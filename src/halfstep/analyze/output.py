@@ -1,0 +1,55 @@
+"""The files of an analysis: analysis.json, metrics.parquet, plots, report.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from halfstep.analyze.analysis import Analysis, document, plain, tidy
+from halfstep.analyze.plots import write_plots
+from halfstep.analyze.report import render_report
+from halfstep.analyze.storage import StorageComparison
+from halfstep.errors import InputError
+from halfstep.store.commit import store_errors, write_durably
+
+_SCHEMA = pa.schema(
+    [
+        ("run", pa.string()),
+        ("group", pa.string()),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("quantity", pa.string()),
+        ("unit", pa.string()),
+        ("sigma", pa.float64()),
+        ("value", pa.float64()),
+    ]
+)
+
+
+def full_document(analysis: Analysis, storage: Sequence[StorageComparison]) -> dict[str, Any]:
+    """The JSON document, with the comparison of formats when there is one."""
+    content = document(analysis)
+    if storage:
+        content["storage"] = plain([asdict(item) for item in storage])
+    return content
+
+
+def write_output(analysis: Analysis, folder: Path, title: str, storage: Sequence[StorageComparison] = ()) -> list[Path]:
+    """Write all files into `folder`, in place of those of an earlier analysis. Raises InputError when the folder holds
+    something else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "analysis.json").exists():
+        raise InputError(f"{folder}: holds something that is not an analysis; name a new folder")
+    with store_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        content = full_document(analysis, storage)
+        write_durably(folder / "analysis.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+        pq.write_table(pa.Table.from_pylist(tidy(analysis), schema=_SCHEMA), folder / "metrics.parquet")
+        plots = write_plots(analysis, folder / "plots")
+        write_durably(folder / "report.html", render_report(analysis, title, storage).encode())
+    return [folder / "analysis.json", folder / "metrics.parquet", *plots, folder / "report.html"]

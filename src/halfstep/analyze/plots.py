@@ -1,0 +1,188 @@
+"""The plots of an analysis as PNG and SVG. What is drawn was measured: no smoothing, no points between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from halfstep.analyze.analysis import Analysis, AnalyzedRun
+from halfstep.analyze.stats import ALPHA
+from halfstep.analyze.words import METRIC_NAMES
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+# Okabe and Ito (2008): tells apart for all kinds of colour vision.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#4D4D4D")
+_MOST_TESTS = 30  # rows of the plot of effects
+
+
+def colors(analysis: Analysis) -> dict[str, str]:
+    """A colour for each group; they repeat after eight."""
+    names = dict.fromkeys(run.group for run in analysis.runs)
+    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+
+
+def shown(name: str, most: int = 40) -> str:
+    """A group's name, cut where it is long."""
+    return name if len(name) <= most else name[: most - 3] + "..."
+
+
+def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
+    """Write every plot that the analysis has data for; the PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plots: dict[str, tuple[tuple[float, float], Callable[[Analysis, Axes], bool]]] = {
+        "trajectories": ((7.5, 5.5), _trajectories),
+        "speed": ((7.5, 4.5), _speed),
+        "variance": ((7.5, 4.5), _variance),
+        "dispersion": ((7.5, 4.5), _dispersion),
+        "separation": ((7.5, 4.5), _separation),
+        "effects": ((8.5, max(3.0, 0.3 * min(_MOST_TESTS, len(analysis.tests)) + 1.2)), _effects),
+    }
+    written = []
+    for name, (size, draw) in plots.items():
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        if draw(analysis, axes):
+            axes.spines[["top", "right"]].set_visible(False)
+            for suffix in ("png", "svg"):
+                figure.savefig(folder / f"{name}.{suffix}", dpi=150)
+            written.append(folder / f"{name}.png")
+        plt.close(figure)
+    return written
+
+
+def _trajectories(analysis: Analysis, axes: Axes) -> bool:
+    if len(analysis.explained) < 2:
+        return False
+    palette = colors(analysis)
+    labelled: set[str] = set()
+    for run in analysis.runs:
+        x, y = run.path.axes[:, 0], run.path.axes[:, 1]
+        color = palette[run.group]
+        axes.plot(x, y, "-", color=color, linewidth=1, alpha=0.7, label=_once(run.group, labelled))
+        axes.plot(x[0], y[0], "o", color=color, markerfacecolor="white", markersize=5)
+        axes.plot(x[-1], y[-1], "o", color=color, markersize=5)
+    first, second = analysis.explained[:2]
+    axes.set(
+        xlabel=f"shared axis 1 ({first:.0%} of the variance)",
+        ylabel=f"shared axis 2 ({second:.0%})",
+        title="Trajectories, from noise (open) to result (filled)",
+    )
+    _legend(axes)
+    return True
+
+
+def _speed(analysis: Analysis, axes: Axes) -> bool:
+    return _profile(analysis, axes, "speed", "speed, latent / sigma", "Speed against noise level")
+
+
+def _variance(analysis: Analysis, axes: Axes) -> bool:
+    return _profile(analysis, axes, "variance", "variance of the values, latent²", "Variance against noise level")
+
+
+def _profile(analysis: Analysis, axes: Axes, name: str, label: str, title: str) -> bool:
+    palette = colors(analysis)
+    for run in analysis.runs:
+        sigmas, values = run.profiles[name]
+        axes.plot(sigmas, values, "-", color=palette[run.group], linewidth=0.7, alpha=0.35)
+    for group, runs in _groups(analysis).items():
+        sigmas = runs[0].profiles[name][0]
+        mean = np.mean([run.profiles[name][1] for run in runs], axis=0)
+        axes.plot(sigmas, mean, ".-", color=palette[group], linewidth=2, label=f"{shown(group)} (mean of {len(runs)})")
+    axes.set(xlabel="sigma (sampling goes to the right)", ylabel=label, title=title)
+    axes.invert_xaxis()
+    _legend(axes)
+    return True
+
+
+def _dispersion(analysis: Analysis, axes: Axes) -> bool:
+    palette = colors(analysis)
+    drawn = False
+    for group in analysis.groups:
+        if len(group.runs) < 2:
+            continue
+        drawn = True
+        axes.plot(group.sigmas, group.dispersion, ".-", color=palette[group.name], label=shown(group.name))
+        known = [(s, *i) for s, i in zip(group.sigmas, group.dispersion_interval, strict=True) if i is not None]
+        if known:
+            sigmas, low, high = np.array(known).T
+            axes.fill_between(sigmas, low, high, color=palette[group.name], alpha=0.15, linewidth=0)
+    axes.set(
+        xlabel="sigma (sampling goes to the right)",
+        ylabel="rms distance to the group's centre, latent",
+        title="Dispersion of each group, with 95% jackknife intervals where there are four runs",
+    )
+    axes.title.set_fontsize(11)
+    axes.invert_xaxis()
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return drawn
+
+
+def _separation(analysis: Analysis, axes: Axes) -> bool:
+    pairs = list(dict.fromkeys((level.a, level.b) for level in analysis.separations))
+    for i, pair in enumerate(pairs):
+        levels = [level for level in analysis.separations if (level.a, level.b) == pair]
+        color = COLORS[i % len(COLORS)]
+        sigmas = [level.sigma for level in levels]
+        axes.plot(sigmas, [level.energy for level in levels], "-", color=color, linewidth=1.5)
+        for significant, fill in ((False, "white"), (True, color)):
+            chosen = [lv for lv in levels if (lv.p_corrected is not None and lv.p_corrected < ALPHA) == significant]
+            label = f"{shown(pair[0], 24)} / {shown(pair[1], 24)}" if significant else None
+            axes.plot(
+                [level.sigma for level in chosen], [level.energy for level in chosen], "o", color=color,
+                markerfacecolor=fill, markersize=5, label=label,
+            )  # fmt: skip
+    axes.set(
+        xlabel="sigma (sampling goes to the right)",
+        ylabel="energy distance in the shared axes, latent",
+        title="How far groups lie apart; filled where significant after correction",
+    )
+    axes.title.set_fontsize(11)
+    axes.invert_xaxis()
+    _legend(axes)
+    return bool(pairs)
+
+
+def _effects(analysis: Analysis, axes: Axes) -> bool:
+    tests = [test for test in analysis.tests if test.hedges_g is not None and test.interval is not None][:_MOST_TESTS]
+    several = len({(test.a, test.b) for test in tests}) > 1
+    for row, test in enumerate(reversed(tests)):
+        assert test.hedges_g is not None
+        assert test.interval is not None
+        color = COLORS[1] if test.verdict == "different" else COLORS[7]
+        axes.plot(test.interval, [row, row], "-", color=color, linewidth=1.5)
+        axes.plot(test.hedges_g, row, "o", color=color, markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    labels = [METRIC_NAMES.get(t.metric, t.metric) + (f", {shown(t.a, 14)} / {shown(t.b, 14)}" if several else "")
+              for t in reversed(tests)]  # fmt: skip
+    axes.set_yticks(range(len(tests)), labels, fontsize=9)
+    pair = f"{shown(tests[0].b, 24)} minus {shown(tests[0].a, 24)}" if tests and not several else "second minus first"
+    axes.set(xlabel=f"Hedges g with 95% bootstrap interval ({pair})", title="Effect sizes; coloured where different")
+    axes.title.set_fontsize(11)
+    return bool(tests)
+
+
+def _groups(analysis: Analysis) -> dict[str, list[AnalyzedRun]]:
+    groups: dict[str, list[AnalyzedRun]] = {}
+    for run in analysis.runs:
+        if run.comparable:
+            groups.setdefault(run.group, []).append(run)
+    return groups
+
+
+def _once(name: str, seen: set[str]) -> str | None:
+    if name in seen:
+        return None
+    seen.add(name)
+    return shown(name)
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if 0 < len(labels) <= 12:
+        axes.legend(handles, labels, fontsize=8, frameon=False)

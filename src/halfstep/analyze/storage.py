@@ -1,0 +1,130 @@
+"""Does half precision keep the analysis valid? Every metric from latents as they are, and as each format has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from halfstep.analyze.analysis import Analysis, analyze
+from halfstep.store.codecs import GROUP, decode_trajectory, encode_trajectory
+from halfstep.store.formats import to_float32, to_storage
+from halfstep.store.run import Float32, Latents, Run
+
+_BOUNDS = (1e-3, 1e-2, 1e-1)  # of the root-mean-square of the latents
+
+# What a group of steps becomes when it is stored and read again, and the bytes that it took.
+RoundTrip = Callable[[Float32], tuple[Float32, int]]
+
+
+@dataclass(frozen=True)
+class StorageComparison:
+    """One way to keep the latents. share: of the bytes of fp32. differences: by metric, (median, largest) over the runs
+    of |stored - exact| / |exact|. changed: tests whose verdict is another one, in words; tests: how many there were."""
+
+    format: str
+    share: float
+    differences: dict[str, tuple[float, float]]
+    changed: list[str]
+    tests: int
+
+
+def compare_storage(
+    runs: Mapping[str, Run],
+    groups: Mapping[str, str],
+    exact: Analysis,
+    *,
+    metrics: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[StorageComparison]:
+    """Repeat the analysis `exact` of `runs` with their latents rounded as each format keeps them: fp16, bf16, and the
+    predictive codec at the errors of both and at bounds of 0.1%, 1% and 10% of the latents' root-mean-square."""
+    comparisons = []
+    first = runs[exact.runs[0].key].latents
+    rms = float(np.sqrt(np.mean(np.square(np.stack([first[0], first[-1]]), dtype=np.float64))))
+    for name, round_trip in _formats(rms).items():
+        say(f"as {name}")
+        sizes: list[tuple[int, int]] = []
+        stored = {key: _stored(runs[key], round_trip, sizes) for key in groups}
+        analysis = analyze(stored, groups, metrics=metrics)
+        comparisons.append(
+            StorageComparison(
+                name,
+                sum(size for size, _ in sizes) / sum(plain for _, plain in sizes),
+                _differences(exact, analysis),
+                _changed_verdicts(exact, analysis),
+                len(exact.tests),
+            )
+        )
+    return comparisons
+
+
+def _formats(rms: float) -> dict[str, RoundTrip]:
+    formats: dict[str, RoundTrip] = {
+        "fp16": _cast("fp16", "F16"),
+        "bf16": _cast("bf16", "BF16"),
+        "predictive at fp16's error": _predictive(fidelity="fp16"),
+        "predictive at bf16's error": _predictive(fidelity="bf16"),
+    }
+    for bound in _BOUNDS:
+        formats[f"predictive, error <= {bound:g} rms"] = _predictive(max_error=bound * rms)
+    return formats
+
+
+def _cast(storage: str, type_name: str) -> RoundTrip:
+    def round_trip(latents: Float32) -> tuple[Float32, int]:
+        stored = to_storage(latents, storage)
+        return to_float32(stored, type_name), stored.nbytes
+
+    return round_trip
+
+
+def _predictive(**options: object) -> RoundTrip:
+    def round_trip(latents: Float32) -> tuple[Float32, int]:
+        blob = encode_trajectory(latents, **options)  # type: ignore[arg-type]
+        return decode_trajectory(blob), len(blob)
+
+    return round_trip
+
+
+def _stored(run: Run, round_trip: RoundTrip, sizes: list[tuple[int, int]]) -> Run:
+    """`run` as it would be read from a store, group by group; the bytes of each group go to `sizes` once."""
+    held: dict[int, Float32] = {}
+    counted: set[int] = set()
+
+    def read(k: int) -> Float32:
+        group = k // GROUP
+        if group not in held:
+            held.clear()
+            plain = run.latents[group * GROUP : (group + 1) * GROUP]
+            held[group], size = round_trip(plain)
+            if group not in counted:
+                counted.add(group)
+                sizes.append((size, plain.nbytes))
+        step: Float32 = held[group][k % GROUP]
+        return step
+
+    return replace(run, latents=Latents(len(run), run.latents.shape[1:], read))
+
+
+def _differences(exact: Analysis, stored: Analysis) -> dict[str, tuple[float, float]]:
+    values = {run.key: run.metrics for run in stored.runs}
+    differences = {}
+    for name in exact.runs[0].metrics:
+        relative = [
+            abs(values[run.key][name] - run.metrics[name]) / abs(run.metrics[name])
+            for run in exact.runs
+            if math.isfinite(run.metrics[name]) and run.metrics[name] != 0
+        ]
+        differences[name] = (float(np.median(relative)), max(relative)) if relative else (math.nan, math.nan)
+    return differences
+
+
+def _changed_verdicts(exact: Analysis, stored: Analysis) -> list[str]:
+    return [
+        f"{before.metric}, {before.a} against {before.b}: {before.verdict} -> {after.verdict}"
+        for before, after in zip(exact.tests, stored.tests, strict=True)
+        if before.verdict != after.verdict
+    ]
