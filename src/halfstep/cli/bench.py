@@ -1,8 +1,9 @@
-"""halfstep bench encode | read"""
+"""halfstep bench encode | read | trajectory"""
 
 from __future__ import annotations
 
 import json as json_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,40 @@ def read(
     from halfstep.bench.read import bench_read
 
     _print(bench_read(trajectories=trajectories, windows=windows, rounds=rounds), json)
+
+
+@app.command()
+def trajectory(
+    file: Annotated[
+        list[Path] | None, typer.Option(metavar="NPZ", help="Also a recorded trajectory: latents [S, ...], float32.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    recorder: Annotated[bool, typer.Option(help="Measure what recording costs a sampler too.")] = True,
+    json: _Json = False,
+) -> None:
+    """Keep sampling trajectories: the predictive codec against what people use; and the cost of recording."""
+    from halfstep.bench.trajectory import bench_trajectory
+
+    result = bench_trajectory(files=file or [], rounds=rounds, recorder=recorder)
+    if json:
+        typer.echo(json_module.dumps(result, indent=1))
+        return
+    for name, content in result["trajectories"].items():
+        typer.echo(f"{name}: {content['shape']}, {content['megabytes']} MB in fp32, MB of it a second")
+        for way, facts in content["ways"].items():
+            typer.echo(
+                f"  {way:34} {facts['share_of_fp32']:.3f}  error {facts['rms_error']:.1e}  encode "
+                f"{facts['encode_mb_per_s']:7.0f}  decode {facts['decode_mb_per_s']:7.0f}  a step "
+                f"{facts['random_step_ms']:8.2f} ms"
+            )
+    for name, reason in result["not_measured"].items():
+        typer.echo(f"  {name}: not measured ({reason})")
+    if result["recorder"]:
+        cost = result["recorder"]
+        typer.echo(
+            f"recording: {cost['overhead']:+.2%} of a sampler's time at {cost['step_ms']:.0f} ms a step "
+            f"({cost['overhead_with_finish']:+.2%} with the wait at the end), same samples: {cost['same_samples']}"
+        )
 
 
 def _print(result: dict[str, Any], json: bool) -> None:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from halfstep.errors import InputError, StoreError
 
 Float32 = npt.NDArray[np.float32]
 Fidelity = Literal["fp16", "bf16"]
+T = TypeVar("T")
 
 GROUP = 16
 TAPS = 3
@@ -42,8 +44,10 @@ _SLACK = 1 - 2**-10
 _UNEVEN = 0.985  # residuals of a bin or less are not spread evenly over it: up to 1.1% more error on real trajectories
 _LARGEST_BIN = 2**23  # bin numbers up to here are exact in float32
 _MOST_EXCEPTIONS = 0.02  # of a step; beyond, keeping all of it exactly is smaller
-_FITTED_VALUES = 4096  # of a channel are enough to fit a handful of weights
+_FITTED_VALUES = 256  # of a channel are enough to fit a handful of weights
 _FEWEST_VALUES = 256  # with fewer in a channel, weights of its own cost more than they save
+_PARALLEL_VALUES = 1 << 17  # of a step
+_BLOCK = 1 << 16  # values that stay in the cache
 _BINS_CONFIG = ChunkConfig(compression_level=8, mode_spec=ModeSpec.classic(), delta_spec=DeltaSpec.no_op())
 _EXACT_CONFIG = ChunkConfig(compression_level=8)
 
@@ -66,7 +70,7 @@ def encode_trajectory(
     shape = struct.pack(f"<{latents.ndim}I", *latents.shape)
     header = (_MAGIC, _VERSION, latents.ndim, group, width)
     steps = np.ascontiguousarray(latents).reshape(len(latents), *_channels(latents.shape))
-    with _pool() as pool, _pool() as coders:
+    with _pool(steps[0]) as pool, _pool(steps[0]) as coders:
         parts = [steps[i : i + group] for i in range(0, len(steps), group)]
         groups = list(pool.map(lambda part: _encode_group(part, width, bound, coders), parts))
     return b"".join([_HEADER.pack(*header, _header_checksum(header, shape)), shape, *groups])
@@ -87,7 +91,7 @@ def decode_trajectory(blob: bytes) -> Float32:
     shape = struct.unpack(f"<{dimensions}I", raw_shape)
     groups = list(_split_groups(memoryview(blob)[end:], -(-shape[0] // group)))
     steps = np.empty((shape[0], *_channels(shape)), np.float32)
-    with _pool() as pool, _pool() as coders:
+    with _pool(steps[0]) as pool, _pool(steps[0]) as coders:
         parts = [steps[i : i + group] for i in range(0, len(steps), group)]
         list(pool.map(lambda data, part: _decode_group(data, part, width, coders), groups, parts))
     return steps.reshape(shape)
@@ -140,18 +144,37 @@ def _rounding_rms(latents: Float32, fidelity: Fidelity) -> float:
     """Root-mean-square error of casting to a half type, over the values that stay finite in it."""
     if fidelity not in ("fp16", "bf16"):
         raise InputError(f"fidelity: got {fidelity!r}; expected fp16, bf16 or None")
-    with np.errstate(over="ignore", invalid="ignore"):
-        if fidelity == "fp16":
-            cast = latents.astype(np.float16).astype(np.float32)
-        else:
-            bits = np.ascontiguousarray(latents).view(np.uint32)
-            cast = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
-        error = cast.astype(np.float64) - latents
-    error = error[np.isfinite(error)]
-    return float(np.sqrt(np.mean(error**2))) if error.size else 0.0
+    values = np.ascontiguousarray(latents).reshape(-1)
+    total, count = 0.0, 0
+    for start in range(0, values.size, _BLOCK):
+        block = values[start : start + _BLOCK]
+        with np.errstate(over="ignore", invalid="ignore"):
+            error = (_rounded(block, fidelity) - block).astype(np.float64)
+        if not np.isfinite(error).all():
+            error = error[np.isfinite(error)]
+        total += float(error @ error)
+        count += error.size
+    return float(np.sqrt(total / count)) if count else 0.0
 
 
-def _encode_group(steps: Float32, width: float, bound: float, pool: ThreadPoolExecutor) -> bytes:
+def _rounded(values: Float32, fidelity: Fidelity) -> Float32:
+    """`values` rounded to the nearest of a half type, ties to even. Bits are cut off as integers because numpy converts
+    to float16 one value at a time."""
+    drop = 13 if fidelity == "fp16" else 16
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32((1 << drop - 1) - 1) + ((bits >> drop) & 1)) & np.uint32(-(1 << drop) & 0xFFFFFFFF)
+    result: Float32 = rounded.view(np.float32)
+    if fidelity == "fp16":
+        magnitude = np.abs(values)
+        subnormal = magnitude < 2.0**-14
+        if subnormal.any():
+            result[subnormal] = np.rint(values[subnormal] * np.float32(2.0**24)) * np.float32(2.0**-24)
+        if not magnitude.max() <= 65504:  # or NaN among them
+            result[np.abs(result) > 65504] = np.inf
+    return result
+
+
+def _encode_group(steps: Float32, width: float, bound: float, pool: Executor) -> bytes:
     """`steps` [S, C, N] as one group. Entropy coding runs in the pool, beside the prediction of the next step."""
     history: list[Float32] = []
     coded: list[Future[_Step]] = []
@@ -186,9 +209,10 @@ def _quantize(
     weights = _NO_WEIGHTS
     if history:
         sample = slice(None, None, max(1, step.shape[1] // _FITTED_VALUES))
-        fitted = _fit(step[:, sample], [past[:, sample] for past in history])
-        residual = step[:, sample] - _predict([past[:, sample] for past in history], fitted)
-        if _bits(residual, width) < _bits(step[:, sample], width):
+        some = step[:, sample]
+        some_history = [past[:, sample] for past in history]
+        fitted = _fit(some, some_history)
+        if _bits(some - _predict(some_history, fitted), width) < _bits(some, width):
             weights = fitted
     prediction = _predict(history, weights)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -214,11 +238,13 @@ def _bits(values: Float32, width: float) -> float:
 
 def _fit(step: Float32, history: list[Float32]) -> Float32:
     """Least-squares weights [C, taps + 1] of the steps before, and an offset, for each channel."""
-    basis = np.stack([*history, np.ones_like(step)]).astype(np.float64)
-    target = _finite(step).astype(np.float64)
-    gram = np.einsum("icn,jcn->cij", basis, basis, optimize=True)
-    moment = np.einsum("icn,cn->ci", basis, target, optimize=True)
-    weights = np.einsum("cij,cj->ci", np.linalg.pinv(gram, rcond=1e-12, hermitian=True), moment)
+    basis = np.stack([*history, np.ones_like(step)], axis=1).astype(np.float64)  # [C, taps + 1, N]
+    gram = basis @ basis.transpose(0, 2, 1)
+    moment = basis @ _finite(step).astype(np.float64)[:, :, None]
+    # A touch of ridge, so that steps which repeat each other leave no direction open.
+    ridge = 1e-12 * np.trace(gram, axis1=1, axis2=2)
+    gram += ridge[:, None, None] * np.eye(gram.shape[1])
+    weights = np.linalg.solve(gram, moment)[:, :, 0]
     with np.errstate(over="ignore", invalid="ignore"):
         narrow = weights.astype(np.float32)
     return np.where(np.isfinite(narrow), narrow, np.float32(0))
@@ -274,7 +300,7 @@ def _split_groups(data: memoryview, count: int) -> list[memoryview]:
     return groups
 
 
-def _decode_group(data: memoryview, steps: Float32, width: float, pool: ThreadPoolExecutor) -> None:
+def _decode_group(data: memoryview, steps: Float32, width: float, pool: Executor) -> None:
     """Decode one group, whose checksum is right, into `steps` [S, C, N]."""
     parsed = _parse_steps(data, len(steps))
     values = [pool.submit(standalone.simple_decompress, step.values) for step in parsed]
@@ -316,8 +342,18 @@ def _header_checksum(header: Any, shape: bytes) -> int:
     return zlib.crc32(shape, zlib.crc32(repr(tuple(header)).encode()))
 
 
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "codec")
+class _AtOnce(Executor):
+    """Runs what is submitted where it is submitted."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+def _pool(step: Float32) -> Executor:
+    """A thread a core; none for small steps, whose operations are so short that threads only wait for each other."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "codec") if step.size >= _PARALLEL_VALUES else _AtOnce()
 
 
 def _damaged(what: str) -> StoreError:

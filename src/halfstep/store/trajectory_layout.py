@@ -6,22 +6,26 @@ import asyncio
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import google_crc32c
 import numpy as np
+from numcodecs import Blosc
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from halfstep.errors import InputError
-from halfstep.store.codecs import GROUP
+from halfstep.store.codecs import GROUP, Float32, encode_trajectory
 from halfstep.store.commit import fsync_path, write_durably
 from halfstep.store.zarr_codec import PredictiveCodec
 
 FORMAT_VERSION = 1
-LABELS = ("steps", "timesteps", "sigmas")
+LABELS = {"steps": "<i8", "timesteps": "<f8", "sigmas": "<f8"}
+LABEL_CHUNK = 64
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_BLOSC = Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE)
 _CODECS = ("predictive", "blosc", "raw")
 
 
@@ -56,6 +60,24 @@ class TrajectoryFormat:
         """Steps to a chunk."""
         return GROUP if self.codec == "predictive" else 1
 
+    @classmethod
+    def of(cls, array: Any) -> Self:
+        """The format of the `latents` array of a run."""
+        codecs = array.metadata.codecs
+        if isinstance(codecs[0], PredictiveCodec):
+            return cls("predictive", codecs[0].fidelity or "fp32", codecs[0].max_error)
+        codec = "blosc" if any(isinstance(codec, BloscCodec) for codec in codecs) else "raw"
+        return cls(codec, {"float16": "fp16", "float32": "fp32"}[str(array.dtype)])
+
+    def encode_chunk(self, latents: Float32) -> bytes:
+        """The bytes of one chunk of the array: at most `group` steps, as zarr's own pipeline makes them, without its
+        cost in Python."""
+        if self.codec == "predictive":
+            fidelity: Any = None if self.storage == "fp32" else self.storage
+            return encode_trajectory(latents, max_error=self.max_error, fidelity=fidelity, group=len(latents))
+        stored = latents.astype("<f2" if self.storage == "fp16" else "<f4")
+        return with_crc32c(_BLOSC.encode(stored) if self.codec == "blosc" else stored.tobytes())
+
     def array_options(self) -> dict[str, Any]:
         """The arguments of zarr's `create_array` that make latents of this format."""
         if self.codec == "predictive":
@@ -65,6 +87,12 @@ class TrajectoryFormat:
         blosc = [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")] if self.codec == "blosc" else []
         dtype = {"fp16": "float16", "fp32": "float32"}[self.storage]
         return {"dtype": dtype, "serializer": BytesCodec(), "compressors": [*blosc, Crc32cCodec()], "filters": None}
+
+
+def with_crc32c(data: bytes) -> bytes:
+    """`data` and its CRC-32C, as zarr's codec of that name has it."""
+    checksum: int = google_crc32c.value(data)
+    return data + checksum.to_bytes(4, "little")
 
 
 class DurableStore(LocalStore):

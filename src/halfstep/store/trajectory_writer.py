@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import Crc32cCodec
 
 from halfstep.errors import InputError
-from halfstep.store.commit import fsync_path, store_errors
+from halfstep.store.commit import fsync_path, store_errors, write_durably
 from halfstep.store.formats import to_storage
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import Journal, JournalEntry, is_being_written, read_journal, read_values
 from halfstep.store.run import Float32
-from halfstep.store.trajectory_layout import LABELS, DurableStore, TrajectoryFormat, check_key
+from halfstep.store.trajectory_layout import (
+    LABEL_CHUNK,
+    LABELS,
+    DurableStore,
+    TrajectoryFormat,
+    check_key,
+    chunk_path,
+    with_crc32c,
+)
 
-_LABEL_TYPES = {"steps": "int64", "timesteps": "float64", "sigmas": "float64"}
-_LABEL_CHUNK = 4096
 _DIMENSIONS = {
     4: ("step", "channel", "height", "width"),
     5: ("step", "channel", "frame", "height", "width"),
@@ -45,7 +52,7 @@ class RunWriter:
         self._folder, self._format = root / key, format
         self._problems: list[str] = []
         self._shape: tuple[int, ...] | None = None
-        self._packed = 0
+        self._labels = _Labels()
         self._waiting: list[JournalEntry] = []
         self._last_step = -1
         with store_errors(self._folder):
@@ -86,7 +93,7 @@ class RunWriter:
             if self._shape is None:
                 self._create_arrays(latents.shape)
                 self._shape = latents.shape
-            position = self._packed + len(self._waiting)
+            position = len(self._labels) + len(self._waiting)
             self._waiting.append(self._journal.append(position, step, timestep, sigma, latents))
         self._last_step = step
         if unsound:
@@ -118,13 +125,13 @@ class RunWriter:
         self._journal.close()
 
     def _create_arrays(self, shape: tuple[int, ...]) -> None:
-        for name in LABELS:
+        for name, dtype in LABELS.items():
             self._group.create_array(
                 name,
                 shape=(0,),
-                chunks=(_LABEL_CHUNK,),
-                dtype=_LABEL_TYPES[name],
-                compressors=[ZstdCodec(), Crc32cCodec()],
+                chunks=(LABEL_CHUNK,),
+                dtype=dtype,
+                compressors=[Crc32cCodec()],
                 dimension_names=("step",),
             )
         dimensions = _DIMENSIONS.get(len(shape) + 1, ("step", *(f"axis_{i}" for i in range(1, len(shape) + 1))))
@@ -139,10 +146,8 @@ class RunWriter:
         )
 
     def _pack(self, count: int) -> None:
-        entries = self._waiting[:count]
         with store_errors(self._folder):
-            _move_to_arrays(self._group, self._journal.path, entries, self._packed)
-            self._packed += count
+            self._labels = _move_to_arrays(self._folder, self._format, self._waiting[:count], self._labels)
             self._waiting = self._waiting[count:]
             if not self._waiting:
                 self._journal.clear()
@@ -156,37 +161,67 @@ def recover_run(root: Path, key: str) -> int:
         return 0
     journal = Journal(path)
     try:
-        group = zarr.open_group(DurableStore(root), path=key, mode="r+")
-        array: Any = group.get("latents")
-        stored = 0 if array is None else array.shape[0]
-        waiting = [entry for entry in read_journal(path) if entry.position >= stored]
-        for first in range(0, len(waiting), array.chunks[0] if waiting else 1):
-            entries = waiting[first : first + array.chunks[0]]
-            _move_to_arrays(group, path, entries, stored + first)
+        group: Any = zarr.open_group(str(root / key), mode="r")
+        waiting: list[JournalEntry] = []
+        if "latents" in group:
+            array = group["latents"]
+            stored = array.shape[0]
+            labels = _Labels(*(np.asarray(group[name][:stored]).tolist() for name in LABELS))
+            waiting = [entry for entry in read_journal(path) if entry.position >= stored]
+            for first in range(0, len(waiting), array.chunks[0]):
+                entries = waiting[first : first + array.chunks[0]]
+                labels = _move_to_arrays(root / key, TrajectoryFormat.of(array), entries, labels)
         journal.remove()
     finally:
         journal.close()
     return len(waiting)
 
 
-def _move_to_arrays(group: zarr.Group, journal: Path, entries: list[JournalEntry], start: int) -> None:
-    """Write journal `entries` as steps `start` and on. They count from the moment `latents` has its new shape."""
-    array = _writable(group, "latents")
-    shape = (start + len(entries), *array.shape[1:])
-    values = [read_values(journal, entry, shape[1:]) for entry in entries]
+@dataclass(frozen=True)
+class _Labels:
+    """The labels of all steps in the arrays."""
+
+    steps: list[int] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)
+    sigmas: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def extended(self, entries: list[JournalEntry]) -> _Labels:
+        return _Labels(
+            [*self.steps, *(entry.step for entry in entries)],
+            [*self.timesteps, *(entry.timestep for entry in entries)],
+            [*self.sigmas, *(entry.sigma for entry in entries)],
+        )
+
+
+def _move_to_arrays(folder: Path, format: TrajectoryFormat, entries: list[JournalEntry], labels: _Labels) -> _Labels:
+    """Write journal `entries` into the run's arrays, behind the steps of `labels`; the labels of all. `entries` are at
+    most one chunk and begin one. They count from the moment `latents` has its new shape."""
+    start, together = len(labels), labels.extended(entries)
+    metadata = json.loads((folder / "latents" / "zarr.json").read_bytes())
+    step_shape = tuple(metadata["shape"][1:])
+    values = [read_values(folder / JOURNAL_NAME, entry, step_shape) for entry in entries]
     latents = np.stack([value for value in values if value is not None])
     assert len(latents) == len(entries)  # nobody else clears the journal
-    for name, column in zip(LABELS, zip(*((e.step, e.timestep, e.sigma) for e in entries), strict=True), strict=True):
-        label = _writable(group, name)
-        label.resize(shape[:1])
-        label[start:] = column
-    # Through a handle that knows the new shape before the file does.
-    grown = zarr.AsyncArray(array.metadata.update_shape(shape), array.store_path, array.async_array.config)
-    zarr.Array(grown)[start:] = latents
-    array.resize(shape)
+    for name, dtype in LABELS.items():
+        column = np.array(getattr(together, name), dtype)
+        (folder / name / "c").mkdir(exist_ok=True)
+        for number in range(start // LABEL_CHUNK, -(-len(column) // LABEL_CHUNK)):
+            chunk = np.zeros(LABEL_CHUNK, dtype)
+            part = column[number * LABEL_CHUNK : (number + 1) * LABEL_CHUNK]
+            chunk[: len(part)] = part
+            write_durably(folder / name / "c" / str(number), with_crc32c(chunk.tobytes()))
+        fsync_path(folder / name)
+        _set_length(folder / name, len(column))
+    write_durably(chunk_path(folder, start // format.group, 1 + len(step_shape)), format.encode_chunk(latents))
+    _set_length(folder / "latents", len(together))
+    return together
 
 
-def _writable(group: zarr.Group, name: str) -> Any:
-    """An array that writes chunks of zeros too: a chunk that is not there is a chunk that was lost."""
-    array: Any = group[name]
-    return array.with_config({"write_empty_chunks": True})
+def _set_length(array: Path, length: int) -> None:
+    """Give the Zarr array in folder `array` a new length of its first axis."""
+    metadata = json.loads((array / "zarr.json").read_bytes())
+    metadata["shape"][0] = length
+    write_durably(array / "zarr.json", json.dumps(metadata, indent=2).encode())
