@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-EXAMPLES = {"roundtrip.py": ["picture.png"], "navigation_loader.py": []}
+EXAMPLES = {"roundtrip.py": ["picture.png"], "navigation_loader.py": [], "record_and_analyse.py": ["recorded"]}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+def blocks() -> list[tuple[str, str]]:
+    """Language and text of what the README shows, in its order."""
+    return re.findall(r"```(bash|python)\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
 
 
 @pytest.mark.slow
@@ -22,11 +23,12 @@ def test_the_readmes_commands(tmp_path: Path, toy_world: Path) -> None:
     for i in range(5):
         shutil.copy(toy_world / "walk_000" / f"{i}.jpg", tmp_path / "photos" / "red")
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    for script in blocks("bash"):
-        subprocess.run(["bash", "-euc", script], check=True, cwd=tmp_path, env={"PATH": path, "HOME": str(tmp_path)})
-    for script in blocks("python"):
-        subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    for language, script in blocks():
+        command = ["bash", "-euc", script] if language == "bash" else [sys.executable, "-c", script]
+        subprocess.run(command, check=True, cwd=tmp_path, env={"PATH": path, "HOME": str(tmp_path)})
     assert (tmp_path / "latents-pt" / "red" / "4.jpg" / "0.pt").exists()
+    assert (tmp_path / "analysis" / "report.html").exists()
+    assert (tmp_path / "batch" / "latents" / "one-car-00" / "vid_001" / "step_000.npy.gz").exists()
 
 
 def test_every_example_is_tried() -> None:

@@ -209,3 +209,20 @@ def test_benchmarks_run(tmp_path: Path) -> None:
     assert encode["images"] == 32
     assert encode["relative_error_against_fp32"] < 0.01
     assert {"device", "cores", "torch"} <= encode["machine"].keys()
+
+
+@pytest.mark.slow
+def test_the_trajectory_benchmark_runs(tmp_path: Path) -> None:
+    latents = np.cumsum(np.random.default_rng(0).standard_normal((9, 4, 16, 16)), axis=0).astype(np.float32)
+    np.savez(tmp_path / "mine.npz", latents=latents)
+    command = ["bench", "trajectory", "--file", tmp_path / "mine.npz", "--rounds", 1]
+    result = json.loads(run_cli(*command, "--json").stdout)
+    assert result["trajectories"].keys() == {"sampled", "mine"}
+    sampled = result["trajectories"]["sampled"]["ways"]
+    assert sampled["halfstep, groups of 16"]["share_of_fp32"] < 0.135
+    for ways in (sampled, result["trajectories"]["mine"]["ways"]):
+        assert ways["halfstep, groups of 16"]["rms_error"] <= ways["npy.gz, fp16"]["rms_error"]
+        assert ways["npy.gz, fp32"]["rms_error"] == ways["zarr raw, fp32"]["rms_error"] == 0
+    assert result["recorder"]["same_samples"]
+    (tmp_path / "bad.npz").write_bytes(b"x")
+    assert "bad.npz: cannot be read" in run_cli("bench", "trajectory", "--file", tmp_path / "bad.npz", check=2).stderr

@@ -84,8 +84,11 @@ def load_generator(model: ModelSettings, memory: MemorySettings, policy: Precisi
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
+    try:
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise InputError("generate: needs transformers; pip install 'halfstep[generate]'") from error
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()
     identifier = model.model_id

@@ -34,7 +34,8 @@ class Recording:
                 "record: the pipeline gives its callback no latents; add 'latents' to its "
                 "callback_on_step_end_tensor_inputs"
             )
-        assert self._schedule is not None  # the scheduler has made a step
+        if self._schedule is None:
+            raise InputError(f"record: {type(pipe).__name__} does not sample through its scheduler's step")
         self._record(self._schedule.level_after(i), tensors["latents"])
         return tensors
 
