@@ -197,6 +197,13 @@ def test_the_command_line(store: TrajectoryStore, tmp_path: Path) -> None:
         (["--groups", "none.yaml"], "none.yaml: no such file"),
     ]:
         assert named in run_cli(*base, *arguments, check=2).stderr
+    (store.root / "prompt_000_vid003" / "sigmas" / "c" / "0").unlink()
+    listed = run_cli(*base, "--list-videos").stdout
+    assert listed.count("states") == 19
+    assert "sigmas/c/0 is missing" in listed
+    left = json.loads(run_cli(*base, "--json", "--quiet", "--metrics", "straightness").stdout)
+    assert len(left["runs"]) == 19
+    assert "sigmas/c/0 is missing" in left["problems"][0]
     assert "no such folder" in run_cli("analyze", "--batch-dir", tmp_path / "no", check=1).stderr
 
 

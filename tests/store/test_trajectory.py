@@ -14,6 +14,7 @@ from halfstep.store import (
     TrajectoryStore,
     open_trajectories,
     repair_trajectories,
+    trajectory,
     verify_trajectories,
 )
 
@@ -148,6 +149,18 @@ def test_every_damaged_byte_of_the_latents_is_found_and_costs_its_group(tmp_path
     assert "steps 16 to 31 (16) could not be read" in run.problems[-1]
     assert verify_trajectories(tmp_path / "s").ok
     assert len(store["b"]) == 40
+
+
+def test_few_groups_are_held_however_many_runs_are_open(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    for i in range(12):
+        store.add(f"r{i:02d}", walk(20, seed=i), sigmas=np.linspace(1, 0, 20), format=TrajectoryFormat(storage="fp32"))
+    runs = [store[key] for key in store]
+    for k in range(20):
+        assert all(np.array_equal(run.latents[k], walk(20, seed=i)[k]) for i, run in enumerate(runs))
+    assert len(trajectory._cache._groups) <= trajectory._GROUPS_KEPT
+    runs[0].latents[0][:] = 7  # what a reader does with a step stays its own
+    assert np.array_equal(runs[0].latents[0], walk(20, seed=0)[0])
 
 
 def test_an_interrupted_repair_loses_nothing(tmp_path: Path) -> None:

@@ -108,37 +108,38 @@ def analyze(
     *,
     metrics: Sequence[str] | None = None,
     pairwise: bool = False,
+    problems: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Analysis:
     """Analyse `runs`; `groups` gives the group of each key that is to be looked at.
 
     `metrics` names some of METRICS (all by default); `pairwise` compares all runs two by two. Runs that cannot be
-    used, and what is wrong with the others, are among the problems. Raises InputError for an unknown metric or when no
-    run can be used.
+    used, and what is wrong with the others, are among the problems, after those given. Raises InputError for an unknown
+    metric or when no run can be used.
     """
     chosen = list(METRICS) if metrics is None else list(metrics)
     for name in chosen:
         if name not in METRICS:
             raise InputError(f"--metrics: got {name!r}; expected some of {', '.join(METRICS)}")
-    problems: list[str] = []
-    usable = _usable_runs({key: runs[key] for key in groups}, problems)
+    found = list(problems)
+    usable = _usable_runs({key: runs[key] for key in groups}, found)
     summaries = {}
     for key, run in list(usable.items()):
         try:
             say(f"{key}: {len(run)} steps")
             summaries[key] = summarize(run.latents)
             if not np.isfinite(summaries[key][0]).all():
-                problems.append(f"{key}: has values that are not finite; left out")
+                found.append(f"{key}: has values that are not finite; left out")
                 del usable[key]
         except StoreError as error:
-            problems.append(f"{error}; left out")
+            found.append(f"{error}; left out")
             del usable[key]
     if not usable:
-        raise InputError(f"no run can be analysed: {'; '.join(problems) or 'there is none'}")
+        raise InputError(f"no run can be analysed: {'; '.join(found) or 'there is none'}")
     shared = fit_axes(usable.values())
     say(f"shared axes: {len(shared.components)}, {shared.explained.sum():.0%} of the variance")
     analyzed = [_analyze_run(run, groups[key], summaries[key], shared, chosen) for key, run in usable.items()]
-    analyzed = _mark_comparable(analyzed, problems)
+    analyzed = _mark_comparable(analyzed, found)
     comparable = [run for run in analyzed if run.comparable]
     names = list(dict.fromkeys(run.group for run in comparable))
     members = {name: [run for run in comparable if run.group == name] for name in names}
@@ -156,7 +157,7 @@ def analyze(
         _clustering(comparable, names),
         shared.explained,
         [_compare_runs(usable[a], usable[b]) for a, b in itertools.combinations(usable, 2)] if pairwise else [],
-        problems,
+        found,
     )
 
 

@@ -47,7 +47,8 @@ def compare_storage(
     for name, round_trip in _formats(rms).items():
         say(f"as {name}")
         sizes: list[tuple[int, int]] = []
-        stored = {key: _stored(runs[key], round_trip, sizes) for key in groups}
+        held: dict[tuple[str, int], Float32] = {}
+        stored = {key: _stored(runs[key], round_trip, held, sizes) for key in groups}
         analysis = analyze(stored, groups, metrics=metrics)
         comparisons.append(
             StorageComparison(
@@ -89,21 +90,21 @@ def _predictive(**options: object) -> RoundTrip:
     return round_trip
 
 
-def _stored(run: Run, round_trip: RoundTrip, sizes: list[tuple[int, int]]) -> Run:
-    """`run` as it would be read from a store, group by group; the bytes of each group go to `sizes` once."""
-    held: dict[int, Float32] = {}
+def _stored(run: Run, round_trip: RoundTrip, held: dict[tuple[str, int], Float32], sizes: list[tuple[int, int]]) -> Run:
+    """`run` as it would be read from a store, group by group. `held` has the one group that was read last, of all runs;
+    the bytes of each group go to `sizes` once."""
     counted: set[int] = set()
 
     def read(k: int) -> Float32:
         group = k // GROUP
-        if group not in held:
+        if (run.key, group) not in held:
             held.clear()
             plain = run.latents[group * GROUP : (group + 1) * GROUP]
-            held[group], size = round_trip(plain)
+            held[run.key, group], size = round_trip(plain)
             if group not in counted:
                 counted.add(group)
                 sizes.append((size, plain.nbytes))
-        step: Float32 = held[group][k % GROUP]
+        step: Float32 = held[run.key, group][k % GROUP]
         return step
 
     return replace(run, latents=Latents(len(run), run.latents.shape[1:], read))

@@ -89,7 +89,7 @@ def bench_recorder(*, rounds: int, steps: int = 24) -> dict[str, Any]:
     """A sampler whose network takes 50 ms a step or more, with recording off and on in turn, from the same seed.
 
     Latents are [16, 3, 32, 32] (0.2 MB), a convolutional network stands for the model. `overhead` is what recording
-    adds to the sampling itself, `overhead_with_finish` counts the wait at the end too, until all is durable and encoded.
+    adds to the sampling itself, `overhead_with_finish` also counts the wait at the end, until all is encoded.
     """
     torch.manual_seed(0)
     width = 160

@@ -40,11 +40,11 @@ def analyze(
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on the way.")] = False,
 ) -> None:
     """Measure how recorded runs move through latent space, and test what differs between groups of them."""
-    from halfstep.store import open_trajectories
+    from halfstep.store import open_trajectories, readable_runs
 
-    runs = open_trajectories(batch_dir)
+    runs, problems = readable_runs(open_trajectories(batch_dir))
     if list_videos:
-        _list(runs, json)
+        _list(runs, problems, json)
         return
     compared = [*(compare_videos or []), *(more or [])]
     if more and not compare_videos:
@@ -69,7 +69,7 @@ def analyze(
     else:
         chosen = group_by_prompt(runs) if groups == "prompt" else group_by_file(runs, Path(groups))
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
-    analysis = run_analyze(runs, chosen, metrics=names, pairwise=bool(compared), say=say)
+    analysis = run_analyze(runs, chosen, metrics=names, pairwise=bool(compared), problems=problems, say=say)
     storage = run_compare_storage(runs, chosen, analysis, metrics=names, say=say) if compare_storage else []
     if output is not None:
         write_output(analysis, output, f"Trajectories of {batch_dir}", storage)
@@ -81,17 +81,19 @@ def analyze(
         typer.echo(f"{output / 'report.html'}: open it in a browser")
 
 
-def _list(runs: Mapping[str, Run], json: bool) -> None:
+def _list(runs: Mapping[str, Run], problems: list[str], json: bool) -> None:
     facts: dict[str, dict[str, Any]] = {}
     for key in runs:
         run = runs[key]
         facts[key] = {"prompt": run.prompt, "seed": run.seed, "states": len(run), "problems": list(run.problems)}
     if json:
-        typer.echo(json_module.dumps({"runs": facts}, ensure_ascii=False))
+        typer.echo(json_module.dumps({"runs": facts, "problems": problems}, ensure_ascii=False))
         return
     for key, fact in facts.items():
-        problems = f"  ({len(fact['problems'])} problems)" if fact["problems"] else ""
-        typer.echo(f"{key:24} {fact['states']:4} states  seed {fact['seed']}  {fact['prompt'] or ''}{problems}")
+        mark = f"  ({len(fact['problems'])} problems)" if fact["problems"] else ""
+        typer.echo(f"{key:24} {fact['states']:4} states  seed {fact['seed']}  {fact['prompt'] or ''}{mark}")
+    for problem in problems:
+        typer.echo(f"problem: {problem}")
 
 
 def _print(analysis: Analysis, storage: list[StorageComparison]) -> None:

@@ -3,7 +3,7 @@
 from halfstep.store.dataset import DatasetStore
 from halfstep.store.maintenance import RepairReport, VerifyReport, compact, repair, verify
 from halfstep.store.manifest import Manifest
-from halfstep.store.open import find_trajectory_store, open_trajectories
+from halfstep.store.open import find_trajectory_store, open_trajectories, readable_runs
 from halfstep.store.run import Run
 from halfstep.store.trajectory import TrajectoryStore
 from halfstep.store.trajectory_layout import TrajectoryFormat
@@ -24,6 +24,7 @@ __all__ = [
     "compact",
     "find_trajectory_store",
     "open_trajectories",
+    "readable_runs",
     "repair",
     "repair_trajectories",
     "verify",

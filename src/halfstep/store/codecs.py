@@ -58,9 +58,9 @@ def encode_trajectory(
     """Compress float32 `latents` [S, ...]; with three axes or more the second is taken for channels.
 
     The promise: no finite value differs by more than `max_error` after decoding, and all others are the same bit for
-    bit. Without `max_error`, `fidelity` chooses the bound whose root-mean-square error is at most that of casting `latents`
-    to fp16 or bf16; `fidelity=None` keeps everything exactly. `group` steps form one group. Raises InputError for another
-    type, no values, or a bound that is negative or not finite.
+    bit. Without `max_error`, `fidelity` chooses the bound whose root-mean-square error is at most that of casting
+    `latents` to fp16 or bf16; `fidelity=None` keeps everything exactly. `group` steps form one group. Raises InputError
+    for another type, no values, or a bound that is negative or not finite.
     """
     if latents.dtype != np.float32 or latents.ndim < 1 or latents.size == 0:
         raise InputError(f"trajectory: got {latents.dtype} {list(latents.shape)}; expected float32 [steps, ...]")
@@ -219,7 +219,7 @@ def _quantize(step: Float32, history: list[Float32], width: float) -> tuple[int,
         bins *= np.float32(1 / width)
         np.rint(bins, out=bins)
         low, high = float(bins.min()), float(bins.max())
-        if not (-_LARGEST_BIN <= low and high <= _LARGEST_BIN):
+        if not -_LARGEST_BIN <= low <= high <= _LARGEST_BIN:  # NaN is not either
             bins[~(np.abs(bins) <= _LARGEST_BIN)] = 0  # these become exceptions
             low, high = float(bins.min()), float(bins.max())
         decoded = bins * np.float32(width)

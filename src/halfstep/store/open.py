@@ -26,3 +26,15 @@ def open_trajectories(path: Path | str) -> Mapping[str, Run]:
 def find_trajectory_store(path: Path) -> Path | None:
     """The folder of the trajectory store at `path` or in its `latents`, if there is one."""
     return next((folder for folder in (path, path / "latents") if (folder / "zarr.json").exists()), None)
+
+
+def readable_runs(runs: Mapping[str, Run]) -> tuple[dict[str, Run], list[str]]:
+    """The runs whose metadata can be read, and why the others cannot."""
+    readable: dict[str, Run] = {}
+    problems = []
+    for key in runs:
+        try:
+            readable[key] = runs[key]
+        except StoreError as error:
+            problems.append(f"{error}; left out")
+    return readable, problems

@@ -16,7 +16,7 @@ Float64 = npt.NDArray[np.float64]
 class Latents:
     """The latents of a run: `latents[k]` is the k-th stored step, float32 [C, (T,) H, W]; a slice is [n, C, (T,) H, W].
 
-    Steps in a row cost one decoding of the group they lie in; nothing but that group is held.
+    Steps in a row cost one decoding of the group they lie in; only the few groups read last are held.
     """
 
     def __init__(self, count: int, step_shape: tuple[int, ...], read: Callable[[int], Float32]) -> None:

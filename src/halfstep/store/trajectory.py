@@ -6,7 +6,10 @@ run's attributes. Steps that are durable but not yet in the arrays lie in the ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +24,9 @@ from halfstep.store.journal import JournalEntry, is_being_written, read_journal,
 from halfstep.store.run import Float32, Latents, Run
 from halfstep.store.trajectory_layout import FORMAT_VERSION, KEY, LABELS, DurableStore, TrajectoryFormat, chunk_path
 from halfstep.store.trajectory_writer import RunWriter
+
+# Decoded groups of steps that are kept, over all runs that are open: enough to go through a few runs side by side.
+_GROUPS_KEPT = 4
 
 # What zarr and its codecs raise when bytes are damaged.
 DAMAGE = (StoreError, ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
@@ -162,14 +168,37 @@ def _problems(attributes: dict[str, Any], folder: Path) -> list[str]:
     return problems
 
 
+class _GroupCache:
+    """The groups of steps that were read last, by reader and number."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[int, int], Float32] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, reader: int, number: int, read: Callable[[int], Float32]) -> Float32:
+        with self._lock:
+            group = self._groups.pop((reader, number), None)
+            if group is None and len(self._groups) >= _GROUPS_KEPT:
+                self._groups.popitem(last=False)  # before the new one is read, so that no more are in memory
+        if group is None:
+            group = read(number)
+        with self._lock:
+            self._groups[reader, number] = group
+        return group
+
+
+_cache = _GroupCache()
+_reader_numbers = count()
+
+
 class StepReader:
-    """Reads single steps of one run, and keeps the group that was read last."""
+    """Reads single steps of one run; steps in a row cost one decoding of the group they lie in."""
 
     def __init__(self, root: Path, key: str, waiting: Sequence[JournalEntry] = ()) -> None:
         self._root, self._key = root, key
         self._waiting = {entry.position: entry for entry in waiting}
         self._array: Any = None
-        self._held: tuple[int, Float32] | None = None
+        self._number = next(_reader_numbers)
         if (root / key / "latents" / "zarr.json").exists():
             self._open()
         self.step_shape: tuple[int, ...] = () if self._array is None else self._array.shape[1:]
@@ -182,11 +211,7 @@ class StepReader:
                 return values
             self._open()  # it is in the arrays by now
         group = self._array.chunks[0]
-        number = k // group
-        if self._held is None or self._held[0] != number:
-            self._held = None  # the old group need not be in memory beside the new one
-            self._held = number, self.read_group(number)
-        step: Float32 = self._held[1][k % group].copy()
+        step: Float32 = _cache.get(self._number, k // group, self.read_group)[k % group].copy()
         return step
 
     def read_group(self, number: int) -> Float32:
