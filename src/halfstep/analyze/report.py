@@ -33,7 +33,8 @@ p, li { max-width: 50rem; } .soft { color: #5d6778; } .wide { overflow-x: auto; 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; margin: .6rem 0; }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid #e3e8f0; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 600; color: #5d6778; }
-td { white-space: nowrap; } td.left { white-space: normal; min-width: 8rem; } td.left, th.left { text-align: left; } tr.found td { background: #fdf3ec; }
+td { white-space: nowrap; } td.left { white-space: normal; min-width: 8rem; }
+td.left, th.left { text-align: left; } tr.found td { background: #fdf3ec; }
 """
 
 
