@@ -102,6 +102,34 @@ def test_what_cannot_be_compared_is_left_out_and_named(store: TrajectoryStore) -
         analyze(store, only_broken)
 
 
+def test_one_bad_run_does_not_stop_the_comparison_of_formats(store: TrajectoryStore) -> None:
+    broken = trajectory(50, 0.2, 0.1)
+    broken[3, 0, 0, 0] = np.nan
+    store.add("bad", broken, sigmas=np.linspace(1, 0, STATES), prompt="narrow", seed=2**63 + 5)
+    groups = group_by_prompt(store)
+    exact = analyze(store, groups, metrics=["straightness"])
+    assert len(compare_storage(store, groups, exact)) == 7
+
+
+def test_a_missing_seed_does_not_undo_the_pairs(store: TrajectoryStore) -> None:
+    store.remove("prompt_001_vid004")
+    analysis = analyze(store, group_by_prompt(store))
+    assert {(t.paired, t.n_a, t.n_b) for t in analysis.tests if t.metric != "dispersion"} == {(True, 9, 9)}
+    assert any("compared on 9 common seeds; 1 runs have no partner" in line for line in analysis.problems)
+
+
+def test_the_corrector_of_a_step_counts_not_its_predictor() -> None:
+    """Heun's method records two states at one noise level; speed and curvature are between levels."""
+    values = trajectory(0, 0.2, 0.1)
+    sigmas = np.linspace(1, 0, STATES)
+    plain = Run("a", np.arange(STATES), sigmas, sigmas, Latents(STATES, SHAPE, lambda k: values[k]), "p", 0, {}, ())
+    twice = np.repeat(sigmas, 2)[1:]
+    predicted = Latents(len(twice), SHAPE, lambda k: values[(k + 1) // 2] + (0.5 if k % 2 else 0.0))
+    heun = Run("b", np.arange(len(twice)), twice, twice, predicted, "p", 0, {}, ())
+    analysis = analyze({"a": plain, "b": heun}, {"a": "x", "b": "y"})
+    assert analysis.runs[0].metrics == pytest.approx(analysis.runs[1].metrics)
+
+
 def test_states_of_unknown_noise_level_are_left_out() -> None:
     values = trajectory(0, 0.2, 0.1)
     sigmas = np.linspace(1, 0, STATES)
@@ -144,7 +172,7 @@ def test_groups_from_a_file(store: TrajectoryStore, tmp_path: Path) -> None:
 def test_everything_is_written(store: TrajectoryStore, tmp_path: Path) -> None:
     groups = group_by_prompt(store)
     analysis = analyze(store, groups, pairwise=True)
-    storage = compare_storage(store, groups, analysis, metrics=None)
+    storage = compare_storage(store, groups, analysis)
     files = write_output(analysis, tmp_path / "out", "A <title>", storage)
     assert all(path.exists() for path in files)
     content = json.loads((tmp_path / "out" / "analysis.json").read_text())
@@ -166,7 +194,8 @@ def test_everything_is_written(store: TrajectoryStore, tmp_path: Path) -> None:
     text = page[page.index("<body>") :]
     assert not re.search(r"(src|href)=[\"']https?:", text)
     assert "nan" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL).lower().replace("finance", "")
-    write_output(analysis, tmp_path / "out", "again")
+    store.add("huge_seed", trajectory(3, 0, 0), sigmas=np.linspace(1, 0, STATES), prompt="narrow", seed=2**64 - 1)
+    write_output(analyze(store, group_by_prompt(store)), tmp_path / "out", "again")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(InputError, match="is not an analysis"):

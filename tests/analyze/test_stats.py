@@ -29,12 +29,13 @@ def test_a_difference_is_found_and_none_is_not_invented() -> None:
 def test_exact_permutation_of_small_groups() -> None:
     """Against a listing of all arrangements."""
     x, y = np.array([1.0, 2.5, 0.3, 1.7]), np.array([2.0, 4.0, 3.1, 2.2])
-    observed = abs(y.mean() - x.mean())
+
+    def t(a: np.ndarray, b: np.ndarray) -> float:
+        return abs(float(scipy_stats.ttest_ind(a, b, equal_var=False).statistic))
+
+    observed = t(x, y)
     both = np.concatenate([x, y])
-    differences = [
-        abs(both[list(chosen)].mean() - np.delete(both, chosen).mean())
-        for chosen in itertools.combinations(range(8), 4)
-    ]
+    differences = [t(both[list(chosen)], np.delete(both, chosen)) for chosen in itertools.combinations(range(8), 4)]
     expected = np.mean([d >= observed - 1e-12 for d in differences])
     assert stats.compare("m", "a", "b", x, y, paired=False).p_permutation == pytest.approx(expected)
 
@@ -70,6 +71,42 @@ def test_hopeless_after_correction_is_said() -> None:
     many = stats.correct([one] * 11)
     assert {test.verdict for test in many} == {"not enough runs"}
     assert "not enough runs for 11 tests: the smallest corrected p possible is 0.31" in many[0].not_enough
+
+
+def test_many_tests_can_still_find_a_difference() -> None:
+    """Many groups, far apart: the permutations are enough for the correction."""
+    rng = np.random.default_rng(0)
+    count = 300
+    resamples = stats.resamples_for(count)
+    test = stats.compare("m", "a", "b", rng.normal(0, 1, 12), rng.normal(50, 1, 12), paired=False, resamples=resamples)
+    assert {found.verdict for found in stats.correct([test] * count)} == {"different"}
+
+
+def test_a_test_that_others_make_room_for_is_not_called_hopeless() -> None:
+    """Holm steps down: beside tests with many runs, one with few can be found."""
+    rng = np.random.default_rng(0)
+    strong = stats.compare("m", "a", "b", rng.normal(0, 1, 12), rng.normal(9, 1, 12), paired=False)
+    small = stats.compare("m", "a", "b", [1.0, 2, 3, 4, 5], [31.0, 32, 33, 34, 35], paired=False)
+    found = stats.correct([*[strong] * 6, small])[-1]
+    assert stats.smallest_p(5, 5, paired=False) * 7 > 0.05
+    assert (found.verdict, found.not_enough) == ("different", None)
+
+
+def test_unequal_groups_of_unequal_spread_are_not_taken_for_different() -> None:
+    """The permutation of plain means would reject one in four here."""
+    rng = np.random.default_rng(0)
+    rejected = sum(
+        stats.compare("m", "a", "b", rng.normal(0, 3, 5), rng.normal(0, 1, 30), paired=False, resamples=999).p < 0.05
+        for _ in range(100)
+    )
+    assert rejected <= 12  # 5 expected
+
+
+def test_separations_are_corrected_over_pairs_too() -> None:
+    levels = [stats.Separation("a", "b", 1.0, 1.0, 0.01, 0.02), stats.Separation("a", "b", 0.0, 1.0, 0.001, 0.6)]
+    few = [stats.Separation("a", "c", 1.0, 1.0, None, None)]
+    both = stats.correct_over_pairs([levels, levels, few])
+    assert [level.p_corrected for level in both] == [0.04, 1.0, 0.04, 1.0, None]
 
 
 def test_corrections_against_their_definitions() -> None:

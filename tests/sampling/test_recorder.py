@@ -87,6 +87,27 @@ def test_leaving_by_an_exception_keeps_what_was_recorded(tmp_path: Path) -> None
     assert not store["a"].attributes["complete"]
 
 
+def test_finishing_twice_is_finishing_once(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    with StoreRecorder(store, "a", format=EXACT, interval=4) as recorder:
+        sample(recorder, steps=5)
+        recorder.finish()
+        with (tmp_path / "other").open("w") as other:  # it may get the descriptor that the journal had
+            recorder.close()
+            recorder.finish()
+            other.write("mine")
+    assert store["a"].steps.tolist() == [0, 4, 5]
+    assert store["a"].attributes["complete"]
+    with pytest.raises(InputError, match="got step 9 after the recording was finished"):
+        recorder.record(Step(9, 0.0, 0.0, torch.zeros(4, 8, 8)))
+
+
+def test_nobody_waits_for_ever_for_a_step_that_is_left_out(tmp_path: Path) -> None:
+    with StoreRecorder(TrajectoryStore.create(tmp_path / "s"), "a", interval=3) as recorder:
+        for k in range(8):
+            recorder.record(Step(k, float(k), float(k), torch.zeros(4, 8, 8))).result(timeout=20)
+
+
 def test_bad_steps_are_named_at_once(tmp_path: Path) -> None:
     store = TrajectoryStore.create(tmp_path / "s")
     recorder = StoreRecorder(store, "a")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halfstep.errors import InputError, StoreError, UnsafePickleError
-from halfstep.store import TrajectoryFormat, open_trajectories, verify_trajectories
+from halfstep.store import TrajectoryFormat, TrajectoryStore, open_trajectories, verify_trajectories
 from halfstep.store.convert import to_batch, to_store
 from halfstep.store.legacy import read_step
 from tests.conftest import run_cli
@@ -208,9 +208,56 @@ def test_there_and_back(tmp_path: Path, storage: str) -> None:
     assert after == before | {"video_id": "prompt_000_vid001", "generation_time": None}
 
 
-def test_a_run_of_its_own_is_not_replaced(tmp_path: Path) -> None:
-    from halfstep.store import TrajectoryStore
+def test_a_damaged_step_or_a_missing_label_stops_no_conversion(tmp_path: Path) -> None:
+    write_batch(tmp_path / "b" / "latents" / "a" / "vid_001")
+    latents = write_batch(tmp_path / "b" / "latents" / "b" / "vid_001")
+    path = tmp_path / "b" / "latents" / "a" / "vid_001" / "step_001.npy.gz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    for metadata in (tmp_path / "b" / "latents" / "b" / "vid_001").glob("step_*_metadata.json"):
+        metadata.unlink()
+    report = to_store(open_trajectories(tmp_path / "b"), tmp_path / "s", TrajectoryFormat(storage="fp32"))
+    assert (report.converted, report.steps) == (2, 7)
+    assert any("step 1 was left out" in note for note in report.notes)
+    runs = open_trajectories(tmp_path / "s")
+    assert runs["a"].steps.tolist() == [0, 2, 3]
+    assert np.array_equal(runs["b"].latents[:], latents)
+    assert np.isnan(runs["b"].sigmas).all()
 
+
+def test_going_back_invents_no_noise_level(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    writer = store.record("cut")
+    for k in range(5):
+        writer.append(k, 1000 - 20 * k, 1 - 0.02 * k, np.ones((2, 4, 4), np.float32))
+    writer.close()
+    store.add("sparse", np.ones((4, 2, 4, 4), np.float32), steps=[0, 2, 4, 6], sigmas=[1.0, 0.8, 0.4, 0.0])
+    report = to_batch(store, tmp_path / "back")
+    back = open_trajectories(tmp_path / "back")
+    assert np.isnan(back["cut"].sigmas[-1])
+    assert back["cut"].sigmas[0] == 0.98
+    assert any("sparse: missing: the noise levels before some steps" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npy.gz", ".pt", ".pt.gz"])
+def test_any_flipped_bit_is_a_named_damage_or_harmless(tmp_path: Path, suffix: str) -> None:
+    write_batch(tmp_path / "latents" / "a" / "vid_001", [0], suffix=suffix)
+    path = tmp_path / "latents" / "a" / "vid_001" / f"step_000{suffix}"
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in [*range(min(len(good), 160)), *rng.integers(len(good), size=150)]:
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            steps = open_trajectories(tmp_path)["a"].latents
+            _ = [step.shape for step in steps]
+        except (StoreError, UnsafePickleError) as error:
+            assert str(path) in str(error)
+
+
+def test_a_run_of_its_own_is_not_replaced(tmp_path: Path) -> None:
     write_batch(tmp_path / "b" / "latents" / "a" / "vid_001")
     store = TrajectoryStore.create(tmp_path / "s")
     store.add("a", np.ones((2, 4, 8, 8), np.float32), sigmas=[1, 0], format=TrajectoryFormat(storage="fp32"))

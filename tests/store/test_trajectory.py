@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from halfstep.errors import InputError, NumericsError, StoreError
+from halfstep.errors import InputError, NumericsError, StoreBusyError, StoreError
 from halfstep.store import (
     TrajectoryFormat,
     TrajectoryStore,
@@ -202,6 +202,103 @@ def test_a_damaged_journal_loses_only_what_follows(tmp_path: Path) -> None:
     for cut in (len(data) - 1, 4 * len(data) // 5 + 1, 4 * len(data) // 5):
         journal.write_bytes(data[:cut])
         assert np.array_equal(store["a"].latents[:], latents[:4])
+
+
+def test_a_damaged_record_in_mid_journal_costs_itself_and_is_named(tmp_path: Path) -> None:
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk()
+    writer = store.record("a", TrajectoryFormat(storage="fp32"))
+    for k in range(10):
+        writer.append(k, k, k, latents[k])
+    writer.close()
+    journal = tmp_path / "s" / "a" / "journal"
+    good = journal.read_bytes()
+    kept = [0, 1, *range(3, 10)]
+    for place in (5, 30, 1000):  # in the magic, in the header, in the values
+        damaged = bytearray(good)
+        damaged[2 * len(good) // 10 + place] ^= 4
+        journal.write_bytes(damaged)
+        run = store["a"]
+        assert run.steps.tolist() == kept
+        assert np.array_equal(run.latents[:], latents[kept])
+        assert "some steps of its journal cannot be read" in run.problems[-1]
+        assert not verify_trajectories(tmp_path / "s").ok
+    report = repair_trajectories(tmp_path / "s")
+    assert report.recovered == {"a": 9}
+    assert len(report.lost) == 1
+    assert np.array_equal(store["a"].latents[:], latents[kept])
+    assert "steps of the journal could not be read" in store["a"].problems[-1]
+    assert verify_trajectories(tmp_path / "s").ok
+
+
+def test_unknown_noise_levels_are_kept_as_unknown(tmp_path: Path) -> None:
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk(20)
+    store.add("a", latents, sigmas=[np.nan] * 20, format=TrajectoryFormat(storage="fp32"))
+    writer = store.record("b", TrajectoryFormat(storage="fp32"))
+    for k in range(5):
+        writer.append(k, np.nan, np.nan, latents[k])
+        writer.pack()
+    assert np.array_equal(store["b"].latents[:], latents[:5])
+    writer.close()
+    repair_trajectories(tmp_path / "s")
+    for key, count in (("a", 20), ("b", 5)):
+        assert np.isnan(store[key].sigmas).all()
+        assert np.array_equal(store[key].latents[:], latents[:count])
+
+
+def test_a_name_is_free_until_its_run_is_there(tmp_path: Path) -> None:
+    """What a writer leaves that is killed at its first breath, or in mid-removal, blocks nothing."""
+    store = TrajectoryStore.create(tmp_path / "s")
+    (tmp_path / "s" / ".a.123.new").mkdir()
+    (tmp_path / "s" / ".a.123.new" / "journal").touch()
+    (tmp_path / "s" / ".a.124.gone").mkdir()
+    store.add("a", walk(), sigmas=np.linspace(1, 0, 21))
+    assert list(store) == ["a"]
+    repair_trajectories(tmp_path / "s")
+    assert not list((tmp_path / "s").glob(".a.*"))
+    store.remove("a")
+    assert list(store) == []
+    store.add("a", walk(), sigmas=np.linspace(1, 0, 21))
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / ".zarr.json.77.tmp").touch()
+    assert len(TrajectoryStore.create(tmp_path / "t")) == 0
+
+
+def test_a_run_that_is_being_recorded_is_not_removed(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    writer = store.record("a")
+    with pytest.raises(StoreBusyError, match="another process is recording this run"):
+        store.remove("a")
+    writer.append(0, 1, 1, walk()[0])
+    writer.finish()
+    writer.close()
+    writer.close()
+    assert len(store["a"]) == 1
+
+
+def test_many_processes_may_create_one_store(tmp_path: Path) -> None:
+    script = "import sys; from halfstep.store import TrajectoryStore; TrajectoryStore.create(sys.argv[1])"
+    children = [subprocess.Popen([sys.executable, "-c", script, tmp_path / "s"]) for _ in range(4)]
+    assert [child.wait() for child in children] == [0, 0, 0, 0]
+
+
+def test_a_run_without_steps_is_no_damage(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    writer = store.record("a")
+    writer.finish()
+    writer.close()
+    assert (len(store["a"]), store["a"].problems, store["a"].latents[:].size) == (0, (), 0)
+    assert verify_trajectories(tmp_path / "s").ok
+
+
+def test_a_run_opened_before_a_repair_does_not_read_other_steps(tmp_path: Path) -> None:
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk(40)
+    store.add("a", latents, sigmas=np.linspace(1, 0, 40))
+    run = store["a"]
+    next((tmp_path / "s" / "a" / "latents").glob("c.0.*")).unlink()
+    repair_trajectories(tmp_path / "s")
+    with pytest.raises(StoreError, match="repaired or removed after it was opened; open it again"):
+        run.latents[20]
+    assert store["a"].steps.tolist() == list(range(16, 40))
 
 
 def test_values_that_are_not_finite_are_kept_and_noted(tmp_path: Path) -> None:

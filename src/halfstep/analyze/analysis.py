@@ -143,12 +143,10 @@ def analyze(
     comparable = [run for run in analyzed if run.comparable]
     names = list(dict.fromkeys(run.group for run in comparable))
     members = {name: [run for run in comparable if run.group == name] for name in names}
-    tests = stats.correct(
-        [test for a, b in itertools.combinations(names, 2) for test in _tests(a, b, members[a], members[b], chosen)]
-    )
-    separations = [
-        level for a, b in itertools.combinations(names, 2) for level in _separations(a, b, members[a], members[b])
-    ]
+    pairs = [_Pair(a, b, members[a], members[b], found) for a, b in itertools.combinations(names, 2)]
+    resamples = stats.resamples_for(len(pairs) * (len(chosen) + 1))
+    tests = stats.correct([test for pair in pairs for test in pair.tests(chosen, resamples)])
+    separations = stats.correct_over_pairs([pair.separations() for pair in pairs])
     return Analysis(
         analyzed,
         [_group(name, members[name], chosen) for name in names],
@@ -162,11 +160,12 @@ def analyze(
 
 
 def _usable_runs(runs: Mapping[str, Run], problems: list[str]) -> dict[str, Run]:
-    """The runs of the usual shape with two states or more, without states whose noise level is not known."""
+    """The runs of the usual shape with two states or more, with one state for each noise level that is known."""
     usable: dict[str, Run] = {}
     for key, run in runs.items():
         problems += [f"{key}: {line}" for line in run.problems]
-        known = np.flatnonzero(np.isfinite(run.sigmas))
+        # Of states at one noise level (the predictor and the corrector of Heun's method) the last counts.
+        known = np.flatnonzero(np.isfinite(run.sigmas) & np.append(np.diff(run.sigmas) != 0, True))
         if len(known) < 2:
             problems.append(f"{key}: has {len(known)} states of known noise level; at least 2 are needed; left out")
             continue
@@ -228,50 +227,55 @@ def _levels(run: AnalyzedRun) -> tuple[float, ...]:
     return tuple(float(f"{sigma:.4g}") for sigma in run.path.sigmas)
 
 
-def _pairs_by_seed(a: list[AnalyzedRun], b: list[AnalyzedRun]) -> tuple[list[AnalyzedRun], list[AnalyzedRun]] | None:
-    """Both groups in the order of their seeds, when those are the same and each is there once."""
-    seeds = [{run.seed for run in group} for group in (a, b)]
-    if None in seeds[0] | seeds[1] or seeds[0] != seeds[1] or not len(seeds[0]) == len(a) == len(b):
-        return None
-    return sorted(a, key=lambda run: run.seed or 0), sorted(b, key=lambda run: run.seed or 0)
+class _Pair:
+    """Two groups to compare; `paired` when they share enough seeds, each of them once in both."""
 
+    def __init__(
+        self, a: str, b: str, runs_a: list[AnalyzedRun], runs_b: list[AnalyzedRun], problems: list[str]
+    ) -> None:
+        self.a, self.b, self.all_a, self.all_b = a, b, runs_a, runs_b
+        by_seed = [{run.seed: run for run in runs if run.seed is not None} for runs in (runs_a, runs_b)]
+        unique = len(by_seed[0]) == len(runs_a) and len(by_seed[1]) == len(runs_b)
+        shared = sorted(seed for seed in by_seed[0] if seed in by_seed[1] and seed is not None) if unique else []
+        same = len(shared) == len(runs_a) == len(runs_b)
+        self.paired = same or (bool(shared) and stats.too_few(len(shared), len(shared), paired=True) is None)
+        self.runs_a = [by_seed[0][seed] for seed in shared] if self.paired else runs_a
+        self.runs_b = [by_seed[1][seed] for seed in shared] if self.paired else runs_b
+        alone = len(runs_a) + len(runs_b) - len(self.runs_a) - len(self.runs_b)
+        if alone:
+            problems.append(f"{a} / {b}: compared on {len(shared)} common seeds; {alone} runs have no partner")
 
-def _tests(
-    a: str, b: str, runs_a: list[AnalyzedRun], runs_b: list[AnalyzedRun], metrics: Sequence[str]
-) -> Iterator[GroupTest]:
-    pairs = _pairs_by_seed(runs_a, runs_b)
-    for name in metrics:
-        if pairs is None:
-            values = [[run.metrics[name] for run in runs] for runs in (runs_a, runs_b)]
-            values = [[value for value in column if math.isfinite(value)] for column in values]
-        else:
-            both = [(x.metrics[name], y.metrics[name]) for x, y in zip(*pairs, strict=True)]
-            both = [pair for pair in both if math.isfinite(pair[0]) and math.isfinite(pair[1])]
-            values = [[pair[0] for pair in both], [pair[1] for pair in both]]
-        yield stats.compare(name, a, b, values[0], values[1], paired=pairs is not None)
-    spreads = [stats.distances_to_centre(_last_states(runs)).tolist() for runs in (runs_a, runs_b)]
-    spreads = [[value for value in column if math.isfinite(value)] for column in spreads]
-    yield stats.compare("dispersion", a, b, spreads[0], spreads[1], paired=False)
+    def tests(self, metrics: Sequence[str], resamples: int) -> Iterator[GroupTest]:
+        """Every metric, and the dispersion of the last states."""
+        for name in metrics:
+            values = [[run.metrics[name] for run in runs] for runs in (self.runs_a, self.runs_b)]
+            if self.paired:
+                whole = [pair for pair in zip(*values, strict=True) if all(map(math.isfinite, pair))]
+                values = [[pair[0] for pair in whole], [pair[1] for pair in whole]]
+            else:
+                values = [[value for value in column if math.isfinite(value)] for column in values]
+            yield stats.compare(name, self.a, self.b, *values, paired=self.paired, resamples=resamples)
+        spreads = [stats.distances_to_centre(_last_states(runs)).tolist() for runs in (self.all_a, self.all_b)]
+        spreads = [[value for value in column if math.isfinite(value)] for column in spreads]
+        yield stats.compare("dispersion", self.a, self.b, *spreads, paired=False, resamples=resamples)
 
-
-def _separations(a: str, b: str, runs_a: list[AnalyzedRun], runs_b: list[AnalyzedRun]) -> list[Separation]:
-    pairs = _pairs_by_seed(runs_a, runs_b)
-    first, second = pairs if pairs is not None else (runs_a, runs_b)
-    in_b = np.array([False] * len(first) + [True] * len(second))
-    points = np.array([run.path.axes for run in (*first, *second)]).transpose(1, 0, 2)  # [levels, runs, axes]
-    distances = np.array([np.sqrt(np.square(level[:, None] - level[None]).sum(axis=-1)) for level in points])
-    energy, p, corrected = stats.energy_tests(distances, in_b, paired=pairs is not None)
-    return [
-        Separation(
-            a,
-            b,
-            float(sigma),
-            float(energy[k]),
-            None if p is None else float(p[k]),
-            None if corrected is None else float(corrected[k]),
-        )
-        for k, sigma in enumerate(first[0].path.sigmas)
-    ]
+    def separations(self) -> list[Separation]:
+        """How far the groups lie apart at each noise level."""
+        in_b = np.array([False] * len(self.runs_a) + [True] * len(self.runs_b))
+        points = np.array([run.path.axes for run in (*self.runs_a, *self.runs_b)]).transpose(1, 0, 2)
+        distances = np.array([np.sqrt(np.square(level[:, None] - level[None]).sum(axis=-1)) for level in points])
+        energy, p, corrected = stats.energy_tests(distances, in_b, paired=self.paired)
+        return [
+            Separation(
+                self.a,
+                self.b,
+                float(sigma),
+                float(energy[k]),
+                None if p is None else float(p[k]),
+                None if corrected is None else float(corrected[k]),
+            )
+            for k, sigma in enumerate(self.runs_a[0].path.sigmas)
+        ]
 
 
 def _group(name: str, runs: list[AnalyzedRun], metrics: Sequence[str]) -> Group:
@@ -391,7 +395,8 @@ def tidy(analysis: Analysis) -> list[dict[str, Any]]:
     """One row a value: run, group, prompt, seed, quantity, unit, sigma (of quantities along the path), value."""
     rows = []
     for run in analysis.runs:
-        who = {"run": run.key, "group": run.group, "prompt": run.prompt, "seed": run.seed}
+        seed = None if run.seed is None else str(run.seed)
+        who = {"run": run.key, "group": run.group, "prompt": run.prompt, "seed": seed}
         for name, value in run.metrics.items():
             rows.append({**who, "quantity": name, "unit": METRICS[name].unit, "sigma": None, "value": value})
         for name, (sigmas, values) in run.profiles.items():

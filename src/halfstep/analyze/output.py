@@ -23,7 +23,7 @@ _SCHEMA = pa.schema(
         ("run", pa.string()),
         ("group", pa.string()),
         ("prompt", pa.string()),
-        ("seed", pa.int64()),
+        ("seed", pa.string()),  # seeds go up to 2^64
         ("quantity", pa.string()),
         ("unit", pa.string()),
         ("sigma", pa.float64()),

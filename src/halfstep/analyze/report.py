@@ -266,8 +266,9 @@ def _tests_table(analysis: Analysis) -> str:
     heads = ["metric", "groups", "means", "Hedges g", "Welch p", "permutation p", "Holm", "BH", "verdict"]
     paired = " Groups with the same seeds are compared pair by pair." if any(t.paired for t in analysis.tests) else ""
     words = (
-        "<h2>Tests</h2><p>Two-sided. The verdict goes by the permutation test corrected over all tests (Holm), at "
-        f"0.05; BH controls the share of false findings instead.{paired} Intervals are 95% bootstrap intervals.</p>"
+        "<h2>Tests</h2><p>Two-sided. The verdict goes by the larger of the permutation test's and Welch's p, corrected "
+        f"over all tests (Holm), at 0.05; BH controls the share of false findings instead.{paired} Intervals are 95% "
+        "bootstrap intervals.</p>"
     )
     found = [test.verdict == "different" for test in analysis.tests]
     return words + _table(heads, rows, left=(1, 8), marked=found)

@@ -29,11 +29,11 @@ Bools = npt.NDArray[np.bool_]
 class GroupTest:
     """One comparison of two groups.
 
-    n: runs in each. paired: by seed. p_permutation: two-sided, exact where all arrangements can be listed; p_welch:
-    Welch's t (paired: the paired t); None when there are not enough runs. p_holm, p_bh: p_permutation corrected over
-    all tests of the analysis. not_enough: why no verdict can be had. difference: mean of `b` minus mean of `a`;
-    hedges_g: that in pooled standard deviations, corrected for small samples (Hedges 1981), with its bootstrap
-    interval.
+    n: runs in each. paired: by seed. p_permutation: two-sided, of Welch's t (Janssen 1997; paired: of the mean
+    difference), exact where all arrangements can be listed; p_welch: of the t distribution (paired: the paired t); None
+    when there are not enough runs. p_holm, p_bh: the larger of the two corrected over all tests of the analysis.
+    not_enough: why no verdict can be had. difference: mean of `b` minus mean of `a`; hedges_g: that in pooled standard
+    deviations, corrected for small samples (Hedges 1981), with its bootstrap interval.
     """
 
     metric: str
@@ -52,6 +52,14 @@ class GroupTest:
     p_holm: float | None = None
     p_bh: float | None = None
     not_enough: str | None = None
+
+    @property
+    def p(self) -> float | None:
+        """The p-value that counts: the larger of the permutation test's, which needs no distribution, and Welch's,
+        which minds that groups of unequal size have unequal spread."""
+        if self.p_permutation is None:
+            return None
+        return max(self.p_permutation, self.p_welch or 0.0)
 
     @property
     def verdict(self) -> str:
@@ -77,10 +85,17 @@ def too_few(n_a: int, n_b: int, *, paired: bool) -> str | None:
 
 
 def compare(
-    metric: str, a: str, b: str, values_a: Sequence[float], values_b: Sequence[float], *, paired: bool
+    metric: str,
+    a: str,
+    b: str,
+    values_a: Sequence[float],
+    values_b: Sequence[float],
+    *,
+    paired: bool,
+    resamples: int = RESAMPLES,
 ) -> GroupTest:
     """Compare a metric of two groups; `paired` values stand in the order of their shared seeds. Values that are not
-    finite are to be left out before."""
+    finite are to be left out before. `resamples` permutations are drawn when there are more than can be listed."""
     x, y = np.asarray(values_a, float), np.asarray(values_b, float)
     test = GroupTest(
         metric,
@@ -98,10 +113,10 @@ def compare(
         return replace(test, not_enough=reason)
     result = stats.permutation_test(
         (x, y),
-        lambda first, second, axis: second.mean(axis=axis) - first.mean(axis=axis),
+        _mean_difference if paired else _welch_t,
         permutation_type="samples" if paired else "independent",
         vectorized=True,
-        n_resamples=RESAMPLES,
+        n_resamples=resamples,
         rng=np.random.default_rng(_SEED),
     )
     constant = np.ptp(y - x) == 0 if paired else np.ptp(x) == 0 and np.ptp(y) == 0
@@ -116,6 +131,25 @@ def compare(
         p_welch=welch,
         p_permutation=float(result.pvalue),
     )
+
+
+def resamples_for(tests: int) -> int:
+    """Permutations that leave room for a verdict after correction over so many tests: the smallest p-value they can
+    give, 2 / (n + 1), is half of what the strictest step of Holm asks for."""
+    return max(RESAMPLES, math.ceil(4 * tests / ALPHA))
+
+
+def _mean_difference(x: Float64, y: Float64, axis: int) -> Float64:
+    return np.asarray(y.mean(axis=axis) - x.mean(axis=axis))
+
+
+def _welch_t(x: Float64, y: Float64, axis: int) -> Float64:
+    """Welch's t; of groups without spread, infinite where their means differ."""
+    difference = y.mean(axis=axis) - x.mean(axis=axis)
+    error = np.sqrt(x.var(axis=axis, ddof=1) / x.shape[axis] + y.var(axis=axis, ddof=1) / y.shape[axis])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(difference == 0, 0.0, difference / error)
+    return np.asarray(t)
 
 
 def hedges_g(x: Float64, y: Float64, *, paired: bool = False) -> float | None:
@@ -154,19 +188,21 @@ def _bootstrap_interval(x: Float64, y: Float64, *, paired: bool) -> tuple[float,
 
 
 def correct(tests: Sequence[GroupTest]) -> list[GroupTest]:
-    """The tests with p_holm and p_bh over all of them that have a p-value. Where so few runs were made that no result
-    could stay below 0.05, the test says so."""
-    tested = [i for i, test in enumerate(tests) if test.p_permutation is not None]
-    p = np.array([tests[i].p_permutation for i in tested], float)
+    """The tests with p_holm and p_bh over all of them that have a p-value. A test that could not have come below 0.05
+    with so few runs, whatever they had shown, says so."""
+    tested = [i for i, test in enumerate(tests) if test.p is not None]
+    p = np.array([tests[i].p for i in tested], float)
     corrected = list(tests)
-    for i, strict, lenient in zip(tested, holm(p), benjamini_hochberg(p), strict=True):
-        least = smallest_p(tests[i].n_a, tests[i].n_b, paired=tests[i].paired) * len(tested)
-        hopeless = (
-            f"not enough runs for {len(tested)} tests: the smallest corrected p possible is {min(1.0, least):.2g}"
-        )
-        corrected[i] = replace(
-            tests[i], p_holm=float(strict), p_bh=float(lenient), not_enough=hopeless if least >= ALPHA else None
-        )
+    for place, (i, strict, lenient) in enumerate(zip(tested, holm(p), benjamini_hochberg(p), strict=True)):
+        test = tests[i]
+        reason = None
+        if strict >= ALPHA:
+            best = p.copy()
+            best[place] = smallest_p(test.n_a, test.n_b, paired=test.paired)
+            least = holm(best)[place]
+            if least >= ALPHA:
+                reason = f"not enough runs for {len(tested)} tests: the smallest corrected p possible is {least:.2g}"
+        corrected[i] = replace(test, p_holm=float(strict), p_bh=float(lenient), not_enough=reason)
     return corrected
 
 
@@ -189,8 +225,8 @@ class Separation:
     """How far two groups lie apart at one noise level.
 
     energy: the energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'| in the shared axes, latent (Szekely and Rizzo 2013,
-    doi:10.1016/j.jspi.2013.03.018). p_permutation: of its permutation test, p_corrected: over the noise levels;
-    None when there are not enough runs.
+    doi:10.1016/j.jspi.2013.03.018). p_permutation: of its permutation test, p_corrected: over the noise levels and all
+    pairs of groups; None when there are not enough runs.
     """
 
     a: str
@@ -255,6 +291,16 @@ def energy_tests(distances: Float64, in_b: Bools, *, paired: bool) -> tuple[Floa
     alone = (permuted_z >= z - 1e-9).sum(axis=0)
     together = (permuted_z.max(axis=1)[:, None] >= z - 1e-9).sum(axis=0)
     return observed, (alone + 1) / (RESAMPLES + 1), (together + 1) / (RESAMPLES + 1)
+
+
+def correct_over_pairs(pairs: Sequence[Sequence[Separation]]) -> list[Separation]:
+    """The levels of all pairs of groups, their p_corrected times the number of pairs that were tested (Bonferroni)."""
+    factor = sum(1 for levels in pairs if any(level.p_corrected is not None for level in levels))
+    return [
+        level if level.p_corrected is None else replace(level, p_corrected=min(1.0, factor * level.p_corrected))
+        for levels in pairs
+        for level in levels
+    ]
 
 
 def separates_at(levels: Sequence[Separation]) -> float | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from halfstep.analyze.analysis import Analysis, analyze
+from halfstep.errors import NumericsError
 from halfstep.store.codecs import GROUP, decode_trajectory, encode_trajectory
 from halfstep.store.formats import to_float32, to_storage
 from halfstep.store.run import Float32, Latents, Run
@@ -36,12 +37,13 @@ def compare_storage(
     groups: Mapping[str, str],
     exact: Analysis,
     *,
-    metrics: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[StorageComparison]:
     """Repeat the analysis `exact` of `runs` with their latents rounded as each format keeps them: fp16, bf16, and the
-    predictive codec at the errors of both and at bounds of 0.1%, 1% and 10% of the latents' root-mean-square."""
+    predictive codec at the errors of both and at bounds of 0.1%, 1% and 10% of the latents' root-mean-square. A format
+    that cannot hold the values is left out, and `say` hears why."""
     comparisons = []
+    groups = {run.key: groups[run.key] for run in exact.runs}
     first = runs[exact.runs[0].key].latents
     rms = float(np.sqrt(np.mean(np.square(np.stack([first[0], first[-1]]), dtype=np.float64))))
     for name, round_trip in _formats(rms).items():
@@ -49,7 +51,11 @@ def compare_storage(
         sizes: list[tuple[int, int]] = []
         held: dict[tuple[str, int], Float32] = {}
         stored = {key: _stored(runs[key], round_trip, held, sizes) for key in groups}
-        analysis = analyze(stored, groups, metrics=metrics)
+        try:
+            analysis = analyze(stored, groups, metrics=list(exact.runs[0].metrics))
+        except NumericsError as error:
+            say(f"{name} is left out: {error}")
+            continue
         comparisons.append(
             StorageComparison(
                 name,

@@ -27,10 +27,10 @@ def number(value: float | None) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """A p-value to two digits; below 0.0001 the permutations cannot tell more."""
+    """A p-value to two digits."""
     if value is None:
         return "no p"
-    return "p <= 0.0001" if value <= 0.0001 else f"p = {value:.2g}"
+    return f"p = {value:.2g}"
 
 
 def effect(test: GroupTest) -> str:
@@ -52,10 +52,7 @@ def sentence(test: GroupTest) -> str:
         return f"{means}; {test.not_enough}."
     how = "paired by seed, " if test.paired else ""
     tail = f" ({test.not_enough})" if test.not_enough else ""
-    return (
-        f"{means}; {effect(test)}; {how}{p_value(test.p_permutation)}, "
-        f"{p_value(test.p_holm).removeprefix('p ').removeprefix('= ')} corrected: {test.verdict}{tail}."
-    )
+    return f"{means}; {effect(test)}; {how}{p_value(test.p)}, {test.p_holm:.2g} corrected: {test.verdict}{tail}."
 
 
 def separation_sentences(analysis: Analysis) -> list[str]:

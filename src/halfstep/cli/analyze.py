@@ -70,7 +70,7 @@ def analyze(
         chosen = group_by_prompt(runs) if groups == "prompt" else group_by_file(runs, Path(groups))
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
     analysis = run_analyze(runs, chosen, metrics=names, pairwise=bool(compared), problems=problems, say=say)
-    storage = run_compare_storage(runs, chosen, analysis, metrics=names, say=say) if compare_storage else []
+    storage = run_compare_storage(runs, chosen, analysis, say=say) if compare_storage else []
     if output is not None:
         write_output(analysis, output, f"Trajectories of {batch_dir}", storage)
     if json:
@@ -113,10 +113,11 @@ def _print(analysis: Analysis, storage: list[StorageComparison]) -> None:
         typer.echo(clustering_sentence(analysis))
     for item in storage:
         known = {name: largest for name, (_, largest) in item.differences.items() if not math.isnan(largest)}
-        worst = max(known, key=lambda name: known[name])
+        worst = max(known, key=lambda name: known[name], default=None)
+        change = "no metric to compare" if worst is None else f"{known[worst]:.1e} ({METRIC_NAMES[worst]})"
         typer.echo(
-            f"{item.format}: {item.share:.3f} of fp32, largest change {known[worst]:.1e} "
-            f"({METRIC_NAMES[worst]}), {len(item.changed)} of {item.tests} verdicts changed"
+            f"{item.format}: {item.share:.3f} of fp32, largest change {change}, "
+            f"{len(item.changed)} of {item.tests} verdicts changed"
         )
     for problem in analysis.problems:
         typer.echo(f"problem: {problem}")

@@ -132,10 +132,10 @@ def convert(
     """Recorded latents of one file a step into a trajectory store, or back; the same command again goes on."""
     from dataclasses import asdict
 
-    from halfstep.store import TrajectoryFormat, find_trajectory_store, open_trajectories
+    from halfstep.store import TrajectoryFormat, find_trajectory_store, open_trajectories, readable_runs
     from halfstep.store.convert import to_batch, to_store
 
-    runs = open_trajectories(source)
+    runs, unreadable = readable_runs(open_trajectories(source))
     if to is None:
         to = "store" if find_trajectory_store(source) is None else "npy.gz"
     if to not in ("store", "npy.gz"):
@@ -149,6 +149,7 @@ def convert(
         report = to_store(runs, output, TrajectoryFormat(codec, storage, max_error), say)
     else:
         report = to_batch(runs, output, say)
+    report.notes.extend(unreadable)
     if json:
         typer.echo(json_module.dumps(asdict(report)))
         return
@@ -195,10 +196,10 @@ def _repair_trajectories(store: Path, json: bool) -> NoReturn:
 
 
 def _inspect_trajectories(path: Path, json: bool) -> None:
-    from halfstep.store import open_trajectories
+    from halfstep.store import open_trajectories, readable_runs
     from halfstep.store.convert import folder_bytes
 
-    runs = open_trajectories(path)
+    runs, problems = readable_runs(open_trajectories(path))
     facts: dict[str, dict[str, Any]] = {}
     for key in runs:
         run = runs[key]
@@ -213,10 +214,12 @@ def _inspect_trajectories(path: Path, json: bool) -> None:
         }
     size = folder_bytes(path)
     if json:
-        typer.echo(json_module.dumps({"runs": facts, "bytes": size}))
+        typer.echo(json_module.dumps({"runs": facts, "bytes": size, "problems": problems}))
         return
     typer.echo(f"{path}: {len(facts)} runs, {sum(fact['steps'] for fact in facts.values())} steps, {size:,} bytes")
     for key, fact in facts.items():
         typer.echo(f"  {key:24} {fact['steps']:4} steps {fact['shape']}  seed {fact['seed']}  {fact['prompt'] or ''}")
         for problem in fact["problems"]:
             typer.echo(f"    {problem}")
+    for problem in problems:
+        typer.echo(f"  {problem}")

@@ -9,7 +9,6 @@ OUT/latents/                 a TrajectoryStore with a run of the same name
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,14 +20,14 @@ import numpy as np
 import torch
 
 import halfstep
-from halfstep.errors import InputError, NumericsError
+from halfstep.errors import InputError, NumericsError, StoreBusyError, StoreError
 from halfstep.generate.config import GenerateConfig, VideoSettings
 from halfstep.generate.pipeline import Generator, load_generator, write_video
 from halfstep.generate.template import expand_template
 from halfstep.precision import PrecisionPolicy
 from halfstep.sampling import record
 from halfstep.store import TrajectoryStore
-from halfstep.store.commit import store_errors, write_durably
+from halfstep.store.commit import FileLock, store_errors, write_durably
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,33 @@ def generate(
     """Make every run of `template` in folder `output`.
 
     With `resume`, complete runs are left alone and the others made again, in the precision of the batch; it must be
-    the same batch but for more videos a prompt. A run whose result is not finite fails alone. `say` hears what a user
+    the same batch but for more videos a prompt. A run whose result is not finite, or whose
+    latents could not be kept, fails alone. `say` hears what a user
     should know; `on_step(key, step, steps)` is called after each sampling step. Raises InputError for a folder that
     holds a batch already (without `resume`) or another one.
     """
-    started = time.monotonic()
     runs = plan(config, template)
+    with store_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / ".lock")
+    try:
+        if not lock.try_exclusive():
+            raise StoreBusyError(f"{output}: another process is making this batch; wait for it to end")
+        return _generate(config, template, output, runs, resume, say, on_step)
+    finally:
+        lock.release()
+
+
+def _generate(
+    config: GenerateConfig,
+    template: str,
+    output: Path,
+    runs: list[PlannedRun],
+    resume: bool,
+    say: Callable[[str], None],
+    on_step: Callable[[str, int, int], None],
+) -> GenerateReport:
+    started = time.monotonic()
     device = config.model_settings.device
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     policy = _claim(output, config, template, runs, resume, device)
@@ -99,7 +119,7 @@ def generate(
             try:
                 _make(generator, config, run, frames, output, say, on_step)
                 report.generated.append(run.key)
-            except NumericsError as error:
+            except (NumericsError, StoreError) as error:
                 report.failed[run.key] = str(error)
                 _log(output, {"run": run.key, "event": "failed", "reason": str(error)})
             if config.memory_settings.clear_cache_between_videos and torch.cuda.is_available():
@@ -123,12 +143,11 @@ def _claim(
         if difference:
             raise InputError(f"{output}: is another batch: {difference}; name a new folder")
         policy = PrecisionPolicy.parse(there["policy"])  # what auto chose then
-    elif output.exists() and any(output.iterdir()):
+    elif output.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
         raise InputError(f"{output}: holds something that is not a batch; name a new folder")
     policy = policy.resolve(device, "sample")
     content = {**wanted, "policy": str(policy), "halfstep": halfstep.__version__, "runs": [asdict(run) for run in runs]}
     with store_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
         write_durably(path, _json(content))
     return policy
 
@@ -195,9 +214,8 @@ def _make(
     recording: Any = nullcontext(lambda pipe, i, t, tensors: tensors)
     if latents.store_latents:
         store = TrajectoryStore.create(output / "latents")
-        with store_errors(store.root):
-            if run.key in store:  # of a call that was interrupted; the same seed makes the same steps again
-                shutil.rmtree(store.root / run.key)
+        if run.key in store:  # of a call that was interrupted; the same seed makes the same steps again
+            store.remove(run.key)
         noted = {"prompt": run.prompt, "seed": run.seed, "guidance": model.cfg_scale, "policy": str(generator.policy)}
         recording = record(
             generator.pipe, store, run=run.key, format=latents.format(), interval=latents.storage_interval, **noted
@@ -228,7 +246,11 @@ def _make(
             },
         }
         if latents.store_latents:
-            metadata["latents"] = {"run": run.key, "problems": list(store[run.key].problems)}
+            kept = store[run.key]
+            metadata["latents"] = {"run": run.key, "states": len(kept), "problems": list(kept.problems)}
+            if not kept.attributes["complete"]:
+                write_durably(folder / "metadata.json", _json({**metadata, "status": "failed"}))
+                raise StoreError(f"{run.key}: its latents were not recorded whole ({'; '.join(kept.problems)})")
         write_durably(folder / "metadata.json", _json({**metadata, "status": "complete"}))
     _log(output, {"run": run.key, "event": "complete", "seconds": metadata["sampling_seconds"]})
     say(f"{run.key}: {metadata['sampling_seconds']:.1f} s, seed {run.seed}, {run.prompt}")

@@ -80,10 +80,11 @@ class StoreRecorder:
 
     `record` copies the latent (from a GPU into pinned memory, without waiting for it) and returns; a thread of low
     priority writes and encodes. At most a few steps wait in memory: a sampler that is faster than the disk waits.
-    `interval` keeps every n-th step, and always the first and the last. When the store cannot take a step (a full
-    disk), sampling goes on: one warning is given, that ticket and all after it hold the error, and the run stays
-    incomplete. As a context manager it finishes on a clean exit. Raises InputError when the run's name is taken, the
-    shape changes or the index does not grow.
+    `interval` keeps every n-th step, and always the first and the last; the tickets of others are done at once, and the
+    last, when it falls between, is written by `finish` or `close`. When the store cannot take a step (a full disk),
+    sampling goes on: one warning is given, that ticket and all after it hold the error, and the run stays incomplete.
+    As a context manager it finishes on a clean exit. Raises InputError when the run's name is taken, the shape changes
+    or the index does not grow.
     """
 
     def __init__(
@@ -103,13 +104,16 @@ class StoreRecorder:
         self._writer: RunWriter = store.record(key, format, **attributes)
         self._shape: torch.Size | None = None
         self._last_index = -1
-        self._held: tuple[_Copy, Ticket] | None = None  # a step that is kept only if it turns out to be the last
+        self._held: _Copy | None = None  # a step that is kept only if it turns out to be the last
+        self._ended = False
         self._failure: BaseException | None = None
         self._warned = False
         self._free = threading.Semaphore(_MOST_WAITING)
         self._thread = ThreadPoolExecutor(1, f"record {key}", initializer=_give_way)
 
     def record(self, step: Step) -> Ticket:
+        if self._ended:
+            raise InputError(f"{self._where}: got step {step.index} after the recording was finished or closed")
         if self._shape is not None and step.latent.shape != self._shape:
             raise InputError(
                 f"{self._where}: step {step.index} has the shape {list(step.latent.shape)}, the steps before "
@@ -128,18 +132,20 @@ class StoreRecorder:
         ticket: Ticket = Future()
         copy = _Copy(step)
         if self._held is not None:
-            self._held[1].set_result(None)  # it was not the last, so it is not kept
-            self._held = None
+            self._held = None  # it was not the last, so it is not kept
             self._free.release()
         if first or step.index % self._interval == 0:
             self._submit(copy, ticket)
         else:
-            self._held = copy, ticket
+            self._held = copy
+            ticket.set_result(None)
         return ticket
 
     def finish(self) -> None:
-        """Wait until all is on disk and mark the run complete; after a failure it stays incomplete."""
-        self._drain()
+        """Wait until all is on disk and mark the run complete; after a failure it stays incomplete. A second call does
+        nothing."""
+        if not self._drain():
+            return
         try:
             if self._failure is None:
                 self._writer.finish()
@@ -152,8 +158,9 @@ class StoreRecorder:
         self._warn_once()
 
     def close(self) -> None:
-        """Wait until all that was recorded is on disk, and leave the run incomplete."""
-        self._drain()
+        """Wait until all that was recorded is on disk, and leave the run incomplete. Does nothing after `finish`."""
+        if not self._drain():
+            return
         self._writer.close()
         self._warn_once()
 
@@ -188,11 +195,16 @@ class StoreRecorder:
     def _note_failure(self, written: Future[None]) -> None:
         self._failure = self._failure or written.exception()
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
+        """Write what waits and take no more; False when that was done before."""
+        if self._ended:
+            return False
+        self._ended = True
         if self._held is not None:
-            self._submit(*self._held)
+            self._submit(self._held, Future())
             self._held = None
         self._thread.shutdown()
+        return True
 
     def _warn_once(self) -> None:
         """In the sampler's thread, so that the warning points at its caller."""
@@ -213,7 +225,7 @@ class _Copy:
             self._host = torch.empty(latent.shape, dtype=latent.dtype, pin_memory=True)
             self._host.copy_(latent, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(latent.device))
         else:
             self._host = latent.to("cpu", copy=True)
         self.step = replace(step, latent=self._host)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfstep.errors import InputError
+from halfstep.errors import InputError, StoreError
 from halfstep.store.commit import store_errors, write_durably
 from halfstep.store.legacy import step_bytes
-from halfstep.store.run import Run
+from halfstep.store.run import Float32, Run
 from halfstep.store.trajectory import TrajectoryStore
 from halfstep.store.trajectory_layout import TrajectoryFormat
 
@@ -51,23 +50,23 @@ def to_store(
             if there["converted"] == "whole":
                 skipped += 1
                 continue
-            with store_errors(store.root):
-                shutil.rmtree(store.root / key)
+            store.remove(key)
         attributes = {"prompt": run.prompt, "seed": run.seed, **run.attributes, "converted": "partly"}
         writer = store.record(key, format, **{name: v for name, v in attributes.items() if v is not None})
+        written = 0
+        problems = [line for line in run.problems if not line.startswith("incomplete: ")]
         try:
-            for k, latents in enumerate(run.latents):
+            for k, latents in _readable_steps(run, problems):
                 writer.append(int(run.steps[k]), float(run.timesteps[k]), float(run.sigmas[k]), latents)
                 writer.pack()
-            complete = bool(run.attributes.get("complete"))
-            problems = [line for line in run.problems if not line.startswith("incomplete: ")]
-            writer.finish(complete=complete, problems=problems, converted="whole")
+                written += 1
+            writer.finish(complete=bool(run.attributes.get("complete")), problems=problems, converted="whole")
         finally:
             writer.close()
-        steps += len(run)
-        fp32_bytes += 4 * math.prod(run.latents.shape)
-        notes += [f"{key}: {line}" for line in run.problems]
-        say(f"{key}: {len(run)} steps")
+        steps += written
+        fp32_bytes += 4 * written * math.prod(run.latents.shape[1:])
+        notes += [f"{key}: {line}" for line in problems]
+        say(f"{key}: {written} steps")
     return ConvertReport(len(runs) - skipped, skipped, steps, folder_bytes(store.root), fp32_bytes, notes)
 
 
@@ -86,12 +85,13 @@ def to_batch(runs: Mapping[str, Run], root: Path | str, say: Callable[[str], Non
         if (folder / "summary.json").exists():
             skipped += 1
             continue
+        problems = list(run.problems)
         with store_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            written = _write_run(run, folder)
+            written = _write_run(run, folder, problems)
         if run.steps.size and run.attributes.get("initial_noise", True) and run.steps[0] == 0:
             notes.append(f"{key}: the initial noise has no place in this format and was left out")
-        notes += [f"{key}: {line}" for line in run.problems]
+        notes += [f"{key}: {line}" for line in problems]
         steps += written
         fp32_bytes += 4 * written * math.prod(run.latents.shape[1:])
         say(f"{key}: {written} steps")
@@ -108,13 +108,26 @@ def _folder_name(key: str) -> Path:
     return Path(match[1]) / f"vid_{match[2]}" if match else Path(key) / "vid_001"
 
 
-def _write_run(run: Run, folder: Path) -> int:
+def _readable_steps(run: Run, problems: list[str]) -> Iterator[tuple[int, Float32]]:
+    """Place and latents of each step; those whose bytes are damaged are left out with a line among `problems`."""
+    for k in range(len(run)):
+        try:
+            latents = run.latents[k]
+        except StoreError as error:
+            problems.append(f"damaged: step {run.steps[k]} was left out ({error})")
+            continue
+        yield k, latents
+
+
+def _write_run(run: Run, folder: Path, problems: list[str]) -> int:
     after_step = run.attributes.get("initial_noise", True)  # whether step 0 is the noise, so that files count from one
     labels = _labels(run)
     dtype = "float16" if run.attributes.get("dtype") == "torch.float16" else "float32"
-    total = run.attributes.get("total_steps", int(run.steps[-1]) if len(run) else 0)
+    total = run.attributes.get("total_steps")
+    if total is None and run.attributes.get("complete") and len(run):
+        total = int(run.steps[-1])
     numbers = []
-    for k, latents in enumerate(run.latents):
+    for k, latents in _readable_steps(run, problems):
         number = int(run.steps[k]) - 1 if after_step else int(run.steps[k])
         if number < 0:
             continue
@@ -135,6 +148,10 @@ def _write_run(run: Run, folder: Path) -> int:
         write_durably(folder / f"step_{number:03d}.npy.gz", step_bytes(latents, dtype))
         write_durably(folder / f"step_{number:03d}_metadata.json", json.dumps(metadata, indent=2).encode())
         numbers.append(number)
+    if any(labels[k][0] is None for k in range(len(run)) if int(run.steps[k]) > 0):
+        problems.append(
+            "missing: the noise levels before some steps, which this format labels them with, were not kept"
+        )
     if run.attributes.get("complete"):
         summary: dict[str, Any] = {
             "video_id": run.key,

@@ -6,8 +6,10 @@ end is not a record. The file is locked as long as its writer lives.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import IO
 
 import numpy as np
 
+from halfstep.errors import StoreBusyError
 from halfstep.store.commit import FileLock
 from halfstep.store.run import Float32
 
@@ -23,6 +26,7 @@ NAME = "journal"
 _HEADER = struct.Struct("<4sqqddQI")  # magic, position, step, timestep, sigma, bytes of values, CRC-32 of the values
 _CHECKSUM = struct.Struct("<I")  # of the header
 _MAGIC = b"HSJ1"
+_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,19 @@ class JournalEntry:
 
 
 class Journal:
-    """The journal at `path`, opened by the one who writes it. Raises BlockingIOError when someone else does."""
+    """The journal at `path`, opened by the one who writes it. Raises StoreBusyError when someone else does."""
 
     def __init__(self, path: Path) -> None:
         self._lock = FileLock(path)
-        if not self._lock.try_exclusive():
+        for _ in range(_ATTEMPTS):  # one who only asks whether it is written holds it for a moment
+            if self._lock.try_exclusive():
+                break
+            time.sleep(0.01)
+        else:
             self._lock.release()
-            raise BlockingIOError(f"{path}: is being written by another process")
+            raise StoreBusyError(f"{path}: another process is recording this run; wait for it to end")
         self.path = path
+        self._closed = False
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._end = os.fstat(self._descriptor).st_size
 
@@ -77,21 +86,34 @@ class Journal:
 
     def close(self) -> None:
         """Let go of file and lock; what is in the journal stays there."""
-        os.close(self._descriptor)
-        self._lock.release()
+        if not self._closed:
+            self._closed = True
+            os.close(self._descriptor)
+            self._lock.release()
 
 
-def read_journal(path: Path) -> list[JournalEntry]:
-    """The whole records of a journal, in order; none when there is no journal."""
+def read_journal(path: Path) -> tuple[list[JournalEntry], bool]:
+    """The whole records of a journal, in order, and whether there are damaged ones too. None when there is no journal.
+    What a crash cut off at the end is no damage."""
     entries: list[JournalEntry] = []
+    damaged = False
     try:
         file = path.open("rb")
     except FileNotFoundError:
-        return entries
+        return entries, damaged
     with file:
-        while (record := _read_record(file)) is not None:
-            entries.append(record[0])
-    return entries
+        size = os.fstat(file.fileno()).st_size
+        while (start := file.tell()) < size:
+            record = _read_record(file)
+            if record is not None:
+                entries.append(record[0])
+                continue
+            following = _next_record(file, start, size)
+            if following is None:
+                break
+            damaged = True
+            file.seek(following)
+    return entries, damaged
 
 
 def read_values(path: Path, entry: JournalEntry, shape: tuple[int, ...]) -> Float32 | None:
@@ -103,30 +125,58 @@ def read_values(path: Path, entry: JournalEntry, shape: tuple[int, ...]) -> Floa
     with file:
         file.seek(entry.start)
         record = _read_record(file)
-    if record is None or record[0] != entry:
+    if record is None or (record[0].position, record[0].step) != (entry.position, entry.step):
         return None
     return np.frombuffer(record[1], "<f4").astype(np.float32, copy=False).reshape(shape)
 
 
 def is_being_written(path: Path) -> bool:
     """Whether a living process holds the journal at `path`."""
-    if not path.exists():
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
         return False
-    lock = FileLock(path)
-    free = lock.try_exclusive()
-    lock.release()
-    return not free
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _next_record(file: IO[bytes], start: int, size: int) -> int | None:
+    """Where, after the damaged record at `start`, the next one begins, or its own end when it is all there; None when
+    the file just ends in mid-record."""
+    file.seek(start)
+    header = file.read(_HEADER.size + _CHECKSUM.size)
+    if _is_header(header):
+        end = start + len(header) + int(_HEADER.unpack_from(header)[5])
+        return end if end <= size else None
+    file.seek(start + 1)
+    rest = file.read()
+    place = rest.find(_MAGIC)
+    while place >= 0:
+        if _is_header(rest[place : place + _HEADER.size + _CHECKSUM.size]):
+            return start + 1 + place
+        place = rest.find(_MAGIC, place + 1)
+    return None
+
+
+def _is_header(data: bytes) -> bool:
+    if len(data) < _HEADER.size + _CHECKSUM.size or not data.startswith(_MAGIC):
+        return False
+    checksum: int = _CHECKSUM.unpack_from(data, _HEADER.size)[0]
+    return checksum == zlib.crc32(data[: _HEADER.size])
 
 
 def _read_record(file: IO[bytes]) -> tuple[JournalEntry, bytes] | None:
     """The record that begins where `file` stands, or None when there is no whole one."""
     start = file.tell()
     header = file.read(_HEADER.size + _CHECKSUM.size)
-    if len(header) < _HEADER.size + _CHECKSUM.size:
+    if not _is_header(header):
         return None
-    magic, position, step, timestep, sigma, size, checksum = _HEADER.unpack_from(header)
-    if magic != _MAGIC or _CHECKSUM.unpack_from(header, _HEADER.size)[0] != zlib.crc32(header[: _HEADER.size]):
-        return None
+    _, position, step, timestep, sigma, size, checksum = _HEADER.unpack_from(header)
     values = file.read(size)
     if len(values) != size or zlib.crc32(values) != checksum:
         return None

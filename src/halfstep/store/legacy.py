@@ -14,6 +14,7 @@ import io
 import json
 import math
 import re
+import tokenize
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,8 @@ _STEP = re.compile(r"step_(\d+)(\.npy\.gz|\.npy|\.pt\.gz|\.pt)")
 _PROMPT = re.compile(r"prompt_\d+")
 _VIDEO = re.compile(r"vid_(\d+)")
 _SHARED = ("total_steps", "prompt", "seed", "cfg_scale", "shape", "dtype")  # what all steps of one run agree on
-_DAMAGE = (OSError, EOFError, ValueError, zlib.error)
+# What numpy, gzip, zip and pickle raise for bytes that are not what they were.
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, SyntaxError, NotImplementedError, tokenize.TokenError, zlib.error)
 
 
 class LegacyBatch(Mapping[str, Run]):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import IO, Any
@@ -17,6 +18,18 @@ from halfstep.errors import StoreError, UnsafePickleError
 from halfstep.store.formats import NUMPY_TYPES, Array, to_float32
 from halfstep.store.run import Float32
 
+_DAMAGE = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+)
 _STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64"}
 
 
@@ -47,7 +60,7 @@ def read_torch_tensor(file: IO[bytes], where: str) -> Float32:
                 tensor = _TensorUnpickler(data, archive, described[0].removesuffix("data.pkl"), where).load()
     except UnsafePickleError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, IndexError, ValueError, TypeError) as error:
+    except _DAMAGE as error:
         raise StoreError(f"{where}: damaged ({error})") from error
     if not isinstance(tensor, _Tensor):
         raise StoreError(f"{where}: holds a {type(tensor).__name__}; expected one tensor")

@@ -6,23 +6,35 @@ run's attributes. Steps that are durable but not yet in the arrays lie in the ru
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import zarr
+from zarr.errors import ContainsGroupError
 from zarr.storage import LocalStore
 
-from halfstep.errors import HalfstepError, InputError, StoreError
-from halfstep.store.commit import store_errors
+from halfstep.errors import HalfstepError, InputError, StoreBusyError, StoreError
+from halfstep.store.commit import fsync_path, store_errors
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values
 from halfstep.store.run import Float32, Latents, Run
-from halfstep.store.trajectory_layout import FORMAT_VERSION, KEY, LABELS, DurableStore, TrajectoryFormat, chunk_path
+from halfstep.store.trajectory_layout import (
+    FORMAT_VERSION,
+    KEY,
+    LABELS,
+    DurableStore,
+    TrajectoryFormat,
+    check_key,
+    chunk_path,
+)
 from halfstep.store.trajectory_writer import RunWriter
 
 # Decoded groups of steps that are kept, over all runs that are open: enough to go through a few runs side by side.
@@ -61,9 +73,10 @@ class TrajectoryStore(Mapping[str, Run]):
         """The store in folder `root`, made when there is nothing. Raises InputError when something else is there."""
         root = Path(root)
         if not (root / "zarr.json").exists():
-            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            # What begins with a dot may be left by one who was killed here.
+            if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
                 raise InputError(f"{root}: holds something that is not a trajectory store; name a new folder")
-            with store_errors(root):
+            with store_errors(root), suppress(ContainsGroupError):  # another process was first
                 zarr.create_group(DurableStore(root), attributes={"halfstep_trajectories": FORMAT_VERSION})
         return cls(root)
 
@@ -115,6 +128,17 @@ class TrajectoryStore(Mapping[str, Run]):
         finally:
             writer.close()
 
+    def remove(self, key: str) -> None:
+        """Delete the run `key`, whole or not. Raises StoreBusyError when it is being recorded."""
+        check_key(key)
+        if self.is_being_recorded(key):
+            raise StoreBusyError(f"{self.root}/{key}: another process is recording this run; wait for it to end")
+        with store_errors(self.root):
+            gone = self.root / f".{key}.{os.getpid()}.gone"
+            (self.root / key).rename(gone)  # at once, so that no part of a run is left under its name
+            fsync_path(self.root)
+            shutil.rmtree(gone)
+
     def is_being_recorded(self, key: str) -> bool:
         """Whether a living process is recording the run."""
         return is_being_written(self.root / key / JOURNAL_NAME)
@@ -123,12 +147,12 @@ class TrajectoryStore(Mapping[str, Run]):
 def read_run(root: Path, key: str) -> Run:
     """The run `key` of the store at `root` as it is now. Raises StoreError when its metadata is damaged."""
     folder = root / key
-    entries = read_journal(folder / JOURNAL_NAME)  # before the arrays: steps move from here to there
+    entries, damaged = read_journal(folder / JOURNAL_NAME)  # before the arrays: steps move from here to there
     try:
         group = zarr.open_group(LocalStore(root, read_only=True), path=key, mode="r")
         attributes: dict[str, Any] = group.attrs.asdict()
         array: Any = group.get("latents")
-        if array is None and attributes.get("complete"):
+        if array is None and attributes.get("complete") and any((folder / name).exists() for name in LABELS):
             raise StoreError("latents/zarr.json is missing")
         stored = 0 if array is None else array.shape[0]
         columns: dict[str, Any] = {name: group[name] for name in LABELS} if stored else {}
@@ -146,7 +170,9 @@ def read_run(root: Path, key: str) -> Run:
             raise StoreError(f"{root}/{key}: got {len(values)} {name} for {stored} steps; read another copy")
     waiting = [entry for entry in entries if entry.position >= stored]
     problems = _problems(attributes, folder)
-    reader = StepReader(root, key, waiting)
+    if damaged:
+        problems.append("damaged: some steps of its journal cannot be read; `halfstep store repair` keeps the others")
+    reader = StepReader(root, key, {stored + i: entry for i, entry in enumerate(waiting)})
     return Run(
         key=key,
         steps=np.array([*labels.get("steps", []), *(entry.step for entry in waiting)], np.int64),
@@ -184,6 +210,8 @@ class _GroupCache:
             group = read(number)
         with self._lock:
             self._groups[reader, number] = group
+            while len(self._groups) > _GROUPS_KEPT:
+                self._groups.popitem(last=False)
         return group
 
 
@@ -194,9 +222,10 @@ _reader_numbers = count()
 class StepReader:
     """Reads single steps of one run; steps in a row cost one decoding of the group they lie in."""
 
-    def __init__(self, root: Path, key: str, waiting: Sequence[JournalEntry] = ()) -> None:
+    def __init__(self, root: Path, key: str, waiting: Mapping[int, JournalEntry] | None = None) -> None:
         self._root, self._key = root, key
-        self._waiting = {entry.position: entry for entry in waiting}
+        self._waiting = waiting or {}  # by place in the run
+        self._folder_number = (root / key).stat().st_ino
         self._array: Any = None
         self._number = next(_reader_numbers)
         if (root / key / "latents" / "zarr.json").exists():
@@ -219,6 +248,8 @@ class StepReader:
         group = self._array.chunks[0]
         start, stop = number * group, min((number + 1) * group, self._array.shape[0])
         path = chunk_path(self._root / self._key, number, len(self._array.shape))
+        if not path.parent.exists() or (self._root / self._key).stat().st_ino != self._folder_number:
+            raise StoreError(f"{self._root}/{self._key}: was repaired or removed after it was opened; open it again")
         try:
             if start >= stop or not path.exists():  # zarr would read zeros
                 raise StoreError(f"{path.name} is missing")

@@ -53,6 +53,7 @@ def verify_trajectories(root: Path | str) -> TrajectoryVerifyReport:
             if not run.attributes.get("complete"):
                 incomplete.append(key)
             damaged = _damaged_groups(store.root, key)
+            problems += [f"{store.root}/{key}: {line}" for line in run.problems if "its journal" in line]
         except HalfstepError as error:
             problems.append(str(error))
             continue
@@ -80,8 +81,11 @@ def repair_trajectories(root: Path | str) -> TrajectoryRepairReport:
                 leftover.unlink()
             try:
                 read_run(store.root, key)  # its metadata is sound
-                if count := recover_run(store.root, key):
+                count, line = recover_run(store.root, key)
+                if count:
                     recovered[key] = count
+                if line is not None:
+                    lost.append(f"{store.root}/{key}: {line}")
                 if damaged := _damaged_groups(store.root, key):
                     lost.append(_drop_groups(store.root, key, sorted(damaged)))
             except HalfstepError as error:
@@ -106,8 +110,11 @@ def _damaged_groups(root: Path, key: str) -> dict[int, str]:
 
 
 def _finish_interrupted_repair(root: Path) -> None:
-    for copy in root.glob(".*.repair"):
-        shutil.rmtree(copy)
+    for leftover in (*root.glob(".*.repair"), *root.glob(".*.gone")):
+        shutil.rmtree(leftover)
+    for started in root.glob(".*.new"):  # a recording that was killed before its first step, if it is not alive
+        if not is_being_written(started / JOURNAL_NAME):
+            shutil.rmtree(started)
     for old in root.glob(".*.old"):
         key = old.name.removeprefix(".").removesuffix(".old")
         if (root / key).exists():

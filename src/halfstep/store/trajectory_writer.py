@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +15,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from halfstep.errors import InputError
+from halfstep.errors import InputError, StoreError
 from halfstep.store.commit import fsync_path, store_errors, write_durably
 from halfstep.store.formats import to_storage
 from halfstep.store.journal import NAME as JOURNAL_NAME
@@ -55,20 +58,34 @@ class RunWriter:
         self._labels = _Labels()
         self._waiting: list[JournalEntry] = []
         self._last_step = -1
+        # Under another name first, so that a folder with a run's name is a run, whenever a crash comes.
+        made = root / f".{key}.{os.getpid()}.new"
         with store_errors(self._folder):
+            if self._folder.exists():
+                raise self._taken()
+            made.mkdir()
+            self._journal = Journal(made / JOURNAL_NAME)
             try:
-                self._folder.mkdir()
-            except FileExistsError:
-                alive = is_being_written(self._folder / JOURNAL_NAME)
-                state = "being recorded by another process" if alive else "in the store"
-                raise InputError(
-                    f"{self._folder}: a run of this name is already {state}; choose another name, or delete that folder"
-                ) from None
+                zarr.create_group(
+                    DurableStore(root), path=made.name, attributes={**attributes, "complete": False, "problems": []}
+                )
+                made.rename(self._folder)
+            except OSError as error:
+                self._journal.close()
+                shutil.rmtree(made)
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # someone was faster
+                    raise self._taken() from None
+                raise
+            self._journal.path = self._folder / JOURNAL_NAME
             fsync_path(root)
-            self._journal = Journal(self._folder / JOURNAL_NAME)
-            self._group = zarr.create_group(
-                DurableStore(root), path=key, attributes={**attributes, "complete": False, "problems": []}
-            )
+            self._group = zarr.open_group(DurableStore(root), path=key, mode="r+")
+
+    def _taken(self) -> InputError:
+        alive = is_being_written(self._folder / JOURNAL_NAME)
+        state = "being recorded by another process" if alive else "in the store"
+        return InputError(
+            f"{self._folder}: a run of this name is already {state}; choose another name, or delete that folder"
+        )
 
     def append(self, step: int, timestep: float, sigma: float, latents: Float32) -> None:
         """Add the state `latents` [C, (T,) H, W] at noise level `sigma`; when this returns, it is durable.
@@ -153,28 +170,33 @@ class RunWriter:
                 self._journal.clear()
 
 
-def recover_run(root: Path, key: str) -> int:
-    """Move what a crash left in the journal of run `key` to its arrays and remove the journal; the number of steps that
-    lay there. Nobody may be recording the run."""
+def recover_run(root: Path, key: str) -> tuple[int, str | None]:
+    """Move what a crash left in the journal of run `key` to its arrays and remove the journal: the number of steps that
+    lay there, and a line when others were damaged, which the run keeps too. Nobody may be recording the run."""
     path = root / key / JOURNAL_NAME
     if not path.exists():
-        return 0
+        return 0, None
     journal = Journal(path)
     try:
-        group: Any = zarr.open_group(str(root / key), mode="r")
+        group: Any = zarr.open_group(DurableStore(root), path=key, mode="r+")
+        entries, damaged = read_journal(path)
         waiting: list[JournalEntry] = []
         if "latents" in group:
             array = group["latents"]
             stored = array.shape[0]
             labels = _Labels(*(np.asarray(group[name][:stored]).tolist() for name in LABELS))
-            waiting = [entry for entry in read_journal(path) if entry.position >= stored]
+            waiting = [entry for entry in entries if entry.position >= stored]
             for first in range(0, len(waiting), array.chunks[0]):
-                entries = waiting[first : first + array.chunks[0]]
-                labels = _move_to_arrays(root / key, TrajectoryFormat.of(array), entries, labels)
+                some = waiting[first : first + array.chunks[0]]
+                labels = _move_to_arrays(root / key, TrajectoryFormat.of(array), some, labels)
+        line = None
+        if damaged:
+            line = "damaged: steps of the journal could not be read and were dropped"
+            group.update_attributes({"problems": [*group.attrs.asdict().get("problems", []), line]})
         journal.remove()
     finally:
         journal.close()
-    return len(waiting)
+    return len(waiting), line
 
 
 @dataclass(frozen=True)
@@ -203,8 +225,9 @@ def _move_to_arrays(folder: Path, format: TrajectoryFormat, entries: list[Journa
     metadata = json.loads((folder / "latents" / "zarr.json").read_bytes())
     step_shape = tuple(metadata["shape"][1:])
     values = [read_values(folder / JOURNAL_NAME, entry, step_shape) for entry in entries]
+    if any(value is None for value in values):
+        raise StoreError(f"{folder}: its journal was changed by someone else; record the run again")
     latents = np.stack([value for value in values if value is not None])
-    assert len(latents) == len(entries)  # nobody else clears the journal
     for name, dtype in LABELS.items():
         column = np.array(getattr(together, name), dtype)
         (folder / name / "c").mkdir(exist_ok=True)

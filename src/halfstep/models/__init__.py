@@ -1,0 +1,6 @@
+"""Networks over latents, loading the published state dicts as they are."""
+
+from halfstep.models.cdit import CDIT_SIZES, CDiT
+from halfstep.models.eqm import EQM_SIZES, EqM
+
+__all__ = ["CDIT_SIZES", "EQM_SIZES", "CDiT", "EqM"]

@@ -1,0 +1,134 @@
+"""CDiT: a diffusion transformer that attends to context frames (Navigation World Models, arXiv 2412.03572).
+
+Axes: N samples, C channels, K context frames, H W latents, L tokens of a frame, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfstep.errors import InputError
+from halfstep.models.layers import (
+    FinalLayer,
+    Mlp,
+    PatchEmbedder,
+    ScalarEmbedder,
+    SelfAttention,
+    initialize,
+    layer_norm,
+    modulate,
+    modulation,
+    unpatchify,
+)
+
+# The published sizes: depth, width, heads. A name is CDiT-<size>/2.
+CDIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+class ActionEmbedder(nn.Module):
+    """Actions [N, 3] (forward, left, turn) to [N, D], a third of D each."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        third = width // 3
+        self.x_emb = ScalarEmbedder(third)
+        self.y_emb = ScalarEmbedder(third)
+        self.angle_emb = ScalarEmbedder(width - 2 * third)
+
+    def forward(self, actions: torch.Tensor) -> torch.Tensor:
+        parts = [self.x_emb(actions[:, 0]), self.y_emb(actions[:, 1]), self.angle_emb(actions[:, 2])]
+        return torch.cat(parts, dim=-1)
+
+
+class CDiTBlock(nn.Module):
+    """Self-attention, attention to the context, MLP; all modulated and gated by the condition."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.norm_cond = layer_norm(width)
+        self.cttn = nn.MultiheadAttention(width, heads, add_bias_kv=True, batch_first=True)
+        self.norm3 = layer_norm(width)
+        self.mlp = Mlp(width)
+        self.adaLN_modulation = modulation(width, 11)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """x [N, L, D], condition [N, D], context [N, K L, D]."""
+        parts = self.adaLN_modulation(condition).chunk(11, dim=-1)
+        shift_a, scale_a, gate_a, shift_k, scale_k, shift_q, scale_q, gate_c, shift_m, scale_m, gate_m = parts
+        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attn(modulate(self.norm1(x), shift_a, scale_a)))
+        keys = modulate(self.norm_cond(context), shift_k, scale_k)
+        query = modulate(self.norm2(x), shift_q, scale_q)
+        x = torch.addcmul(x, gate_c.unsqueeze(1), self.cttn(query, keys, keys, need_weights=False)[0])
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm3(x), shift_m, scale_m)))
+
+
+class CDiT(nn.Module):
+    """Predicts the noise and the learned variance of a frame from context frames, an action and a time offset.
+
+    input_size: H and W of the latents, or one number for both; context_size: frames of context. State dicts have the
+    published names. Raises InputError when sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int],
+        context_size: int,
+        patch_size: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        in_channels: int = 4,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % patch_size or width % patch_size:
+            raise InputError(f"CDiT: got latents of {height} x {width}; expected multiples of the patch, {patch_size}")
+        if hidden_size % num_heads:
+            raise InputError(f"CDiT: got a width of {hidden_size}; expected a multiple of {num_heads} heads")
+        self.grid = (height // patch_size, width // patch_size)
+        self.patch_size, self.context_size, self.in_channels = patch_size, context_size, in_channels
+        self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
+        self.t_embedder = ScalarEmbedder(hidden_size)
+        self.time_embedder = ScalarEmbedder(hidden_size)
+        self.y_embedder = ActionEmbedder(hidden_size)
+        tokens = self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(context_size + 1, tokens, hidden_size))
+        self.blocks = nn.ModuleList(CDiTBlock(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, 2 * in_channels)
+        initialize(self)
+        nn.init.normal_(self.pos_embed, std=0.02)
+
+    @classmethod
+    def named(cls, name: str, input_size: int | tuple[int, int], context_size: int, **options: Any) -> CDiT:
+        """The published size `CDiT-{S,B,L,XL}/2`."""
+        size, _, patch = name.removeprefix("CDiT-").partition("/")
+        if size not in CDIT_SIZES or patch != "2":
+            raise InputError(f"model: got {name!r}; expected CDiT-{{{','.join(CDIT_SIZES)}}}/2")
+        depth, width, heads = CDIT_SIZES[size]
+        return cls(input_size, context_size, int(patch), width, depth, heads, **options)
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, x_cond: torch.Tensor, rel_t: torch.Tensor
+    ) -> torch.Tensor:
+        """Noise and variance, [N, 2 C, H, W], for the noised frame x [N, C, H, W] at diffusion timestep t [N], the
+        action y [N, 3], context x_cond [N, K, C, H, W] and the time offset rel_t [N] in units of 128 frames."""
+        frame = (self.in_channels, self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+        if tuple(x.shape[1:]) != frame or tuple(x_cond.shape[1:]) != (self.context_size, *frame):
+            raise InputError(
+                f"CDiT: got latents {list(x.shape[1:])} and context {list(x_cond.shape[1:])}; expected {list(frame)} "
+                f"and {[self.context_size, *frame]}"
+            )
+        tokens = self.x_embedder(x) + self.pos_embed[self.context_size :]
+        context = self.x_embedder(x_cond.flatten(0, 1)).unflatten(0, x_cond.shape[:2])
+        context = (context + self.pos_embed[: self.context_size]).flatten(1, 2)
+        condition = self.t_embedder(t) + self.time_embedder(rel_t) + self.y_embedder(y)
+        for block in self.blocks:
+            tokens = block(tokens, condition, context)
+        tokens = self.final_layer(tokens, self.final_layer.adaLN_modulation(condition))
+        return unpatchify(tokens, self.grid, self.patch_size)

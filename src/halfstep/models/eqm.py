@@ -1,0 +1,232 @@
+"""EqM: a field over latents whose equilibria are the data (Equilibrium Matching, arXiv 2510.02300).
+
+Axes: N samples, C channels, T frames, H W latents, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from halfstep.errors import InputError
+from halfstep.models.layers import (
+    FinalLayer,
+    Mlp,
+    PatchEmbedder,
+    ScalarEmbedder,
+    SelfAttention,
+    initialize,
+    layer_norm,
+    modulate,
+    modulation,
+    sincos,
+    sincos_grid,
+    unpatchify,
+)
+
+Energy = Literal["none", "l2", "dot"]
+
+# The published sizes: depth, width, heads. A name is EqM-<size>/<patch>.
+EQM_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+LABEL_DROPOUT = 0.1
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels [N] to [N, D]; the last row stands for no label, which training puts in place of one in ten."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            dropped = torch.rand(y.shape, device=y.device) < LABEL_DROPOUT
+            y = torch.where(dropped, self.embedding_table.num_embeddings - 1, y)
+        embedded: torch.Tensor = self.embedding_table(y)
+        return embedded
+
+
+class EqMBlock(nn.Module):
+    """Self-attention and MLP, both modulated and gated by the condition."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width)
+        self.adaLN_modulation = modulation(width, 6)
+
+    def forward(self, x: torch.Tensor, modulations: torch.Tensor) -> torch.Tensor:
+        """x [N, L, D], modulations [N, 6 D]: shift, scale, gate of the attention, then of the MLP."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulations.chunk(6, dim=-1)
+        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attn(modulate(self.norm1(x), shift_a, scale_a)))
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
+
+
+class EqM(nn.Module):
+    """A transformer that returns the field at x.
+
+    input_size: H and W of the latents, or one number for both. num_frames: above 1, latents are [N, C, T, H, W] and
+    tokens of all frames attend to each other; a fixed embedding tells the frames apart and is zero for the first, so
+    that one frame is exactly the image model and its checkpoints start a video model. uncond: the time is replaced by
+    zero. energy: "none", the network's output is the field; "l2", E = -|f|^2 / 2 and "dot", E = <f, x>, whose gradient
+    is the field. State dicts have the published names. Raises InputError when sizes do not divide.
+    """
+
+    pos_embed: nn.Parameter
+    frame_embed: torch.Tensor
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int],
+        patch_size: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        uncond: bool = True,
+        energy: Energy = "none",
+        num_frames: int = 1,
+        in_channels: int = 4,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % patch_size or width % patch_size:
+            raise InputError(f"EqM: got latents of {height} x {width}; expected multiples of the patch, {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise InputError(f"EqM: got a width of {hidden_size}; expected a multiple of {num_heads} heads and of 4")
+        if energy not in ("none", "l2", "dot"):
+            raise InputError(f"EqM: got energy {energy!r}; expected none, l2 or dot")
+        self.grid = (height // patch_size, width // patch_size)
+        self.patch_size, self.num_classes, self.num_frames, self.in_channels = (
+            patch_size,
+            num_classes,
+            num_frames,
+            in_channels,
+        )
+        self.uncond, self.energy = uncond, energy
+        self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
+        self.t_embedder = ScalarEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.pos_embed = nn.Parameter(sincos_grid(self.grid, hidden_size), requires_grad=False)
+        frames = sincos(np.arange(num_frames), hidden_size)
+        self.register_buffer("frame_embed", torch.from_numpy(frames - frames[:1]).float(), persistent=False)
+        self.blocks = nn.ModuleList(EqMBlock(hidden_size, num_heads) for _ in range(depth))
+        # The published network returns twice the channels and drops the second half.
+        self.final_layer = FinalLayer(hidden_size, patch_size, 2 * in_channels)
+        initialize(self)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+
+    @classmethod
+    def named(cls, name: str, input_size: int | tuple[int, int], num_classes: int, **options: Any) -> EqM:
+        """The published size `EqM-{S,B,L,XL}/{2,4,8}`."""
+        size, _, patch = name.removeprefix("EqM-").partition("/")
+        if size not in EQM_SIZES or patch not in ("2", "4", "8"):
+            raise InputError(f"model: got {name!r}; expected EqM-{{{','.join(EQM_SIZES)}}}/{{2,4,8}}")
+        depth, width, heads = EQM_SIZES[size]
+        return cls(input_size, int(patch), width, depth, heads, num_classes, **options)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The field at x [N, C, (T,) H, W] for times t [N] and labels y [N], of x's shape."""
+        return self.field(x, self.modulations(t, y))
+
+    def energy_and_field(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The energy of each sample [N], fp32, as published, which is -E: low for data; and the field. Raises
+        InputError for energy="none"."""
+        if self.energy == "none":
+            raise InputError("EqM: a model with energy='none' has no energy; build it with l2 or dot")
+        return self._energy_and_field(x, self.modulations(t, y))
+
+    def guided(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        guidance_scale: float,
+        guidance_channels: int | None = None,
+    ) -> torch.Tensor:
+        """Classifier-free guidance (Ho and Salimans 2022): field without label + scale * (with - without), on the first
+        `guidance_channels` channels, all by default; the published sampler has 3 of 4. The others keep the label's
+        field."""
+        none = torch.full_like(y, self.num_classes)
+        modulations = self.modulations(torch.cat([t, t]), torch.cat([y, none]))
+        return self.guided_field(x, modulations, guidance_scale, guidance_channels)
+
+    def modulations(self, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        """What the condition does to each block and the last layer. Without time it is the same for all steps of a
+        sampler, which so computes it once. Raises InputError for a label beyond the classes."""
+        if y.device.type == "cpu" and bool((y < 0).any() | (y > self.num_classes).any()):
+            raise InputError(f"labels: got {sorted(set(y.tolist()))}; expected 0 to {self.num_classes} (no label)")
+        condition = self.t_embedder(torch.zeros_like(t) if self.uncond else t) + self.y_embedder(y)
+        return [layer.adaLN_modulation(condition) for layer in self._modulated()]
+
+    def field(self, x: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The field at x under a condition from `modulations`."""
+        return self._output(x, modulations) if self.energy == "none" else self._energy_and_field(x, modulations)[1]
+
+    def guided_field(
+        self, x: torch.Tensor, modulations: Sequence[torch.Tensor], scale: float, channels: int | None = None
+    ) -> torch.Tensor:
+        """As `guided`, with the modulations of the labels and, after them, of no label."""
+        with_label, without = self.field(torch.cat([x, x]), modulations).chunk(2)
+        guided = torch.lerp(without, with_label, scale)
+        if channels is None or channels >= x.shape[1]:
+            return guided
+        return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
+
+    def activations(self, x: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Tokens [N, L, D] after the last block."""
+        expected = (self.in_channels, *([self.num_frames] if self.num_frames > 1 else []), *self._pixels())
+        if tuple(x.shape[1:]) != expected:
+            raise InputError(f"EqM: got latents {list(x.shape[1:])}; expected {list(expected)}")
+        if self.num_frames == 1:
+            tokens = self.x_embedder(x) + self.pos_embed
+        else:
+            samples, channels, frames = x.shape[:3]
+            flat = x.transpose(1, 2).reshape(samples * frames, channels, *x.shape[3:])
+            tokens = (self.x_embedder(flat) + self.pos_embed).reshape(samples, frames, -1, self.pos_embed.shape[-1])
+            tokens = (tokens + self.frame_embed[:, None].to(tokens.dtype)).flatten(1, 2)
+        out: torch.Tensor = tokens
+        for block, part in zip(self.blocks, modulations, strict=False):  # the last belongs to the final layer
+            out = block(out, part)
+        return out
+
+    def _modulated(self) -> list[Any]:
+        return [*self.blocks, self.final_layer]
+
+    def _pixels(self) -> tuple[int, int]:
+        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+
+    def _output(self, x: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
+        tokens = self.final_layer(self.activations(x, modulations), modulations[-1])
+        if self.num_frames == 1:
+            return unpatchify(tokens, self.grid, self.patch_size)[:, : self.in_channels]
+        samples = len(x)
+        frames = tokens.reshape(samples * self.num_frames, -1, tokens.shape[-1])
+        pictures = unpatchify(frames, self.grid, self.patch_size)[:, : self.in_channels]
+        return pictures.reshape(samples, self.num_frames, *pictures.shape[1:]).transpose(1, 2)
+
+    def _energy_and_field(
+        self, x: torch.Tensor, modulations: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-E and grad E. The gradient is taken whatever the caller's grad mode; it can be trained through when that is
+        on."""
+        training = torch.is_grad_enabled()
+        # The fused attentions have no second derivative, which training through a gradient needs.
+        attention = sdpa_kernel(SDPBackend.MATH) if training else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), attention:
+            # A tensor of inference mode cannot take part in a gradient, a clone of it can.
+            at = x.clone() if training and x.requires_grad else x.detach().clone().requires_grad_()
+            parts = [part.clone() if part.is_inference() else part for part in modulations]
+            output = self._output(at, parts).float()  # sums over a sample overflow fp16
+            terms = -0.5 * output.square() if self.energy == "l2" else output * at.float()
+            energy = terms.flatten(1).sum(dim=1)
+            (field,) = torch.autograd.grad(energy.sum(), at, create_graph=training)
+        return (-energy, field) if training else (-energy.detach(), field.detach())

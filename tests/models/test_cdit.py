@@ -1,0 +1,64 @@
+"""CDiT against the reference implementation's numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from halfstep.errors import InputError
+from halfstep.models import CDiT
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cdit_tiny.safetensors"
+NUMBERS = load_file(GOLDEN)
+with safe_open(GOLDEN, "pt") as file:
+    CONFIG = json.loads(file.metadata()["config"])
+STATE = {name.removeprefix("weights."): value for name, value in NUMBERS.items() if name.startswith("weights.")}
+INPUTS = [NUMBERS[f"in.{name}"] for name in ("x", "t", "y", "x_cond", "rel_t")]
+
+
+def test_the_output_is_the_references() -> None:
+    model = CDiT(**CONFIG, patch_size=2).eval()
+    model.load_state_dict(STATE, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*INPUTS), NUMBERS["out"], rtol=1e-4, atol=1e-5)
+
+
+def test_every_input_counts() -> None:
+    model = CDiT(**CONFIG, patch_size=2).eval()
+    model.load_state_dict(STATE, strict=True)
+    with torch.no_grad():
+        plain = model(*INPUTS)
+        for i in range(5):
+            changed = [value + 1 if i == k else value for k, value in enumerate(INPUTS)]
+            assert not torch.allclose(model(*changed), plain, atol=1e-4), i
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"), [("S", 49_227_680), ("B", 195_284_768), ("L", 686_508_406), ("XL", 1_011_959_456)]
+)
+def test_the_published_sizes(size: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = CDiT.named(f"CDiT-{size}/2", 28, 4)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_latents_need_not_be_square_and_a_new_model_is_zero() -> None:
+    model = CDiT((4, 8), 3, 2, 48, 1, 4).eval()
+    out = model(torch.randn(2, 4, 4, 8), torch.zeros(2), torch.zeros(2, 3), torch.randn(2, 3, 4, 4, 8), torch.zeros(2))
+    assert out.shape == (2, 8, 4, 8)
+    assert out.abs().max() == 0
+
+
+def test_mistakes_are_named() -> None:
+    model = CDiT(**CONFIG, patch_size=2)
+    with pytest.raises(InputError, match=r"and context \[1, 4, 8, 8\]; expected \[4, 8, 8\] and \[2, 4, 8, 8\]"):
+        model(*INPUTS[:3], INPUTS[3][:, :1], INPUTS[4])
+    with pytest.raises(InputError, match="expected multiples of the patch"):
+        CDiT(7, 2, 2, 48, 1, 4)
+    with pytest.raises(InputError, match="expected a multiple of 5 heads"):
+        CDiT(8, 2, 2, 48, 1, 5)
+    with pytest.raises(InputError, match=r"got 'CDiT-B/4'; expected CDiT-\{S,B,L,XL\}/2"):
+        CDiT.named("CDiT-B/4", 8, 2)
