@@ -1,7 +1,7 @@
 """Record a sampler and see what it did: python record_and_analyse.py [FOLDER [exact]]
 
-Two "prompts" of a toy model are sampled from the same seeds and recorded: "a red car" makes six rather different
-latents, "a blue car" three alike. The states are kept at the error of fp16, or exactly. Afterwards:
+Two "prompts" of a toy model are sampled from the same seeds and recorded: "a moving car" makes six rather different
+latents, "a parked car" three alike. The states are kept at the error of fp16, or exactly. Afterwards:
 
     halfstep analyze --batch-dir FOLDER/runs -o FOLDER/analysis
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from halfstep.errors import HalfstepError
 from halfstep.sampling import StoreRecorder
 from halfstep.sampling.toy_flow import ToyFlow, smooth_field
 from halfstep.store import TrajectoryFormat, TrajectoryStore, open_trajectories
@@ -24,8 +25,8 @@ def models() -> dict[str, ToyFlow]:
     generator = torch.Generator().manual_seed(0)
     car = smooth_field(SHAPE, generator)
     return {
-        "a red car": ToyFlow(torch.stack([0.8 * car + 0.6 * smooth_field(SHAPE, generator) for _ in range(6)])),
-        "a blue car": ToyFlow(torch.stack([0.9 * car + 0.3 * smooth_field(SHAPE, generator) for _ in range(3)])),
+        "a moving car": ToyFlow(torch.stack([0.8 * car + 0.6 * smooth_field(SHAPE, generator) for _ in range(6)])),
+        "a parked car": ToyFlow(torch.stack([0.9 * car + 0.3 * smooth_field(SHAPE, generator) for _ in range(3)])),
     }
 
 
@@ -45,4 +46,7 @@ def main(folder: Path, storage: str) -> None:
 
 if __name__ == "__main__":
     folder, *exact = sys.argv[1:] or ["recorded"]
-    main(Path(folder), "fp32" if exact == ["exact"] else "fp16")
+    try:
+        main(Path(folder), "fp32" if exact == ["exact"] else "fp16")
+    except HalfstepError as error:
+        sys.exit(str(error))

@@ -65,7 +65,8 @@ def test_what_differs_is_found(store: TrajectoryStore) -> None:
     assert analysis.separations[0].energy == pytest.approx(0, abs=1e-2)
     assert analysis.separations[0].p_corrected > 0.05
     assert analysis.separations[5].p_corrected < 0.05
-    assert analysis.problems == []
+    assert len(analysis.problems) == 1
+    assert analysis.problems[0].startswith("20 runs keep their latents rounded (predictive, fp16): acceleration")
 
 
 def test_the_same_runs_under_two_names_do_not_differ(store: TrajectoryStore) -> None:
@@ -194,6 +195,10 @@ def test_everything_is_written(store: TrajectoryStore, tmp_path: Path) -> None:
     text = page[page.index("<body>") :]
     assert not re.search(r"(src|href)=[\"']https?:", text)
     assert "nan" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL).lower().replace("finance", "")
+    (tmp_path / "out" / "plots" / "effects.png").write_bytes(b"of yesterday")
+    few = {key: groups[key] for key in list(groups)[:3]}
+    write_output(analyze(store, few), tmp_path / "out", "again")
+    assert not (tmp_path / "out" / "plots" / "effects.png").exists()
     store.add("huge_seed", trajectory(3, 0, 0), sigmas=np.linspace(1, 0, STATES), prompt="narrow", seed=2**64 - 1)
     write_output(analyze(store, group_by_prompt(store)), tmp_path / "out", "again")
     (tmp_path / "mine").mkdir()

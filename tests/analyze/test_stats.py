@@ -65,6 +65,20 @@ def test_the_smallest_p_can_be_reached() -> None:
     assert pairs.p_permutation == pytest.approx(stats.smallest_p(6, 6, paired=True))
 
 
+def test_no_p_value_is_below_the_smallest_possible() -> None:
+    """Values near one that differ a little: rounding must not tell equal arrangements apart."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        x = 0.99 + 0.002 * rng.standard_normal(12)
+        y = x + 0.004 + 0.001 * rng.standard_normal(12)
+        p = stats.compare("m", "a", "b", x, y, paired=True).p_permutation
+        assert p >= stats.smallest_p(12, 12, paired=True)
+        differences = y - x
+        flips = np.array(list(itertools.product([1, -1], repeat=12)))
+        exact = np.mean(np.abs((flips * differences).mean(axis=1)) >= abs(differences.mean()) * (1 - 1e-12))
+        assert p == pytest.approx(exact)
+
+
 def test_hopeless_after_correction_is_said() -> None:
     one = stats.compare("m", "a", "b", [1, 2, 3, 4], [11, 12, 13, 14], paired=False)
     assert stats.correct([one])[0].verdict == "different"

@@ -1,5 +1,6 @@
 """halfstep generate on pipelines with random weights: what it makes, how it goes on, what it refuses."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -13,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from halfstep.config import load_yaml, validate
-from halfstep.errors import InputError
+from halfstep.errors import InputError, StoreBusyError, StoreError
 from halfstep.generate import GenerateConfig, expand_template, generate
 from halfstep.generate.pipeline import VaeGate, load_generator
 from halfstep.precision import PrecisionPolicy
 from halfstep.store import open_trajectories, verify_trajectories
+from halfstep.store.commit import FileLock
 from tests.conftest import run_cli
 
 # The form of the files that people have.
@@ -193,6 +195,33 @@ def test_a_model_of_pictures(small_vae: Path, tmp_path: Path) -> None:
         assert type(loaded.pipe.scheduler).__name__ == scheduler
 
 
+def test_latents_that_cannot_be_kept_fail_their_run(
+    small_wan_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full for a while; the run is made again when there is space."""
+    settings = config(small_wan_pipeline, latent_analysis_settings={"store_latents": True})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.warns(RuntimeWarning, match="recording stopped, sampling goes on"):
+        patched.setattr("halfstep.store.journal.os.fdatasync", full)
+        report = generate(settings, "a cat", tmp_path / "b")
+    assert "were not recorded whole" in report.failed["prompt_000_vid001"]
+    again = generate(settings, "a cat", tmp_path / "b", resume=True)
+    assert again.generated == ["prompt_000_vid001"]
+    assert len(open_trajectories(tmp_path / "b")["prompt_000_vid001"]) == 4
+
+
+def test_one_batch_is_made_by_one_process(small_wan_pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    lock = FileLock(tmp_path / "b" / ".lock")
+    assert lock.try_exclusive()
+    with pytest.raises(StoreBusyError, match="another process is making this batch"):
+        generate(config(small_wan_pipeline), "a cat", tmp_path / "b")
+    lock.release()
+
+
 def test_a_result_that_is_not_finite_fails_alone(small_wan_pipeline: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(small_wan_pipeline, tmp_path / "model")
     weights = load_file(broken / "vae" / "diffusion_pytorch_model.safetensors")
@@ -240,6 +269,13 @@ def test_models_that_cannot_be_loaded_are_named(small_wan_pipeline: Path, tmp_pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded as a pipeline"):
         generate(config(tmp_path / "empty"), "a cat", tmp_path / "b")
+    # What never made anything does not stand in the way.
+    assert generate(config(small_wan_pipeline), "a cat", tmp_path / "b").generated == ["prompt_000_vid001"]
+    with pytest.raises(InputError, match="have to be divisible by 16"):
+        generate(config(small_wan_pipeline, video_settings={"width": 40}), "a cat", tmp_path / "w")
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="file"):
+        generate(config(small_wan_pipeline), "a cat", tmp_path / "file")
     settings = config(small_wan_pipeline, model_settings={"sampler": "ddim"})
     with pytest.raises(InputError, match="got 'ddim' for a flow-matching model; expected unipc, euler"):
         generate(settings, "a cat", tmp_path / "c")

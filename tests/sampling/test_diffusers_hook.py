@@ -114,6 +114,13 @@ def test_mistakes_are_named(pipe: Any, tmp_path: Path) -> None:
         record(pipe, tmp_path / "s", run="b"),
     ):
         call(pipe)
+    assert list(TrajectoryStore.open(tmp_path / "s")) == ["a"]
+    with (
+        pytest.raises(InputError, match="got scheduler step 0 after 6 states; give each call"),
+        record(pipe, tmp_path / "s", run="twice") as recording,
+    ):
+        for _ in range(2):
+            call(pipe, callback_on_step_end=recording)
     with (
         pytest.raises(InputError, match="gives its callback no latents"),
         record(pipe, tmp_path / "s", run="c") as recording,

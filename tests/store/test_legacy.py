@@ -190,9 +190,25 @@ def test_there_and_back(tmp_path: Path, storage: str) -> None:
     original = open_trajectories(tmp_path / "b")
     report = to_store(original, tmp_path / "s", TrajectoryFormat(storage=storage))
     assert (report.converted, report.skipped, report.steps) == (2, 0, 6)
-    assert to_store(original, tmp_path / "s", TrajectoryFormat()).skipped == 2
+    assert to_store(original, tmp_path / "s", TrajectoryFormat(storage=storage)).skipped == 2
+    with pytest.raises(
+        InputError, match=r"is there with format 'predictive, fp.*', not 'raw, fp32'; name another place"
+    ):
+        to_store(original, tmp_path / "s", TrajectoryFormat("raw", "fp32"))
     assert verify_trajectories(tmp_path / "s").ok
     to_batch(open_trajectories(tmp_path / "s"), tmp_path / "back")
+    assert to_batch(open_trajectories(tmp_path / "s"), tmp_path / "back").skipped == 1  # the other did not finish
+    with pytest.raises(InputError, match="is a trajectory store; name a folder for the batch"):
+        to_batch(original, tmp_path / "s")
+    write_batch(tmp_path / "else" / "latents" / "prompt_000" / "vid_001", seed=6)
+    with pytest.raises(InputError, match="is there with seed 5, not 6"):
+        to_store(open_trajectories(tmp_path / "else"), tmp_path / "s", TrajectoryFormat(storage=storage))
+    with pytest.raises(InputError, match="is there with seed 5, not 6"):
+        to_batch(open_trajectories(tmp_path / "else"), tmp_path / "back")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(InputError, match="is not a batch; name a new folder"):
+        to_batch(original, tmp_path / "mine")
     tolerance = 0.0 if storage == "fp32" else 2e-3
     for runs in (open_trajectories(tmp_path / "s"), open_trajectories(tmp_path / "back")):
         run, other = runs["prompt_000_vid001"], runs["other"]
@@ -285,5 +301,6 @@ def test_the_command_line(tmp_path: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-1])
     assert "NOT ok" in run_cli("store", "verify", tmp_path / "s", check=1).stdout
     assert "1 losses" in run_cli("store", "repair", tmp_path / "s", check=1).stdout
-    assert run_cli("store", "verify", tmp_path / "s").stdout.count("incomplete") == 1
+    assert "ok, 0 steps in 1 runs" in run_cli("store", "verify", tmp_path / "s").stdout
+    assert "could not be read and were dropped" in run_cli("store", "inspect", tmp_path / "s").stdout
     assert "--to: got 'zip'" in run_cli("store", "convert", tmp_path / "b", "-o", "x", "--to", "zip", check=2).stderr

@@ -281,6 +281,25 @@ def test_many_processes_may_create_one_store(tmp_path: Path) -> None:
     assert [child.wait() for child in children] == [0, 0, 0, 0]
 
 
+def test_a_lost_zarr_json_is_named_and_that_of_the_store_is_written_again(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    for key in "ab":
+        store.add(key, walk(), sigmas=np.linspace(1, 0, 21))
+    (tmp_path / "s" / "a" / "zarr.json").unlink()
+    report = verify_trajectories(tmp_path / "s")
+    assert len(report.problems) == 1
+    assert "s/a: is no run any more, its zarr.json is missing" in report.problems[0]
+    (tmp_path / "s" / "zarr.json").unlink()
+    with pytest.raises(StoreError, match="`halfstep store repair` writes it again"):
+        open_trajectories(tmp_path / "s")
+    repair_trajectories(tmp_path / "s")
+    assert list(open_trajectories(tmp_path / "s")) == ["b"]
+    metadata = tmp_path / "s" / "b" / "latents" / "zarr.json"
+    metadata.write_text(metadata.read_text().replace("21,", "20,", 1))
+    with pytest.raises(StoreError, match="21 steps for 20 steps"):
+        store["b"]
+
+
 def test_a_run_without_steps_is_no_damage(tmp_path: Path) -> None:
     store = TrajectoryStore.create(tmp_path / "s")
     writer = store.record("a")

@@ -136,6 +136,13 @@ def analyze(
             del usable[key]
     if not usable:
         raise InputError(f"no run can be analysed: {'; '.join(found) or 'there is none'}")
+    rounded = [run for run in usable.values() if not run.attributes.get("latents_exact", True)]
+    if rounded:
+        form = rounded[0].attributes["latents_format"]
+        found.append(
+            f"{len(rounded)} runs keep their latents rounded ({form}): acceleration and turning angles where steps are "
+            "small come out too large; exact ones are recorded with storage fp32"
+        )
     shared = fit_axes(usable.values())
     say(f"shared axes: {len(shared.components)}, {shared.explained.sum():.0%} of the variance")
     analyzed = [_analyze_run(run, groups[key], summaries[key], shared, chosen) for key, run in usable.items()]

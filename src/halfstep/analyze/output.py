@@ -43,6 +43,8 @@ def full_document(analysis: Analysis, storage: Sequence[StorageComparison]) -> d
 def write_output(analysis: Analysis, folder: Path, title: str, storage: Sequence[StorageComparison] = ()) -> list[Path]:
     """Write all files into `folder`, in place of those of an earlier analysis. Raises InputError when the folder holds
     something else."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "analysis.json").exists():
         raise InputError(f"{folder}: holds something that is not an analysis; name a new folder")
     with store_errors(folder):

@@ -32,9 +32,16 @@ def shown(name: str, most: int = 40) -> str:
     return name if len(name) <= most else name[: most - 3] + "..."
 
 
+def _plain(name: str, most: int = 40) -> str:
+    """A name for matplotlib, which takes what stands between dollars for mathematics."""
+    return shown(name, most).replace("$", r"\$")
+
+
 def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
     """Write every plot that the analysis has data for; the PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
+        old.unlink()
     plots: dict[str, tuple[tuple[float, float], Callable[[Analysis, Axes], bool]]] = {
         "trajectories": ((7.5, 5.5), _trajectories),
         "speed": ((7.5, 4.5), _speed),
@@ -70,7 +77,7 @@ def _trajectories(analysis: Analysis, axes: Axes) -> bool:
     axes.set(
         xlabel=f"shared axis 1 ({first:.0%} of the variance)",
         ylabel=f"shared axis 2 ({second:.0%})",
-        title="Trajectories, from noise (open) to result (filled)",
+        title="Trajectories, from the first state (open) to the last (filled)",
     )
     _legend(axes)
     return True
@@ -92,7 +99,7 @@ def _profile(analysis: Analysis, axes: Axes, name: str, label: str, title: str) 
     for group, runs in _groups(analysis).items():
         sigmas = runs[0].profiles[name][0]
         mean = np.mean([run.profiles[name][1] for run in runs], axis=0)
-        axes.plot(sigmas, mean, ".-", color=palette[group], linewidth=2, label=f"{shown(group)} (mean of {len(runs)})")
+        axes.plot(sigmas, mean, ".-", color=palette[group], linewidth=2, label=f"{_plain(group)} (mean of {len(runs)})")
     axes.set(xlabel="sigma (sampling goes to the right)", ylabel=label, title=title)
     axes.invert_xaxis()
     _legend(axes)
@@ -106,7 +113,7 @@ def _dispersion(analysis: Analysis, axes: Axes) -> bool:
         if len(group.runs) < 2:
             continue
         drawn = True
-        axes.plot(group.sigmas, group.dispersion, ".-", color=palette[group.name], label=shown(group.name))
+        axes.plot(group.sigmas, group.dispersion, ".-", color=palette[group.name], label=_plain(group.name))
         known = [(s, *i) for s, i in zip(group.sigmas, group.dispersion_interval, strict=True) if i is not None]
         if known:
             sigmas, low, high = np.array(known).T
@@ -132,7 +139,7 @@ def _separation(analysis: Analysis, axes: Axes) -> bool:
         axes.plot(sigmas, [level.energy for level in levels], "-", color=color, linewidth=1.5)
         for significant, fill in ((False, "white"), (True, color)):
             chosen = [lv for lv in levels if (lv.p_corrected is not None and lv.p_corrected < ALPHA) == significant]
-            label = f"{shown(pair[0], 24)} / {shown(pair[1], 24)}" if significant else None
+            label = f"{_plain(pair[0], 24)} / {_plain(pair[1], 24)}" if significant else None
             axes.plot(
                 [level.sigma for level in chosen], [level.energy for level in chosen], "o", color=color,
                 markerfacecolor=fill, markersize=5, label=label,
@@ -149,7 +156,8 @@ def _separation(analysis: Analysis, axes: Axes) -> bool:
 
 
 def _effects(analysis: Analysis, axes: Axes) -> bool:
-    tests = [test for test in analysis.tests if test.hedges_g is not None and test.interval is not None][:_MOST_TESTS]
+    every = [test for test in analysis.tests if test.hedges_g is not None and test.interval is not None]
+    tests = every[:_MOST_TESTS]
     several = len({(test.a, test.b) for test in tests}) > 1
     for row, test in enumerate(reversed(tests)):
         assert test.hedges_g is not None
@@ -158,11 +166,14 @@ def _effects(analysis: Analysis, axes: Axes) -> bool:
         axes.plot(test.interval, [row, row], "-", color=color, linewidth=1.5)
         axes.plot(test.hedges_g, row, "o", color=color, markersize=5)
     axes.axvline(0, color="black", linewidth=0.8)
-    labels = [METRIC_NAMES.get(t.metric, t.metric) + (f", {shown(t.a, 14)} / {shown(t.b, 14)}" if several else "")
+    labels = [METRIC_NAMES.get(t.metric, t.metric) + (f", {_plain(t.a, 14)} / {_plain(t.b, 14)}" if several else "")
               for t in reversed(tests)]  # fmt: skip
     axes.set_yticks(range(len(tests)), labels, fontsize=9)
-    pair = f"{shown(tests[0].b, 24)} minus {shown(tests[0].a, 24)}" if tests and not several else "second minus first"
-    axes.set(xlabel=f"Hedges g with 95% bootstrap interval ({pair})", title="Effect sizes; coloured where different")
+    pair = f"{_plain(tests[0].b, 24)} minus {_plain(tests[0].a, 24)}" if tests and not several else "second minus first"
+    some = "" if len(tests) == len(every) else f" (the first {len(tests)} of {len(every)})"
+    axes.set(
+        xlabel=f"Hedges g with 95% bootstrap interval ({pair})", title=f"Effect sizes{some}; coloured where different"
+    )
     axes.title.set_fontsize(11)
     return bool(tests)
 
@@ -179,7 +190,7 @@ def _once(name: str, seen: set[str]) -> str | None:
     if name in seen:
         return None
     seen.add(name)
-    return shown(name)
+    return _plain(name)
 
 
 def _legend(axes: Axes) -> None:

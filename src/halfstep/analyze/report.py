@@ -49,7 +49,7 @@ def render_report(analysis: Analysis, title: str, storage: Sequence[StorageCompa
         _findings(analysis),
         "<h2>Trajectories on shared principal axes</h2>",
         f"<p>One basis for all runs; {analysis.explained.sum():.0%} of the variance of the states lies in its "
-        f"{len(analysis.explained)} axes. Open markers are the noise, filled ones the results.</p>",
+        f"{len(analysis.explained)} axes. Open markers are the first states, filled ones the last.</p>",
         _chart(_trajectories(analysis)),
         "<h2>Speed</h2><p>Distance per unit of sigma, so that it is the model's and not the schedule's.</p>",
         _chart(_profile(analysis, "speed", "latent / sigma")),
@@ -91,7 +91,7 @@ def _findings(analysis: Analysis) -> str:
         lines.append(
             f"No difference between groups is shown by {len(enough)} tests."
             if enough
-            else "There are not enough runs for any test; the figures below describe these runs alone."
+            else "There are not enough runs for a verdict of any test; the figures below describe these runs alone."
         )
     lines += separation_sentences(analysis)
     if len({run.group for run in analysis.runs}) > 1:
@@ -111,7 +111,7 @@ def _trajectories(analysis: Analysis) -> Any:
             x=x,
             y=y,
             mode="lines+markers",
-            name=shown(run.group),
+            name=html.escape(shown(run.group)),
             legendgroup=run.group,
             showlegend=run.group not in seen,
             line={"color": palette[run.group], "width": 1.2},
@@ -137,6 +137,8 @@ def _to_centre(analysis: Analysis) -> Any:
     curves = {}
     for group in analysis.groups:
         runs = [run for run in analysis.runs if run.key in group.runs]
+        if len(runs) < 2:
+            continue
         centre = np.mean([run.path.axes for run in runs], axis=0)
         for run in runs:
             curves[run.key] = (run.path.sigmas, np.linalg.norm(run.path.axes - centre, axis=1))
@@ -154,7 +156,7 @@ def _add_runs(figure: Any, analysis: Analysis, curves: dict[str, tuple[Any, Any]
             x=sigmas,
             y=values,
             mode="lines+markers",
-            name=shown(run.group),
+            name=html.escape(shown(run.group)),
             legendgroup=run.group,
             showlegend=run.group not in seen,
             line={"color": palette[run.group], "width": 1.2},
@@ -179,7 +181,7 @@ def _dispersion(analysis: Analysis) -> Any:
             x=group.sigmas,
             y=group.dispersion,
             mode="lines+markers",
-            name=shown(group.name),
+            name=html.escape(shown(group.name)),
             line={"color": palette[group.name]},
             error_y=error,
         )
@@ -196,7 +198,7 @@ def _separation(analysis: Analysis) -> Any:
             x=[level.sigma for level in levels],
             y=[level.energy for level in levels],
             mode="lines+markers",
-            name=f"{shown(pair[0], 24)} / {shown(pair[1], 24)}",
+            name=html.escape(f"{shown(pair[0], 24)} / {shown(pair[1], 24)}"),
             line={"color": color},
             marker={
                 "size": 8,
@@ -274,13 +276,19 @@ def _tests_table(analysis: Analysis) -> str:
     return words + _table(heads, rows, left=(1, 8), marked=found)
 
 
+def _spread(mean: float, deviation: float) -> str:
+    if np.isnan(mean):
+        return "-"
+    return number(mean) if np.isnan(deviation) else f"{number(mean)} ± {number(deviation)}"
+
+
 def _groups_table(analysis: Analysis) -> str:
     names = list(analysis.runs[0].metrics)
     heads = ["mean ± standard deviation", *(f"{html.escape(shown(g.name))} ({len(g.runs)})" for g in analysis.groups)]
     rows = [
         [
             f"{METRIC_NAMES[name]}{f', {METRICS[name].unit}' if METRICS[name].unit else ''}",
-            *(f"{number(group.means[name])} ± {number(group.deviations[name])}" for group in analysis.groups),
+            *(_spread(group.means[name], group.deviations[name]) for group in analysis.groups),
         ]
         for name in names
     ]

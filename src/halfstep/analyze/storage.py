@@ -42,6 +42,8 @@ def compare_storage(
     """Repeat the analysis `exact` of `runs` with their latents rounded as each format keeps them: fp16, bf16, and the
     predictive codec at the errors of both and at bounds of 0.1%, 1% and 10% of the latents' root-mean-square. A format
     that cannot hold the values is left out, and `say` hears why."""
+    if any(not runs[run.key].attributes.get("latents_exact", True) for run in exact.runs):
+        say("the runs are rounded as they are; what follows is the difference that a second rounding makes")
     comparisons = []
     groups = {run.key: groups[run.key] for run in exact.runs}
     first = runs[exact.runs[0].key].latents

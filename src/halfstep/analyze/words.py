@@ -23,7 +23,7 @@ METRIC_NAMES = {
 
 def number(value: float | None) -> str:
     """Three significant digits."""
-    return "unknown" if value is None else f"{value:#.3g}".removesuffix(".")
+    return "unknown" if value is None or value != value else f"{value:#.3g}".removesuffix(".")
 
 
 def p_value(value: float | None) -> str:
@@ -68,8 +68,9 @@ def separation_sentences(analysis: Analysis) -> list[str]:
             lines.append(f"{a} and {b}: no separation shown at the end of sampling.")
         else:
             lines.append(
-                f"{a} and {b}: separated from sigma {number(sigma)} on (energy distance, all later levels below "
-                f"{ALPHA:g} after correction)."
+                f"{a} and {b}: separated from sigma {number(sigma)} on, with an energy distance of "
+                f"{number(next(level.energy for level in levels if level.sigma == sigma))} there and "
+                f"{number(levels[-1].energy)} at the end (all later levels below {ALPHA:g} after correction)."
             )
     return lines
 
@@ -79,9 +80,9 @@ def clustering_sentence(analysis: Analysis) -> str:
     found = analysis.clustering
     if found is None:
         return "Clusters: not enough runs or groups."
-    noise = f" and {found.hdbscan_noise} runs in none" if found.hdbscan_noise else ""
+    noise = f", with {found.hdbscan_noise} runs in no cluster" if found.hdbscan_noise else ""
     return (
         f"Clusters of the last states: k-means agrees with the groups to {found.kmeans_agreement:.2f} (1 the same, 0 "
-        f"by chance), HDBSCAN finds {found.hdbscan_clusters}{noise} (agreement {found.hdbscan_agreement:.2f}); the "
-        f"silhouette of the groups is {found.silhouette_of_groups:.2f}."
+        f"by chance), HDBSCAN finds {found.hdbscan_clusters} clusters{noise} (agreement {found.hdbscan_agreement:.2f});"
+        f" the silhouette of the groups is {found.silhouette_of_groups:.2f}."
     )

@@ -62,7 +62,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the last line of defence, it exits with the error's name
         _stop(error, f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback", 1)
     if code == _INTERRUPTED:
-        typer.echo("halfstep: interrupted; what was complete is kept, the same command goes on from there", err=True)
+        typer.echo("halfstep: interrupted; what was complete is kept", err=True)
     sys.exit(code)
 
 

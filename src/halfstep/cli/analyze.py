@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +27,7 @@ def analyze(
         list[str] | None, typer.Option(metavar="ID ID ...", help="These runs, one against the other.")
     ] = None,
     groups: Annotated[
-        str, typer.Option(metavar="prompt|FILE", help="By prompt, or a YAML of group: [run or prompt patterns].")
+        str, typer.Option(metavar="prompt|FILE", help="By prompt, or a YAML of group: \\[run or prompt patterns].")
     ] = "prompt",
     metrics: Annotated[str | None, typer.Option(metavar="A,B", help="Only these metrics.")] = None,
     compare_storage: Annotated[
@@ -103,7 +104,11 @@ def _print(analysis: Analysis, storage: list[StorageComparison]) -> None:
         values = ", ".join(f"{METRIC_NAMES[name]} {number(value)}" for name, value in run.metrics.items())
         typer.echo(f"{run.key}: {values}")
     for test in analysis.tests:
-        typer.echo(sentence(test))
+        if test.p is not None:
+            typer.echo(sentence(test))
+    untested = Counter((test.a, test.b, test.not_enough) for test in analysis.tests if test.p is None)
+    for (a, b, reason), count in untested.items():
+        typer.echo(f"{a} / {b}: {count} tests not made, {reason}")
     for line in separation_sentences(analysis):
         typer.echo(line)
     for pair in analysis.pairs:

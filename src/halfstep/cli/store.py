@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -153,12 +154,19 @@ def convert(
     if json:
         typer.echo(json_module.dumps(asdict(report)))
         return
-    for note in report.notes:
-        typer.echo(note)
+    for line in _together(report.notes):
+        typer.echo(line)
     share = f", {report.bytes / report.fp32_bytes:.3f} of fp32" if report.fp32_bytes and not report.skipped else ""
     typer.echo(
         f"{output}: {report.converted} runs converted, {report.skipped} there already; {report.bytes:,} bytes{share}"
     )
+
+
+def _together(notes: list[str]) -> list[str]:
+    """Notes `run: line`, those of one line in more than three runs as one."""
+    count = Counter(note.partition(": ")[2] for note in notes)
+    lines = [f"{number} runs: {line}" for line, number in count.items() if number > 3]
+    return lines + [note for note in notes if count[note.partition(": ")[2]] <= 3]
 
 
 def _verify_trajectories(store: Path, json: bool) -> NoReturn:
@@ -210,6 +218,7 @@ def _inspect_trajectories(path: Path, json: bool) -> None:
             "prompt": run.prompt,
             "seed": run.seed,
             "attributes": run.attributes,
+            "format": run.attributes.get("latents_format"),
             "problems": list(run.problems),
         }
     size = folder_bytes(path)
@@ -218,7 +227,10 @@ def _inspect_trajectories(path: Path, json: bool) -> None:
         return
     typer.echo(f"{path}: {len(facts)} runs, {sum(fact['steps'] for fact in facts.values())} steps, {size:,} bytes")
     for key, fact in facts.items():
-        typer.echo(f"  {key:24} {fact['steps']:4} steps {fact['shape']}  seed {fact['seed']}  {fact['prompt'] or ''}")
+        typer.echo(
+            f"  {key:24} {fact['steps']:4} steps {fact['shape']}  {fact['format']}  seed {fact['seed']}  "
+            f"{fact['prompt'] or ''}"
+        )
         for problem in fact["problems"]:
             typer.echo(f"    {problem}")
     for problem in problems:

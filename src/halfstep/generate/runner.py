@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import halfstep
-from halfstep.errors import InputError, NumericsError, StoreBusyError, StoreError
+from halfstep.errors import HalfstepError, InputError, NumericsError, StoreBusyError, StoreError
 from halfstep.generate.config import GenerateConfig, VideoSettings
 from halfstep.generate.pipeline import Generator, load_generator, write_video
 from halfstep.generate.template import expand_template
@@ -135,7 +135,8 @@ def _claim(
     path = output / "batch.json"
     wanted = {"template": template, "config": config.model_dump(mode="json")}
     policy = PrecisionPolicy.parse(config.model_settings.precision)
-    if path.exists():
+    begun = any((output / "runs").glob("*/metadata.json"))
+    if path.exists() and begun:
         if not resume:
             raise InputError(f"{output}: holds a batch already; --resume goes on with it, or name a new folder")
         there = json.loads(path.read_text())
@@ -143,7 +144,7 @@ def _claim(
         if difference:
             raise InputError(f"{output}: is another batch: {difference}; name a new folder")
         policy = PrecisionPolicy.parse(there["policy"])  # what auto chose then
-    elif output.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
+    elif not path.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
         raise InputError(f"{output}: holds something that is not a batch; name a new folder")
     policy = policy.resolve(device, "sample")
     content = {**wanted, "policy": str(policy), "halfstep": halfstep.__version__, "runs": [asdict(run) for run in runs]}
@@ -228,7 +229,12 @@ def _make(
             on_step(run.key, i + 1, pipe.num_timesteps)
             return kept
 
-        result = generator.pipe(**options, callback_on_step_end=after_step)
+        try:
+            result = generator.pipe(**options, callback_on_step_end=after_step)
+        except ValueError as error:  # the pipeline's own check of its arguments
+            if isinstance(error, HalfstepError):
+                raise
+            raise InputError(f"{model.model_id}: {error}") from error
     metadata["sampling_seconds"] = round(time.monotonic() - begun, 3)
     values = np.asarray(result.frames if hasattr(result, "frames") else result.images)[0]
     if not np.isfinite(values).all():

@@ -36,6 +36,11 @@ class Recording:
             )
         if self._schedule is None:
             raise InputError(f"record: {type(pipe).__name__} does not sample through its scheduler's step")
+        if self._recorded != i + 1:
+            raise InputError(
+                f"record: got scheduler step {i} after {self._recorded} states; give each call of a pipeline a `with "
+                "record(...)` of its own"
+            )
         self._record(self._schedule.level_after(i), tensors["latents"])
         return tensors
 
@@ -63,6 +68,8 @@ class Recording:
         if self._schedule is None:
             raise InputError("record: nothing was sampled; call the pipeline inside the `with` block")
         if self._recorded == 1:
+            for run in self._runs:
+                self._store.remove(run)
             raise InputError(
                 "record: the callback was not called; give the pipeline callback_on_step_end=recording (what "
                 "`with record(...) as recording` names)"

@@ -121,7 +121,7 @@ class StoreRecorder:
             )
         if step.index <= self._last_index:
             raise InputError(f"{self._where}: got step {step.index} after step {self._last_index}; steps must grow")
-        if not np.isfinite([step.timestep, step.sigma]).all():
+        if not all(isinstance(label, (int, float)) and np.isfinite(label) for label in (step.timestep, step.sigma)):
             raise InputError(
                 f"{self._where}: step {step.index}: got timestep {step.timestep}, sigma {step.sigma}; expected numbers"
             )

@@ -12,7 +12,8 @@ from typing import Any
 
 from halfstep.errors import InputError, StoreError
 from halfstep.store.commit import store_errors, write_durably
-from halfstep.store.legacy import step_bytes
+from halfstep.store.legacy import LegacyBatch, step_bytes
+from halfstep.store.open import find_trajectory_store
 from halfstep.store.run import Float32, Run
 from halfstep.store.trajectory import TrajectoryStore
 from halfstep.store.trajectory_layout import TrajectoryFormat
@@ -48,10 +49,12 @@ def to_store(
             if "converted" not in there:
                 raise InputError(f"{store.root}: has a run {key!r} of its own; name another store")
             if there["converted"] == "whole":
+                _hold_against(store[key], run, f"{store.root}/{key}", format)
                 skipped += 1
                 continue
             store.remove(key)
         attributes = {"prompt": run.prompt, "seed": run.seed, **run.attributes, "converted": "partly"}
+        attributes = {name: value for name, value in attributes.items() if not name.startswith("latents_")}
         writer = store.record(key, format, **{name: v for name, v in attributes.items() if v is not None})
         written = 0
         problems = [line for line in run.problems if not line.startswith("incomplete: ")]
@@ -77,12 +80,18 @@ def to_batch(runs: Mapping[str, Run], root: Path | str, say: Callable[[str], Non
     File i holds the state after scheduler step i and is labelled with the noise level before it, as that format has
     it; the initial noise has no place in it and is left out.
     """
-    latents_folder = Path(root) / "latents"
+    root = Path(root)
+    latents_folder = root / "latents"
+    if find_trajectory_store(root) is not None:
+        raise InputError(f"{root}: is a trajectory store; name a folder for the batch")
+    if root.exists() and any(root.iterdir()) and not latents_folder.is_dir():
+        raise InputError(f"{root}: holds something that is not a batch; name a new folder")
     skipped, steps, fp32_bytes, notes = 0, 0, 0, []
     for key in runs:
         run = runs[key]
         folder = latents_folder / _folder_name(key)
         if (folder / "summary.json").exists():
+            _hold_against(LegacyBatch(root)[key], run, str(folder))
             skipped += 1
             continue
         problems = list(run.problems)
@@ -106,6 +115,20 @@ def folder_bytes(folder: Path) -> int:
 def _folder_name(key: str) -> Path:
     match = re.fullmatch(r"(prompt_\d+)_vid(\d+)", key)
     return Path(match[1]) / f"vid_{match[2]}" if match else Path(key) / "vid_001"
+
+
+def _hold_against(there: Run, run: Run, where: str, format: TrajectoryFormat | None = None) -> None:
+    """Raise InputError when what is there from an earlier call is another run, or was kept in another format."""
+    differences: dict[str, tuple[Any, Any]] = {
+        "prompt": (there.prompt, run.prompt),
+        "seed": (there.seed, run.seed),
+        "shape": (there.latents.shape[1:], run.latents.shape[1:]),
+    }
+    if format is not None:
+        differences["format"] = there.attributes.get("latents_format", str(format)), str(format)
+    for name, (old, new) in differences.items():
+        if old != new:
+            raise InputError(f"{where}: is there with {name} {old!r}, not {new!r}; name another place")
 
 
 def _readable_steps(run: Run, problems: list[str]) -> Iterator[tuple[int, Float32]]:

@@ -84,6 +84,8 @@ class LegacyBatch(Mapping[str, Run]):
         attributes |= {
             "complete": summary is not None,
             "initial_noise": False,
+            "latents_format": str(shared.get("dtype", "unknown")).removeprefix("torch."),
+            "latents_exact": shared.get("dtype") == "torch.float32",
             "sigma_labels": [_json_number(sigma) for sigma, _ in found],
             "timestep_labels": [_json_number(timestep) for _, timestep in found],
         }

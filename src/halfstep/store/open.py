@@ -9,6 +9,7 @@ from halfstep.errors import StoreError
 from halfstep.store.legacy import LegacyBatch
 from halfstep.store.run import Run
 from halfstep.store.trajectory import TrajectoryStore
+from halfstep.store.trajectory_layout import RUN_PATTERN
 
 
 def open_trajectories(path: Path | str) -> Mapping[str, Run]:
@@ -25,7 +26,8 @@ def open_trajectories(path: Path | str) -> Mapping[str, Run]:
 
 def find_trajectory_store(path: Path) -> Path | None:
     """The folder of the trajectory store at `path` or in its `latents`, if there is one."""
-    return next((folder for folder in (path, path / "latents") if (folder / "zarr.json").exists()), None)
+    folders = (path, path / "latents")
+    return next((f for f in folders if (f / "zarr.json").exists() or any(f.glob(RUN_PATTERN))), None)
 
 
 def readable_runs(runs: Mapping[str, Run]) -> tuple[dict[str, Run], list[str]]:

@@ -30,6 +30,7 @@ from halfstep.store.trajectory_layout import (
     FORMAT_VERSION,
     KEY,
     LABELS,
+    RUN_PATTERN,
     DurableStore,
     TrajectoryFormat,
     check_key,
@@ -55,7 +56,8 @@ class TrajectoryStore(Mapping[str, Run]):
         try:
             attributes = zarr.open_group(LocalStore(self.root, read_only=True), mode="r").attrs.asdict()
         except (FileNotFoundError, zarr.errors.GroupNotFoundError):
-            raise StoreError(f"{self.root}: no trajectories here (no zarr.json of a group)") from None
+            advice = "; `halfstep store repair` writes it again" if any(self.root.glob(RUN_PATTERN)) else ""
+            raise StoreError(f"{self.root}: no trajectories here (no zarr.json of a group){advice}") from None
         except DAMAGE as error:
             raise StoreError(f"{self.root}/zarr.json: cannot be read ({error}); read another copy") from error
         version = attributes.get("halfstep_trajectories")
@@ -160,11 +162,11 @@ def read_run(root: Path, key: str) -> Run:
             for number in range(-(-stored // column.chunks[0])):
                 if not (folder / name / "c" / str(number)).exists():  # zarr would read zeros
                     raise StoreError(f"{name}/c/{number} is missing")
+            if attributes.get("complete") and column.shape[0] != stored:
+                raise StoreError(f"{column.shape[0]} {name} for {stored} steps")
         labels = {name: np.asarray(column[:stored]) for name, column in columns.items()}
     except DAMAGE as error:
-        raise StoreError(
-            f"{root}/{key}: its metadata cannot be read ({error}); run `halfstep store verify {root}`"
-        ) from error
+        raise StoreError(f"{root}/{key}: its metadata cannot be read ({error}); read another copy of it") from error
     for name, values in labels.items():
         if len(values) != stored:
             raise StoreError(f"{root}/{key}: got {len(values)} {name} for {stored} steps; read another copy")
@@ -172,6 +174,10 @@ def read_run(root: Path, key: str) -> Run:
     problems = _problems(attributes, folder)
     if damaged:
         problems.append("damaged: some steps of its journal cannot be read; `halfstep store repair` keeps the others")
+    attributes = {name: value for name, value in attributes.items() if name != "problems"}
+    if array is not None:
+        form = TrajectoryFormat.of(array)
+        attributes |= {"latents_format": str(form), "latents_exact": form.is_exact}
     reader = StepReader(root, key, {stored + i: entry for i, entry in enumerate(waiting)})
     return Run(
         key=key,
@@ -181,7 +187,7 @@ def read_run(root: Path, key: str) -> Run:
         latents=Latents(stored + len(waiting), reader.step_shape, reader.read),
         prompt=attributes.get("prompt"),
         seed=attributes.get("seed"),
-        attributes={name: value for name, value in attributes.items() if name != "problems"},
+        attributes=attributes,
         problems=tuple(problems),
     )
 

@@ -23,6 +23,7 @@ from halfstep.store.zarr_codec import PredictiveCodec
 FORMAT_VERSION = 1
 LABELS = {"steps": "<i8", "timesteps": "<f8", "sigmas": "<f8"}
 LABEL_CHUNK = 64
+RUN_PATTERN = "[!.]*/latents/zarr.json"  # what every run with a step has
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BLOSC = Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE)
@@ -54,6 +55,16 @@ class TrajectoryFormat:
             raise InputError(f"max_error: {self.codec} keeps what it is given; use the predictive codec")
         if self.max_error is not None and not 0 <= self.max_error < np.inf:
             raise InputError(f"max_error: got {self.max_error}; expected a finite number, 0 or more")
+
+    def __str__(self) -> str:
+        if self.max_error is not None:
+            return f"{self.codec}, error up to {self.max_error:g}"
+        return f"{self.codec}, {self.storage}"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every value comes back as it was."""
+        return self.storage == "fp32" and not self.max_error
 
     @property
     def group(self) -> int:

@@ -15,7 +15,7 @@ from halfstep.store.commit import fsync_path, store_errors
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import is_being_written
 from halfstep.store.trajectory import StepReader, TrajectoryStore, read_run
-from halfstep.store.trajectory_layout import LABELS, DurableStore, chunk_path
+from halfstep.store.trajectory_layout import FORMAT_VERSION, LABELS, RUN_PATTERN, DurableStore, chunk_path
 from halfstep.store.trajectory_writer import recover_run
 
 
@@ -59,6 +59,9 @@ def verify_trajectories(root: Path | str) -> TrajectoryVerifyReport:
             continue
         problems += damaged.values()
         steps += len(run)
+    for folder in sorted(store.root.glob("[!.]*/")):
+        if not (folder / "zarr.json").exists():
+            problems.append(f"{folder}: is no run any more, its zarr.json is missing; read another copy of it")
     return TrajectoryVerifyReport(len(store), steps, incomplete, problems)
 
 
@@ -69,6 +72,9 @@ def repair_trajectories(root: Path | str) -> TrajectoryRepairReport:
     run's problems; the others keep their bytes. A run whose metadata is damaged is left as it is and named. Raises
     StoreError when there is no store.
     """
+    if not (Path(root) / "zarr.json").exists() and any(Path(root).glob(RUN_PATTERN)):
+        with store_errors(root):
+            zarr.create_group(DurableStore(root), attributes={"halfstep_trajectories": FORMAT_VERSION})
     store = TrajectoryStore.open(root)
     recovered: dict[str, int] = {}
     lost: list[str] = []
@@ -145,7 +151,7 @@ def _drop_groups(root: Path, key: str, damaged: list[int]) -> str:
         group[name][:] = values
     dropped = run.steps[:stored][~keep]
     line = f"damaged: steps {dropped[0]} to {dropped[-1]} ({len(dropped)}) could not be read and were dropped"
-    group.update_attributes({"complete": False, "problems": [*group.attrs.asdict().get("problems", []), line]})
+    group.update_attributes({"problems": [*group.attrs.asdict().get("problems", []), line]})
     for path in [*copy.rglob("*"), copy]:
         fsync_path(path)
     old = root / f".{key}.old"
