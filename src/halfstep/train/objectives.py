@@ -61,9 +61,11 @@ def _squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def dispersive_loss(z: torch.Tensor) -> torch.Tensor:
-    """log mean_ij exp(-|z_i - z_j|^2 / D) over all pairs of samples, of activations z [N, ...] with D numbers each (Wang
-    and He 2025, "Diffuse and Disperse"): a scalar, lower the further samples lie apart. Published with a weight of
-    0.5."""
+    """log mean_ij exp(-|z_i - z_j|^2 / D) over all pairs of samples, of activations z [N, ...] with D numbers each.
+
+    A scalar, lower the further samples lie apart (Wang and He 2025, "Diffuse and Disperse"); published with the weight
+    0.5.
+    """
     flat = z.float().flatten(1)
     squared = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square() / flat.shape[1]
     return torch.logsumexp(-squared.flatten(), dim=0) - math.log(squared.numel())
