@@ -13,12 +13,11 @@ from plotly.offline import get_plotlyjs
 from halfstep.analyze.analysis import Analysis
 from halfstep.analyze.metrics import METRICS
 from halfstep.analyze.plots import COLORS, colors, shown
-from halfstep.analyze.stats import ALPHA
+from halfstep.analyze.stats import ALPHA, GroupTest
 from halfstep.analyze.storage import StorageComparison
 from halfstep.analyze.words import (
     METRIC_NAMES,
     clustering_sentence,
-    effect,
     number,
     p_value,
     sentence,
@@ -26,7 +25,7 @@ from halfstep.analyze.words import (
 )
 
 _STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fff; margin: 0 auto; max-width: 1000px;
+body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fff; margin: 0 auto; max-width: 1100px;
        padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.8rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
 p, li { max-width: 50rem; } .soft { color: #5d6778; } .wide { overflow-x: auto; }
@@ -254,18 +253,18 @@ def _tests_table(analysis: Analysis) -> str:
     rows = [
         [
             html.escape(METRIC_NAMES.get(test.metric, test.metric)),
+            html.escape(f"{test.verdict}" + (f": {test.not_enough.partition(': ')[2]}" if test.not_enough else "")),
             html.escape(f"{shown(test.a, 24)} / {shown(test.b, 24)}"),
             f"{number(test.mean_a)} / {number(test.mean_b)}",
-            html.escape(effect(test).removeprefix("Hedges g ")) or "-",
+            _effect(test),
             "-" if test.p_welch is None else f"{test.p_welch:.2g}",
             "-" if test.p_permutation is None else f"{test.p_permutation:.2g}",
             "-" if test.p_holm is None else f"{test.p_holm:.2g}",
             "-" if test.p_bh is None else f"{test.p_bh:.2g}",
-            html.escape(f"{test.verdict}" + (f": {test.not_enough.partition(': ')[2]}" if test.not_enough else "")),
         ]
         for test in analysis.tests
     ]
-    heads = ["metric", "groups", "means", "Hedges g", "Welch p", "permutation p", "Holm", "BH", "verdict"]
+    heads = ["metric", "verdict", "groups", "means", "Hedges g", "Welch p", "permutation p", "Holm", "BH"]
     paired = " Groups with the same seeds are compared pair by pair." if any(t.paired for t in analysis.tests) else ""
     words = (
         "<h2>Tests</h2><p>Two-sided. The verdict goes by the larger of the permutation test's and Welch's p, corrected "
@@ -273,13 +272,24 @@ def _tests_table(analysis: Analysis) -> str:
         "bootstrap intervals.</p>"
     )
     found = [test.verdict == "different" for test in analysis.tests]
-    return words + _table(heads, rows, left=(1, 8), marked=found)
+    return words + _table(heads, rows, left=(1, 2), marked=found)
 
 
 def _spread(mean: float, deviation: float) -> str:
     if np.isnan(mean):
         return "-"
     return number(mean) if np.isnan(deviation) else f"{number(mean)} ± {number(deviation)}"
+
+
+def _effect(test: GroupTest) -> str:
+    if test.hedges_g is None or test.interval is None:
+        return "-"
+    return f"{number(test.hedges_g)} ({number(test.interval[0])} to {number(test.interval[1])})"
+
+
+def _percent(value: float) -> str:
+    """A relative difference; below a hundredth of a percent as a power of ten."""
+    return f"{value:.1e}" if value < 1e-4 else f"{100 * value:.2g}%" if value < 1 else f"{100 * value:.0f}%"
 
 
 def _groups_table(analysis: Analysis) -> str:
@@ -316,17 +326,14 @@ def _runs_table(analysis: Analysis) -> str:
 
 
 def _storage_table(storage: Sequence[StorageComparison]) -> str:
-    names = list(storage[0].differences)
     rows = [
-        [
-            html.escape(item.format),
-            f"{item.share:.3f}",
-            f"{len(item.changed)} of {item.tests}",
-            *("-" if np.isnan(item.differences[n][1]) else f"{item.differences[n][1]:.1e}" for n in names),
-        ]
-        for item in storage
+        ["bytes of fp32", *(f"{item.share:.3f}" for item in storage)],
+        ["verdicts changed", *(f"{len(item.changed)} of {item.tests}" for item in storage)],
     ]
-    heads = ["kept as", "bytes of fp32", "verdicts changed", *(METRIC_NAMES[n] for n in names)]
+    for name in storage[0].differences:
+        largest = [item.differences[name][1] for item in storage]
+        rows.append([METRIC_NAMES[name], *("-" if np.isnan(value) else _percent(value) for value in largest)])
+    heads = ["kept as", *(html.escape(item.format) for item in storage)]
     return (
         "<h2>Does the format keep the analysis valid?</h2><p>The largest relative difference of each metric over all "
         "runs when the latents are kept in each format.</p>" + _table(heads, rows)

@@ -62,7 +62,10 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the last line of defence, it exits with the error's name
         _stop(error, f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback", 1)
     if code == _INTERRUPTED:
-        typer.echo("halfstep: interrupted; what was complete is kept", err=True)
+        typer.echo(
+            "halfstep: interrupted; what was complete is kept (encode goes on when run again, generate with --resume)",
+            err=True,
+        )
     sys.exit(code)
 
 

@@ -119,9 +119,9 @@ def _print(analysis: Analysis, storage: list[StorageComparison]) -> None:
     for item in storage:
         known = {name: largest for name, (_, largest) in item.differences.items() if not math.isnan(largest)}
         worst = max(known, key=lambda name: known[name], default=None)
-        change = "no metric to compare" if worst is None else f"{known[worst]:.1e} ({METRIC_NAMES[worst]})"
+        change = "no metric to compare" if worst is None else f"{known[worst]:.2g} ({METRIC_NAMES[worst]})"
         typer.echo(
-            f"{item.format}: {item.share:.3f} of fp32, largest change {change}, "
+            f"{item.format}: {item.share:.3f} of fp32, largest relative change {change}, "
             f"{len(item.changed)} of {item.tests} verdicts changed"
         )
     for problem in analysis.problems:
