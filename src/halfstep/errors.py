@@ -1,5 +1,13 @@
 """The errors a user meets: one line that says where, what was found, what was expected and what to do."""
 
+from collections.abc import Sequence
+
+
+def some(items: Sequence[object], most: int = 5) -> str:
+    """The first of `items`, and how many more there are, for a line that must stay one line."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
+
 
 class HalfstepError(Exception):
     """Base of all errors raised on purpose. `exit_code` is 2 when the input is at fault, 1 when the work failed."""

@@ -303,4 +303,5 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "1 losses" in run_cli("store", "repair", tmp_path / "s", check=1).stdout
     assert "ok, 0 steps in 1 runs" in run_cli("store", "verify", tmp_path / "s").stdout
     assert "could not be read and were dropped" in run_cli("store", "inspect", tmp_path / "s").stdout
+    assert "`halfstep store inspect` says what is wrong" in run_cli("store", "verify", tmp_path / "b", check=2).stderr
     assert "--to: got 'zip'" in run_cli("store", "convert", tmp_path / "b", "-o", "x", "--to", "zip", check=2).stderr

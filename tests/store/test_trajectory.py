@@ -230,6 +230,26 @@ def test_a_damaged_record_in_mid_journal_costs_itself_and_is_named(tmp_path: Pat
     assert verify_trajectories(tmp_path / "s").ok
 
 
+def test_a_repair_that_dies_before_the_journal_is_gone_repeats_no_step(tmp_path: Path) -> None:
+    """The journal has a hole, its steps have moved, and it is still there when the next repair comes."""
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk()
+    writer = store.record("a", TrajectoryFormat(storage="fp32"))
+    for k in range(10):
+        writer.append(k, k, k, latents[k])
+    writer.close()
+    journal = tmp_path / "s" / "a" / "journal"
+    damaged = bytearray(journal.read_bytes())
+    damaged[2 * len(damaged) // 10 + 1000] ^= 4
+    journal.write_bytes(damaged)
+    repair_trajectories(tmp_path / "s")
+    journal.write_bytes(damaged)
+    kept = [0, 1, *range(3, 10)]
+    assert store["a"].steps.tolist() == kept
+    repair_trajectories(tmp_path / "s")
+    assert store["a"].steps.tolist() == kept
+    assert np.array_equal(store["a"].latents[:], latents[kept])
+
+
 def test_unknown_noise_levels_are_kept_as_unknown(tmp_path: Path) -> None:
     store, latents = TrajectoryStore.create(tmp_path / "s"), walk(20)
     store.add("a", latents, sigmas=[np.nan] * 20, format=TrajectoryFormat(storage="fp32"))
@@ -362,6 +382,9 @@ def test_bad_input_is_named_and_loses_nothing(tmp_path: Path) -> None:
     assert store["c"].steps.tolist() == [0, 1]
     with pytest.raises(InputError, match="no run 'z'"):
         store["z"]
+    assert [form.is_exact for form in (TrajectoryFormat(), TrajectoryFormat(storage="fp32"))] == [False, True]
+    assert TrajectoryFormat(max_error=0.0).is_exact
+    assert not TrajectoryFormat(storage="fp32", max_error=0.1).is_exact
     with pytest.raises(InputError, match="codec: got 'zip'"):
         TrajectoryFormat("zip")
     with pytest.raises(InputError, match="storage: got 'bf16'; expected one of fp16, fp32 with raw"):

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from halfstep.config import load_yaml
-from halfstep.errors import InputError
+from halfstep.errors import InputError, some
 from halfstep.store import Run
 
 
@@ -25,14 +25,10 @@ def group_by_file(runs: Mapping[str, Run], path: Path) -> dict[str, str]:
         for pattern in patterns:
             matched = [key for key in runs if fnmatchcase(key, pattern) or fnmatchcase(runs[key].prompt or "", pattern)]
             if not matched:
-                raise InputError(f"{path}: {group}: {pattern!r} matches no run; their names are {_some(list(runs))}")
+                raise InputError(f"{path}: {group}: {pattern!r} matches no run; their names are {some(list(runs))}")
             for key in matched:
                 if groups.setdefault(key, group) != group:
                     raise InputError(
                         f"{path}: {key!r} is in {groups[key]!r} and in {group!r}; make the patterns narrower"
                     )
     return {key: groups[key] for key in runs if key in groups}
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

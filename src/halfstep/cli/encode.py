@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfstep.errors import InputError
+from halfstep.errors import InputError, some
 
 if TYPE_CHECKING:
     from halfstep.data.sources import SourceConfig
@@ -140,12 +140,8 @@ def _summary(report: EncodeReport, keep_missing: bool) -> str:
         lines.append(f"{report.retried_in_fp32} items overflowed in half precision and were encoded again in fp32")
     if report.missing:
         what = "kept, though the sources no longer have them" if keep_missing else "no longer in the sources"
-        lines.append(f"{len(report.missing)} sequences {what}: {_some(report.missing)}")
+        lines.append(f"{len(report.missing)} sequences {what}: {some(report.missing)}")
     lines += [f"failed: {failure.reason}" for failure in report.failures[:5]]
     if report.failed:
         lines.append(f"{report.failed} failed in all; why is in {Path(report.store) / 'failures.jsonl'}")
     return "\n".join(lines)
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

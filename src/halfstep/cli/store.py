@@ -25,6 +25,7 @@ def verify(store: _Store, json: _Json = False) -> None:
 
     if (trajectories := find_trajectory_store(store)) is not None:
         _verify_trajectories(trajectories, json)
+    _refuse_batch(store)
     report = run_verify(store)
     if json:
         facts = {"ok": report.ok, "shards": report.shards, "items": report.items, "problems": report.problems}
@@ -44,6 +45,7 @@ def repair(store: _Store, json: _Json = False) -> None:
 
     if (trajectories := find_trajectory_store(store)) is not None:
         _repair_trajectories(trajectories, json)
+    _refuse_batch(store)
     report = run_repair(store)
     if json:
         typer.echo(json_module.dumps({"rebuilt": report.rebuilt, "lost": report.lost}))
@@ -167,6 +169,12 @@ def _together(notes: list[str]) -> list[str]:
     count = Counter(note.partition(": ")[2] for note in notes)
     lines = [f"{number} runs: {line}" for line, number in count.items() if number > 3]
     return lines + [note for note in notes if count[note.partition(": ")[2]] <= 3]
+
+
+def _refuse_batch(path: Path) -> None:
+    """Files of one step each have no checksums to hold them against, and nothing to rebuild them from."""
+    if any(path.rglob("step_*_metadata.json")):
+        raise InputError(f"{path}: a batch of one file a step; `halfstep store inspect` says what is wrong with it")
 
 
 def _verify_trajectories(store: Path, json: bool) -> NoReturn:

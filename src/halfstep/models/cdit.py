@@ -21,6 +21,7 @@ from halfstep.models.layers import (
     layer_norm,
     modulate,
     modulation,
+    token_grid,
     unpatchify,
 )
 
@@ -86,12 +87,9 @@ class CDiT(nn.Module):
         in_channels: int = 4,
     ) -> None:
         super().__init__()
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height % patch_size or width % patch_size:
-            raise InputError(f"CDiT: got latents of {height} x {width}; expected multiples of the patch, {patch_size}")
         if hidden_size % num_heads:
             raise InputError(f"CDiT: got a width of {hidden_size}; expected a multiple of {num_heads} heads")
-        self.grid = (height // patch_size, width // patch_size)
+        self.grid = token_grid("CDiT", input_size, patch_size)
         self.patch_size, self.context_size, self.in_channels = patch_size, context_size, in_channels
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
         self.t_embedder = ScalarEmbedder(hidden_size)

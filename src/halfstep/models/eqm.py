@@ -27,6 +27,7 @@ from halfstep.models.layers import (
     modulation,
     sincos,
     sincos_grid,
+    token_grid,
     unpatchify,
 )
 
@@ -97,14 +98,11 @@ class EqM(nn.Module):
         in_channels: int = 4,
     ) -> None:
         super().__init__()
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height % patch_size or width % patch_size:
-            raise InputError(f"EqM: got latents of {height} x {width}; expected multiples of the patch, {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise InputError(f"EqM: got a width of {hidden_size}; expected a multiple of {num_heads} heads and of 4")
         if energy not in ("none", "l2", "dot"):
             raise InputError(f"EqM: got energy {energy!r}; expected none, l2 or dot")
-        self.grid = (height // patch_size, width // patch_size)
+        self.grid = token_grid("EqM", input_size, patch_size)
         self.patch_size, self.num_classes, self.num_frames, self.in_channels = (
             patch_size,
             num_classes,

@@ -13,8 +13,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from halfstep.errors import InputError
+
 FREQUENCIES = 256  # numbers in the sinusoid of a scalar
 _MAX_PERIOD = 10000.0
+
+
+def token_grid(network: str, input_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Tokens along height and width of latents of `input_size`. Raises InputError when patches do not fill them."""
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if height % patch_size or width % patch_size:
+        raise InputError(f"{network}: got latents of {height} x {width}; expected multiples of the patch, {patch_size}")
+    return height // patch_size, width // patch_size
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import os
 import struct
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,7 +24,7 @@ from halfstep.store.run import Float32
 
 NAME = "journal"
 
-_HEADER = struct.Struct("<4sqqddQI")  # magic, position, step, timestep, sigma, bytes of values, CRC-32 of the values
+_HEADER = struct.Struct("<4sqddQI")  # magic, step, timestep, sigma, bytes of values, CRC-32 of the values
 _CHECKSUM = struct.Struct("<I")  # of the header
 _MAGIC = b"HSJ1"
 _ATTEMPTS = 100
@@ -31,9 +32,8 @@ _ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """One step in a journal: its place in the run, its labels, and where its record begins in the file."""
+    """One step in a journal: its labels, and where its record begins in the file."""
 
-    position: int
     step: int
     timestep: float
     sigma: float
@@ -57,10 +57,10 @@ class Journal:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._end = os.fstat(self._descriptor).st_size
 
-    def append(self, position: int, step: int, timestep: float, sigma: float, values: Float32) -> JournalEntry:
+    def append(self, step: int, timestep: float, sigma: float, values: Float32) -> JournalEntry:
         """Write one step; when this returns, it survives a crash. A write that fails leaves the journal as it was."""
         data = np.ascontiguousarray(values, "<f4").reshape(-1).view(np.uint8).data
-        header = _HEADER.pack(_MAGIC, position, step, timestep, sigma, len(data), zlib.crc32(data))
+        header = _HEADER.pack(_MAGIC, step, timestep, sigma, len(data), zlib.crc32(data))
         record_start = self._end
         try:
             for part in (header + _CHECKSUM.pack(zlib.crc32(header)), data):
@@ -72,7 +72,7 @@ class Journal:
             os.ftruncate(self._descriptor, record_start)
             raise
         self._end += len(header) + _CHECKSUM.size + len(data)
-        return JournalEntry(position, step, timestep, sigma, record_start)
+        return JournalEntry(step, timestep, sigma, record_start)
 
     def clear(self) -> None:
         """Forget all steps: they are in the run's arrays now."""
@@ -93,8 +93,8 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[list[JournalEntry], bool]:
-    """The whole records of a journal, in order, and whether there are damaged ones too. None when there is no journal.
-    What a crash cut off at the end is no damage."""
+    """The whole records of a journal, in order, and whether there are damaged ones too; what a crash cut off at the end
+    is no damage. Without a journal there are no records."""
     entries: list[JournalEntry] = []
     damaged = False
     try:
@@ -116,6 +116,13 @@ def read_journal(path: Path) -> tuple[list[JournalEntry], bool]:
     return entries, damaged
 
 
+def steps_after(entries: Sequence[JournalEntry], stored: Sequence[int]) -> list[JournalEntry]:
+    """The entries that are not among the `stored` steps: a crash may come after steps moved and before the journal was
+    emptied. The steps of a run grow."""
+    last = stored[-1] if len(stored) else -1
+    return [entry for entry in entries if entry.step > last]
+
+
 def read_values(path: Path, entry: JournalEntry, shape: tuple[int, ...]) -> Float32 | None:
     """The values of one record, float32 of `shape`; None when the writer has moved them to the run's arrays since."""
     try:
@@ -125,7 +132,7 @@ def read_values(path: Path, entry: JournalEntry, shape: tuple[int, ...]) -> Floa
     with file:
         file.seek(entry.start)
         record = _read_record(file)
-    if record is None or (record[0].position, record[0].step) != (entry.position, entry.step):
+    if record is None or record[0].step != entry.step:
         return None
     return np.frombuffer(record[1], "<f4").astype(np.float32, copy=False).reshape(shape)
 
@@ -151,7 +158,7 @@ def _next_record(file: IO[bytes], start: int, size: int) -> int | None:
     file.seek(start)
     header = file.read(_HEADER.size + _CHECKSUM.size)
     if _is_header(header):
-        end = start + len(header) + int(_HEADER.unpack_from(header)[5])
+        end = start + len(header) + int(_HEADER.unpack_from(header)[4])
         return end if end <= size else None
     file.seek(start + 1)
     rest = file.read()
@@ -176,8 +183,8 @@ def _read_record(file: IO[bytes]) -> tuple[JournalEntry, bytes] | None:
     header = file.read(_HEADER.size + _CHECKSUM.size)
     if not _is_header(header):
         return None
-    _, position, step, timestep, sigma, size, checksum = _HEADER.unpack_from(header)
+    _, step, timestep, sigma, size, checksum = _HEADER.unpack_from(header)
     values = file.read(size)
     if len(values) != size or zlib.crc32(values) != checksum:
         return None
-    return JournalEntry(position, step, timestep, sigma, start), values
+    return JournalEntry(step, timestep, sigma, start), values

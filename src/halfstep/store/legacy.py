@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from halfstep.errors import HalfstepError, InputError, StoreError
+from halfstep.errors import HalfstepError, InputError, StoreError, some
 from halfstep.store.run import Float32, Latents, Run
 from halfstep.store.torch_files import read_torch_tensor
 
@@ -121,7 +121,7 @@ class LegacyBatch(Mapping[str, Run]):
         corrected = [schedule.get(step + 1, (math.nan, math.nan)) for step in steps]
         unknown = [step for step, (sigma, _) in zip(steps, corrected, strict=True) if math.isnan(sigma)]
         if unknown:
-            problems.append(f"missing: the noise level after step {_listed(unknown)} is nowhere in the batch")
+            problems.append(f"missing: the noise level after step {some(unknown)} is nowhere in the batch")
         return found, corrected
 
     @cached_property
@@ -222,7 +222,7 @@ def _agree(metadata: dict[int, dict[str, Any]], problems: list[str]) -> tuple[di
     agreeing = {step for step, words in said.items() if words == usual}
     others = sorted(set(metadata) - agreeing)
     if others:
-        problems.append(f"stale: the metadata of step {_listed(others)} is that of another run")
+        problems.append(f"stale: the metadata of step {some(others)} is that of another run")
     values = dict(zip(_SHARED, json.loads(usual), strict=True))
     return {name: value for name, value in values.items() if value is not None}, agreeing
 
@@ -233,7 +233,7 @@ def _gaps(
     problems = []
     unlabelled = sorted(files - set(metadata))
     if unlabelled:
-        problems.append(f"missing: the metadata of step {_listed(unlabelled)}; their noise levels are not known")
+        problems.append(f"missing: the metadata of step {some(unlabelled)}; their noise levels are not known")
     if summary is not None:
         expected = summary
     elif total is not None and files:
@@ -245,7 +245,7 @@ def _gaps(
     else:
         expected = set(metadata)
     missing = sorted(expected - files)
-    return [*problems, f"missing: the latents of step {_listed(missing)}"] if missing else problems
+    return [*problems, f"missing: the latents of step {some(missing)}"] if missing else problems
 
 
 def _damage(path: Path, expected_shape: tuple[int, ...]) -> str | None:
@@ -291,7 +291,3 @@ def _numbers(pair: tuple[Any, Any]) -> tuple[float, float]:
 
 def _json_number(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _listed(steps: list[int]) -> str:
-    return ", ".join(map(str, steps[:8])) + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")

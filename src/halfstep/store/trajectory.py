@@ -24,7 +24,7 @@ from zarr.storage import LocalStore
 from halfstep.errors import HalfstepError, InputError, StoreBusyError, StoreError
 from halfstep.store.commit import fsync_path, store_errors
 from halfstep.store.journal import NAME as JOURNAL_NAME
-from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values
+from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values, steps_after
 from halfstep.store.run import Float32, Latents, Run
 from halfstep.store.trajectory_layout import (
     FORMAT_VERSION,
@@ -170,7 +170,7 @@ def read_run(root: Path, key: str) -> Run:
     for name, values in labels.items():
         if len(values) != stored:
             raise StoreError(f"{root}/{key}: got {len(values)} {name} for {stored} steps; read another copy")
-    waiting = [entry for entry in entries if entry.position >= stored]
+    waiting = steps_after(entries, labels["steps"].tolist() if stored else [])
     problems = _problems(attributes, folder)
     if damaged:
         problems.append("damaged: some steps of its journal cannot be read; `halfstep store repair` keeps the others")

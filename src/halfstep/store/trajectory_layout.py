@@ -6,7 +6,7 @@ import asyncio
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import google_crc32c
 import numpy as np
@@ -16,7 +16,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from halfstep.errors import InputError
-from halfstep.store.codecs import GROUP, Float32, encode_trajectory
+from halfstep.store.codecs import GROUP, Fidelity, Float32, encode_trajectory
 from halfstep.store.commit import fsync_path, write_durably
 from halfstep.store.zarr_codec import PredictiveCodec
 
@@ -64,7 +64,11 @@ class TrajectoryFormat:
     @property
     def is_exact(self) -> bool:
         """Whether every value comes back as it was."""
-        return self.storage == "fp32" and not self.max_error
+        return self.storage == "fp32" if self.max_error is None else self.max_error == 0
+
+    @property
+    def _fidelity(self) -> Fidelity | None:
+        return None if self.storage == "fp32" else cast(Fidelity, self.storage)
 
     @property
     def group(self) -> int:
@@ -84,16 +88,14 @@ class TrajectoryFormat:
         """The bytes of one chunk of the array: at most `group` steps, as zarr's own pipeline makes them, without its
         cost in Python."""
         if self.codec == "predictive":
-            fidelity: Any = None if self.storage == "fp32" else self.storage
-            return encode_trajectory(latents, max_error=self.max_error, fidelity=fidelity, group=len(latents))
+            return encode_trajectory(latents, max_error=self.max_error, fidelity=self._fidelity, group=len(latents))
         stored = latents.astype("<f2" if self.storage == "fp16" else "<f4")
         return with_crc32c(_BLOSC.encode(stored) if self.codec == "blosc" else stored.tobytes())
 
     def array_options(self) -> dict[str, Any]:
         """The arguments of zarr's `create_array` that make latents of this format."""
         if self.codec == "predictive":
-            fidelity: Any = None if self.storage == "fp32" else self.storage
-            serializer = PredictiveCodec(max_error=self.max_error, fidelity=fidelity)
+            serializer = PredictiveCodec(max_error=self.max_error, fidelity=self._fidelity)
             return {"dtype": "float32", "serializer": serializer, "compressors": None, "filters": None}
         blosc = [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")] if self.codec == "blosc" else []
         dtype = {"fp16": "float16", "fp32": "float32"}[self.storage]

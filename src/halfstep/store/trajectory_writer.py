@@ -19,7 +19,7 @@ from halfstep.errors import InputError, StoreError
 from halfstep.store.commit import fsync_path, store_errors, write_durably
 from halfstep.store.formats import to_storage
 from halfstep.store.journal import NAME as JOURNAL_NAME
-from halfstep.store.journal import Journal, JournalEntry, is_being_written, read_journal, read_values
+from halfstep.store.journal import Journal, JournalEntry, is_being_written, read_journal, read_values, steps_after
 from halfstep.store.run import Float32
 from halfstep.store.trajectory_layout import (
     LABEL_CHUNK,
@@ -110,8 +110,7 @@ class RunWriter:
             if self._shape is None:
                 self._create_arrays(latents.shape)
                 self._shape = latents.shape
-            position = len(self._labels) + len(self._waiting)
-            self._waiting.append(self._journal.append(position, step, timestep, sigma, latents))
+            self._waiting.append(self._journal.append(step, timestep, sigma, latents))
         self._last_step = step
         if unsound:
             self._problems.append(f"step {step}: {unsound} values are not finite")
@@ -185,7 +184,7 @@ def recover_run(root: Path, key: str) -> tuple[int, str | None]:
             array = group["latents"]
             stored = array.shape[0]
             labels = _Labels(*(np.asarray(group[name][:stored]).tolist() for name in LABELS))
-            waiting = [entry for entry in entries if entry.position >= stored]
+            waiting = steps_after(entries, labels.steps)
             for first in range(0, len(waiting), array.chunks[0]):
                 some = waiting[first : first + array.chunks[0]]
                 labels = _move_to_arrays(root / key, TrajectoryFormat.of(array), some, labels)
