@@ -246,5 +246,6 @@ def test_the_older_format_is_analysed(outside_data: Path) -> None:
     assert len(result["runs"]) == 5
     assert any("step_005.pt" in line for line in result["problems"])
     assert all(test["verdict"] == "not enough runs" for test in result["tests"])
+    assert result["separation"] == []  # one of its groups has one run that can be compared
     runs = open_trajectories(outside_data / "legacy_batch")
     assert result["runs"]["prompt_001_vid001"]["states"] == len(runs["prompt_001_vid001"])

@@ -267,7 +267,10 @@ class _Pair:
         yield stats.compare("dispersion", self.a, self.b, *spreads, paired=False, resamples=resamples)
 
     def separations(self) -> list[Separation]:
-        """How far the groups lie apart at each noise level."""
+        """How far the groups lie apart at each noise level; nothing for a group of one, which has no spread to hold
+        that against."""
+        if min(len(self.runs_a), len(self.runs_b)) < 2:
+            return []
         in_b = np.array([False] * len(self.runs_a) + [True] * len(self.runs_b))
         points = np.array([run.path.axes for run in (*self.runs_a, *self.runs_b)]).transpose(1, 0, 2)
         distances = np.array([np.sqrt(np.square(level[:, None] - level[None]).sum(axis=-1)) for level in points])
