@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from halfstep.errors import InputError
 from halfstep.models import CDiT
+from halfstep.precision import PrecisionPolicy, prepare
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cdit_tiny.safetensors"
 NUMBERS = load_file(GOLDEN)
@@ -62,3 +63,15 @@ def test_mistakes_are_named() -> None:
         CDiT(8, 2, 2, 48, 1, 5)
     with pytest.raises(InputError, match=r"got 'CDiT-B/4'; expected CDiT-\{S,B,L,XL\}/2"):
         CDiT.named("CDiT-B/4", 8, 2)
+
+
+@pytest.mark.parametrize("preset", ["bf16-mixed", "bf16-true"])
+def test_half_is_near_fp32(preset: str) -> None:
+    model = CDiT(**CONFIG, patch_size=2).eval()
+    model.load_state_dict(STATE, strict=True)
+    prepare(model, PrecisionPolicy.parse(preset))
+    kept = {name.partition(".")[0] for name, value in model.state_dict().items() if value.dtype == torch.float32}
+    assert preset == "bf16-mixed" or kept == {"pos_embed", "t_embedder", "time_embedder"}
+    with torch.no_grad():
+        out = model(*INPUTS)
+    assert (out - NUMBERS["out"]).norm() < 0.02 * NUMBERS["out"].norm()  # two blocks of products rounded to 8 bits

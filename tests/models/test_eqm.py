@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from halfstep.errors import InputError
 from halfstep.models import EqM
+from halfstep.precision import PrecisionPolicy, prepare
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "eqm_tiny.safetensors"
 NUMBERS = load_file(GOLDEN)
@@ -141,3 +142,45 @@ def test_mistakes_are_named() -> None:
         EqM(8, 2, 32, 1, 2, 3, energy="cubic")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"got 'EqM-M/2'; expected EqM-\{S,B,L,XL\}"):
         EqM.named("EqM-M/2", 8, 3)
+
+
+@pytest.mark.parametrize("preset", ["bf16-mixed", "bf16-true", "bf16-true,islands=t_embedder|blocks.*.mlp"])
+@pytest.mark.parametrize("energy", ["none", "l2", "dot"])
+def test_every_use_runs_in_half_near_fp32(preset: str, energy: Any) -> None:
+    exact, half = golden_model(energy=energy), golden_model(energy=energy)
+    prepare(half, PrecisionPolicy.parse(preset))
+    with torch.no_grad():
+        pairs = [
+            (half(X, T, Y), exact(X, T, Y)),
+            (half.guided(X, T, Y, 2.0, 3), exact.guided(X, T, Y, 2.0, 3)),
+            (half(X, T, Y, modulations=half.modulations(T, Y)), exact(X, T, Y)),
+        ]
+        if energy != "none":
+            pairs += list(zip(half.energy_and_field(X, T, Y), exact.energy_and_field(X, T, Y), strict=True))
+    for ours, expected in pairs:
+        assert ours.dtype == torch.float32
+        # Two blocks of products rounded to 8 bits; a gradient goes through them twice, guidance by 2 doubles it.
+        assert (ours - expected).norm() < 0.04 * expected.norm()
+
+
+def test_what_must_not_be_half_is_not() -> None:
+    model = prepare(golden_model(), PrecisionPolicy.parse("bf16-true")).to(torch.float16)
+    kept = {name for name, value in model.state_dict().items() if value.dtype == torch.float32}
+    assert kept == {"pos_embed", *(name for name in STATE if name.startswith("t_embedder."))}
+    assert torch.equal(model.pos_embed, STATE["pos_embed"])
+
+
+def test_recomputed_activations_change_nothing() -> None:
+    """Same field, same gradients; and the blocks are really run again."""
+    results = []
+    for recomputed in (0, 2):
+        model = golden_model()
+        model.recomputed_blocks = recomputed
+        runs: list[int] = []
+        model.blocks[0].mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        field = model(X, T, Y)
+        field.square().mean().backward()
+        results.append([field, *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert len(runs) == (2 if recomputed else 1)
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)

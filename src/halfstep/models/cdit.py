@@ -5,6 +5,7 @@ Axes: N samples, C channels, K context frames, H W latents, L tokens of a frame,
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from halfstep.models.layers import (
     layer_norm,
     modulate,
     modulation,
+    run_blocks,
     token_grid,
     unpatchify,
 )
@@ -76,6 +78,10 @@ class CDiT(nn.Module):
     published names. Raises InputError when sizes do not divide.
     """
 
+    # Position embeddings are added to tokens of many sizes, and sinusoids of a time need all its digits.
+    keep_in_fp32 = ("pos_embed", "t_embedder", "time_embedder")
+    recomputed_blocks = 0  # of the first blocks the activations are computed again in the backward pass
+
     def __init__(
         self,
         input_size: int | tuple[int, int],
@@ -124,9 +130,9 @@ class CDiT(nn.Module):
             )
         tokens = self.x_embedder(x) + self.pos_embed[self.context_size :]
         context = self.x_embedder(x_cond.flatten(0, 1)).unflatten(0, x_cond.shape[:2])
-        context = (context + self.pos_embed[: self.context_size]).flatten(1, 2)
+        context = (context + self.pos_embed[: self.context_size]).flatten(1, 2).to(x.dtype)
         condition = self.t_embedder(t) + self.time_embedder(rel_t) + self.y_embedder(y)
-        for block in self.blocks:
-            tokens = block(tokens, condition, context)
+        arguments = repeat((condition, context), len(self.blocks))
+        tokens = run_blocks(self.blocks, self.recomputed_blocks, tokens.to(x.dtype), arguments)
         tokens = self.final_layer(tokens, self.final_layer.adaLN_modulation(condition))
         return unpatchify(tokens, self.grid, self.patch_size)

@@ -25,6 +25,7 @@ from halfstep.models.layers import (
     layer_norm,
     modulate,
     modulation,
+    run_blocks,
     sincos,
     sincos_grid,
     token_grid,
@@ -81,6 +82,10 @@ class EqM(nn.Module):
     is the field. State dicts have the published names. Raises InputError when sizes do not divide.
     """
 
+    # Position embeddings are added to tokens of many sizes, and sinusoids of a time need all its digits.
+    keep_in_fp32 = ("pos_embed", "frame_embed", "t_embedder")
+    recomputed_blocks = 0  # of the first blocks the activations are computed again in the backward pass
+
     pos_embed: nn.Parameter
     frame_embed: torch.Tensor
 
@@ -131,16 +136,31 @@ class EqM(nn.Module):
         depth, width, heads = EQM_SIZES[size]
         return cls(input_size, int(patch), width, depth, heads, num_classes, **options)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The field at x [N, C, (T,) H, W] for times t [N] and labels y [N], of x's shape."""
-        return self.field(x, self.modulations(t, y))
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        modulations: Sequence[torch.Tensor] | None = None,
+        with_energy: bool = False,
+    ) -> Any:
+        """The field at x [N, C, (T,) H, W] for times t [N] and labels y [N], of x's shape; `with_energy` as
+        `energy_and_field`. `modulations`: those of t and y, where they are known already. All use of the network goes
+        through this call, which a precision, a compiler or a distributed wrapper may stand before."""
+        parts = self.modulations(t, y) if modulations is None else modulations
+        if self.energy == "none":
+            return self._output(x, parts)
+        energy, field = self._energy_and_field(x, parts)
+        return (energy, field) if with_energy else field
 
     def energy_and_field(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The energy of each sample [N], fp32, as published, which is -E: low for data; and the field. Raises
         InputError for energy="none"."""
         if self.energy == "none":
             raise InputError("EqM: a model with energy='none' has no energy; build it with l2 or dot")
-        return self._energy_and_field(x, self.modulations(t, y))
+        energy, field = self(x, t, y, with_energy=True)
+        return energy, field
 
     def guided(
         self,
@@ -149,13 +169,19 @@ class EqM(nn.Module):
         y: torch.Tensor,
         guidance_scale: float,
         guidance_channels: int | None = None,
+        *,
+        modulations: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Classifier-free guidance (Ho and Salimans 2022): field without label + scale * (with - without), on the first
         `guidance_channels` channels, all by default; the published sampler has 3 of 4. The others keep the label's
-        field."""
-        none = torch.full_like(y, self.num_classes)
-        modulations = self.modulations(torch.cat([t, t]), torch.cat([y, none]))
-        return self.guided_field(x, modulations, guidance_scale, guidance_channels)
+        field. `modulations`: those of the labels and, after them, of no label, where they are known already."""
+        labels = torch.cat([y, torch.full_like(y, self.num_classes)])
+        both: torch.Tensor = self(torch.cat([x, x]), torch.cat([t, t]), labels, modulations=modulations)
+        with_label, without = both.chunk(2)
+        guided = torch.lerp(without, with_label, guidance_scale)
+        if guidance_channels is None or guidance_channels >= x.shape[1]:
+            return guided
+        return torch.cat([guided[:, :guidance_channels], with_label[:, guidance_channels:]], dim=1)
 
     def modulations(self, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """What the condition does to each block and the last layer. Without time it is the same for all steps of a
@@ -165,22 +191,8 @@ class EqM(nn.Module):
         condition = self.t_embedder(torch.zeros_like(t) if self.uncond else t) + self.y_embedder(y)
         return [layer.adaLN_modulation(condition) for layer in self._modulated()]
 
-    def field(self, x: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The field at x under a condition from `modulations`."""
-        return self._output(x, modulations) if self.energy == "none" else self._energy_and_field(x, modulations)[1]
-
-    def guided_field(
-        self, x: torch.Tensor, modulations: Sequence[torch.Tensor], scale: float, channels: int | None = None
-    ) -> torch.Tensor:
-        """As `guided`, with the modulations of the labels and, after them, of no label."""
-        with_label, without = self.field(torch.cat([x, x]), modulations).chunk(2)
-        guided = torch.lerp(without, with_label, scale)
-        if channels is None or channels >= x.shape[1]:
-            return guided
-        return torch.cat([guided[:, :channels], with_label[:, channels:]], dim=1)
-
     def activations(self, x: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Tokens [N, L, D] after the last block."""
+        """Tokens [N, L, D] after the last block, in x's type."""
         expected = (self.in_channels, *([self.num_frames] if self.num_frames > 1 else []), *self._pixels())
         if tuple(x.shape[1:]) != expected:
             raise InputError(f"EqM: got latents {list(x.shape[1:])}; expected {list(expected)}")
@@ -190,11 +202,9 @@ class EqM(nn.Module):
             samples, channels, frames = x.shape[:3]
             flat = x.transpose(1, 2).reshape(samples * frames, channels, *x.shape[3:])
             tokens = (self.x_embedder(flat) + self.pos_embed).reshape(samples, frames, -1, self.pos_embed.shape[-1])
-            tokens = (tokens + self.frame_embed[:, None].to(tokens.dtype)).flatten(1, 2)
-        out: torch.Tensor = tokens
-        for block, part in zip(self.blocks, modulations, strict=False):  # the last belongs to the final layer
-            out = block(out, part)
-        return out
+            tokens = (tokens + self.frame_embed[:, None]).flatten(1, 2)
+        arguments = [(part,) for part in modulations[:-1]]  # the last belongs to the final layer
+        return run_blocks(self.blocks, self.recomputed_blocks, tokens.to(x.dtype), arguments)
 
     def _modulated(self) -> list[Any]:
         return [*self.blocks, self.final_layer]

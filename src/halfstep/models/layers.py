@@ -6,12 +6,14 @@ Axes: N samples, L tokens, D width, h w tokens along height and width, p pixels 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from halfstep.errors import InputError
 
@@ -100,6 +102,19 @@ class Mlp(nn.Module):
 def modulation(width: int, parts: int) -> nn.Sequential:
     """From the condition [N, D] to `parts` vectors in a row [N, parts D]; zero at first (adaLN-Zero)."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], recomputed: int, x: torch.Tensor, arguments: Iterable[tuple[torch.Tensor, ...]]
+) -> torch.Tensor:
+    """x through `blocks`, each with its arguments; in training the first `recomputed` of them keep no activations but
+    x and compute the others again (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost")."""
+    for number, (block, more) in enumerate(zip(blocks, arguments, strict=True)):
+        if number < recomputed and torch.is_grad_enabled():
+            x = checkpoint(block, x, *more, use_reentrant=False)
+        else:
+            x = block(x, *more)
+    return x
 
 
 class FinalLayer(nn.Module):

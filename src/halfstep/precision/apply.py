@@ -15,6 +15,8 @@ from halfstep.errors import InputError
 from halfstep.precision.policy import PrecisionPolicy, torch_dtype
 from halfstep.precision.probe import probe, tf32
 
+_KEPT = "keep_in_fp32"
+
 TensorMap = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -22,7 +24,8 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
     """Apply `policy` to `module` in place and return it.
 
     *true* policies cast weights, buffers and, at each call, inputs; *mixed* policies keep fp32 weights and run the call
-    under autocast. Modules that match `policy.islands` keep fp32 weights and run in fp32 also under autocast, and
+    under autocast. Modules that match `policy.islands`, or that `module.keep_in_fp32` names (submodules, parameters and
+    buffers that must not be half in any policy), keep fp32 weights and run in fp32 also under autocast, and
     return `policy.params`; where there are islands, inputs of at most one dimension (timesteps, sigmas) reach them
     unrounded. Results are cast to `policy.output`. Modules with 2-D convolutions use channels_last where `probe`
     measured it faster on the module's device, or as `channels_last` says.
@@ -35,11 +38,18 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
         child.__class__ = _ORIGINALS.get(type(child), type(child))
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     policy = policy.resolve(device, "sample")
-    islands = _find_islands(module, policy.islands)
+    islands = list(
+        {id(child): child for child in _find_islands(module, policy.islands) + _own_islands(module)}.values()
+    )
     inside_islands = {id(child) for island in islands for child in island.modules()}
+    kept = {id(getattr(module, name)) for name in getattr(module, _KEPT, ())}
+
+    def cast(child: nn.Module) -> TensorMap:
+        to_its_type = _cast_to(torch.float32 if id(child) in inside_islands else torch_dtype(policy.params))
+        return lambda tensor: tensor if id(tensor) in kept else to_its_type(tensor)
+
     for child in module.modules():
-        dtype = torch.float32 if id(child) in inside_islands else torch_dtype(policy.params)
-        child._apply(_cast_to(dtype), recurse=False)  # type: ignore[no-untyped-call]
+        child._apply(cast(child), recurse=False)  # type: ignore[no-untyped-call]
     convolutions = [child for child in module.modules() if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d))]
     memory_format = torch.contiguous_format
     if convolutions and channels_last is None:
@@ -53,6 +63,7 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
         island._halfstep_policy = policy  # type: ignore[assignment]
     module.__class__ = _pinned_class(type(module), _Prepared)
     module._halfstep_policy = policy  # type: ignore[assignment]
+    module._halfstep_exact_scalars = bool(islands)  # type: ignore[assignment]
     module._halfstep_memory_format = memory_format  # type: ignore[assignment]
     return module
 
@@ -65,6 +76,12 @@ def _find_islands(module: nn.Module, patterns: tuple[str, ...]) -> list[nn.Modul
             hint = f"; near it are {', '.join(near)}" if near else ""
             raise InputError(f"precision.islands: {pattern!r} matches no module of {type(module).__name__}{hint}")
     return [child for name, child in named.items() if name and any(fnmatchcase(name, p) for p in patterns)]
+
+
+def _own_islands(module: nn.Module) -> list[nn.Module]:
+    """The modules that a network itself wants kept."""
+    named = [getattr(module, name) for name in getattr(module, _KEPT, ())]
+    return [child for child in named if isinstance(child, nn.Module)]
 
 
 def _cast_to(dtype: torch.dtype) -> TensorMap:
@@ -110,6 +127,7 @@ class _Pinned(nn.Module):
 
 class _Prepared(_Pinned):
     _halfstep_policy: PrecisionPolicy
+    _halfstep_exact_scalars: bool
     _halfstep_memory_format: torch.memory_format
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +135,7 @@ class _Prepared(_Pinned):
         dtype, output_dtype = torch_dtype(policy.params), torch_dtype(policy.output)
 
         def enter(tensor: torch.Tensor) -> torch.Tensor:
-            if not tensor.is_floating_point() or (policy.islands and tensor.dim() <= 1):
+            if not tensor.is_floating_point() or (self._halfstep_exact_scalars and tensor.dim() <= 1):
                 return tensor
             if tensor.dim() == 4 and memory_format is torch.channels_last:
                 return tensor.to(dtype, memory_format=torch.channels_last)

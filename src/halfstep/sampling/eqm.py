@@ -55,9 +55,9 @@ def sample_eqm(
                 modulations = model.modulations(times + (k - 1) * step_size, labels)
             at = x + step_size * momentum * velocity if sampler == "ngd" else x
             if guided:
-                field = model.guided_field(at, modulations, guidance_scale, guidance_channels).float()
+                field = model.guided(at, time, y, guidance_scale, guidance_channels, modulations=modulations).float()
             else:
-                field = model.field(at, modulations).float()
+                field = model(at, time, y, modulations=modulations).float()
             x = x + step_size * field
             velocity = field
             _record(recorders, k, updates, x)
