@@ -23,9 +23,9 @@ from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
-from halfstep.encode.share import Team
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
+from halfstep.team import Team
 
 PLAIN_BATCH = 32
 _BATCH = 4

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from halfstep.encode import Progress
+from halfstep.train.loop import Progress as TrainingProgress
+
+_STALLED = 0.5  # of the updates of an average: more than this are lost to rounding
 
 
 class BarProgress(Progress):
@@ -86,3 +89,52 @@ class StepProgress:
         self._seen[run] = step
         done = sum(self._seen.values())
         self._bar.update(self._task, description=run, completed=done, total=steps * self._runs)
+
+
+class TrainProgress(TrainingProgress):
+    """Training steps done, time left, the newest loss and rate; without a terminal a line for each line of the log."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        self.speaks = os.environ.get("RANK", "0") == "0"
+        self._console = Console(stderr=True)
+        self._hidden = hidden or not self.speaks
+        self._bar = RichProgress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=self._hidden or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def start(self, step: int, steps: int) -> None:
+        self._bar.update(self._task, completed=step, total=steps)
+        self._bar.start()
+
+    def step(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        line = (
+            f"loss {record['loss']:.4f}  {record['samples_per_second']:.1f} samples/s  "
+            f"{record['memory_mb']:.0f} MB  {record['mfu']:.0%} of peak"
+        )
+        self._bar.update(self._task, description=line)
+        if not self._hidden and not self._console.is_terminal:
+            self._console.print(f"step {record['step']}: {line}", highlight=False, soft_wrap=True)
+        if not self._hidden and record["stalled_ema"] > _STALLED:
+            self.note(
+                f"step {record['step']}: {record['stalled_ema']:.0%} of the average's updates are lost to rounding"
+            )
+
+    def note(self, line: str) -> None:
+        if self.speaks:
+            self._console.print(f"halfstep: {line}", highlight=False, soft_wrap=True, markup=False)

@@ -13,11 +13,11 @@ from halfstep.data.pickles import load_poses
 from halfstep.data.pictures import EXTENSIONS as PICTURE_EXTENSIONS
 from halfstep.data.pictures import load_fitted
 from halfstep.data.pt_tree import EXTENSIONS as PT_EXTENSIONS
-from halfstep.data.pt_tree import load_latent
+from halfstep.data.pt_tree import imported_spec, load_latent
 from halfstep.data.sources import Source, SourceConfig
 from halfstep.data.trajectories import POSES_FILE, numbered_files
 from halfstep.errors import InputError
-from halfstep.spec import PixelSpec
+from halfstep.spec import LatentSpec, PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 
@@ -182,9 +182,22 @@ def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameRea
             below = path.relative_to(root).as_posix()
             return StoreFrames(DatasetStore.open(root), "" if root == path else f"{below}/")
     source = Source.find(SourceConfig(path=path, kind="latents" if pixels is None else None))
-    if pixels is None or source.kind == "trajectories":
+    if source.kind == "latents":
+        return FolderFrames(source.root, list(source.files), None)
+    assert pixels is not None
+    if source.kind == "trajectories":
         return FolderFrames(source.root, list(source.files), pixels)
     return SequenceFrames(source.sequences(pixels))
+
+
+def latents_spec(reader: FrameReader) -> LatentSpec | None:
+    """What the latents of `reader` are, or None when it gives pixels."""
+    if isinstance(reader, StoreFrames):
+        return reader.store.spec
+    if isinstance(reader, FolderFrames) and reader.pixels is None:
+        key = reader.keys()[0]
+        return imported_spec(reader.read(key, 0, 1).shape[1:])
+    return None
 
 
 def _to_pixels(pictures: list[Array], mirror: bool) -> Array:

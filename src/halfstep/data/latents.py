@@ -192,7 +192,7 @@ class NavigationLatents(SeededDataset):
         )
 
 
-class _Distance(Config):
+class Distance(Config):
     min_dist_cat: int
     max_dist_cat: int
 
@@ -214,7 +214,7 @@ class NavigationConfig(Config):
 
     context_size: int
     len_traj_pred: int
-    distance: _Distance
+    distance: Distance
     image_size: int = 224
     datasets: dict[str, NavigationDatasetConfig]
 

@@ -20,11 +20,11 @@ from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, EncodeReport, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
-from halfstep.encode.share import Team
 from halfstep.errors import InputError, StoreError
 from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, probe, torch_dtype
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, VerifyReport, verify
+from halfstep.team import Team
 
 _MARKER = ".halfstep-demo"
 _SHOWN = 4

@@ -23,9 +23,9 @@ from halfstep.encode.runner import (
     warnings_before,
     write_failures,
 )
-from halfstep.encode.share import Team
 from halfstep.errors import HalfstepError, InputError
 from halfstep.store.index import Index
+from halfstep.team import Team
 
 _BLOCKS_PER_ACTOR = 8  # enough to even out the load, few enough that a block is worth a commit
 _LARGEST_BLOCK = 1024

@@ -18,7 +18,6 @@ from halfstep.data.sources import SourceConfig, find_sources
 from halfstep.encode.job import EncodeJob, EncodeOptions, list_sequences, settle
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.pipeline import Counts, Failure, StoppedError, plan_only, run
-from halfstep.encode.share import Team
 from halfstep.errors import InputError, StoreBusyError
 from halfstep.precision import open_device, slowness
 from halfstep.store.commit import FileLock, store_errors, write_durably
@@ -28,6 +27,7 @@ from halfstep.store.maintenance import compact
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import Manifest
 from halfstep.store.writer import DatasetWriter, create_store, read_manifest, require_same_spec, require_store_or_empty
+from halfstep.team import Team
 
 FAILURES_FILE = "failures.jsonl"
 

@@ -97,6 +97,15 @@ class CDiT(nn.Module):
             raise InputError(f"CDiT: got a width of {hidden_size}; expected a multiple of {num_heads} heads")
         self.grid = token_grid("CDiT", input_size, patch_size)
         self.patch_size, self.context_size, self.in_channels = patch_size, context_size, in_channels
+        self.config: dict[str, Any] = {
+            "input_size": (self.grid[0] * patch_size, self.grid[1] * patch_size),
+            "context_size": context_size,
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "in_channels": in_channels,
+        }
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
         self.t_embedder = ScalarEmbedder(hidden_size)
         self.time_embedder = ScalarEmbedder(hidden_size)
@@ -117,12 +126,17 @@ class CDiT(nn.Module):
         depth, width, heads = CDIT_SIZES[size]
         return cls(input_size, context_size, int(patch), width, depth, heads, **options)
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one frame: (C, H, W)."""
+        return (self.in_channels, *self.config["input_size"])
+
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, x_cond: torch.Tensor, rel_t: torch.Tensor
     ) -> torch.Tensor:
         """Noise and variance, [N, 2 C, H, W], for the noised frame x [N, C, H, W] at diffusion timestep t [N], the
         action y [N, 3], context x_cond [N, K, C, H, W] and the time offset rel_t [N] in units of 128 frames."""
-        frame = (self.in_channels, self.grid[0] * self.patch_size, self.grid[1] * self.patch_size)
+        frame = self.latent_shape
         if tuple(x.shape[1:]) != frame or tuple(x_cond.shape[1:]) != (self.context_size, *frame):
             raise InputError(
                 f"CDiT: got latents {list(x.shape[1:])} and context {list(x_cond.shape[1:])}; expected {list(frame)} "

@@ -115,6 +115,18 @@ class EqM(nn.Module):
             in_channels,
         )
         self.uncond, self.energy = uncond, energy
+        self.config: dict[str, Any] = {
+            "input_size": (self.grid[0] * patch_size, self.grid[1] * patch_size),
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+            "uncond": uncond,
+            "energy": energy,
+            "num_frames": num_frames,
+            "in_channels": in_channels,
+        }
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
         self.t_embedder = ScalarEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -135,6 +147,12 @@ class EqM(nn.Module):
             raise InputError(f"model: got {name!r}; expected EqM-{{{','.join(EQM_SIZES)}}}/{{2,4,8}}")
         depth, width, heads = EQM_SIZES[size]
         return cls(input_size, int(patch), width, depth, heads, num_classes, **options)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one sample: (C, H, W), or (C, T, H, W) for video."""
+        frames = (self.num_frames,) if self.num_frames > 1 else ()
+        return (self.in_channels, *frames, *self.config["input_size"])
 
     def forward(
         self,
@@ -193,9 +211,8 @@ class EqM(nn.Module):
 
     def activations(self, x: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
         """Tokens [N, L, D] after the last block, in x's type."""
-        expected = (self.in_channels, *([self.num_frames] if self.num_frames > 1 else []), *self._pixels())
-        if tuple(x.shape[1:]) != expected:
-            raise InputError(f"EqM: got latents {list(x.shape[1:])}; expected {list(expected)}")
+        if tuple(x.shape[1:]) != self.latent_shape:
+            raise InputError(f"EqM: got latents {list(x.shape[1:])}; expected {list(self.latent_shape)}")
         if self.num_frames == 1:
             tokens = self.x_embedder(x) + self.pos_embed
         else:
@@ -208,9 +225,6 @@ class EqM(nn.Module):
 
     def _modulated(self) -> list[Any]:
         return [*self.blocks, self.final_layer]
-
-    def _pixels(self) -> tuple[int, int]:
-        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
 
     def _output(self, x: torch.Tensor, modulations: Sequence[torch.Tensor]) -> torch.Tensor:
         tokens = self.final_layer(self.activations(x, modulations), modulations[-1])

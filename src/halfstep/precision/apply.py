@@ -68,6 +68,16 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
     return module
 
 
+def change_compute(module: nn.Module, policy: PrecisionPolicy) -> None:
+    """Let a prepared module go on in another type of arithmetic; its weights stay as they are, so also in the hands of
+    an optimizer or a distributed wrapper. Raises InputError when they would have to change."""
+    pinned = [child for child in module.modules() if isinstance(child, _Pinned)]
+    for child in pinned:
+        if child._halfstep_policy.params != policy.params:
+            raise InputError(f"precision: weights are {child._halfstep_policy.params}; {policy} needs {policy.params}")
+        child._halfstep_policy = policy
+
+
 def _find_islands(module: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
     named = dict(module.named_modules())
     for pattern in patterns:
@@ -112,6 +122,8 @@ def _map_tensors(fn: TensorMap, value: Any) -> Any:
 class _Pinned(nn.Module):
     """A module whose floating-point types do not follow `.to(dtype)`."""
 
+    _halfstep_policy: PrecisionPolicy
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         original = _ORIGINALS[type(self)]
         behaviour = _Prepared if isinstance(self, _Prepared) else _Island
@@ -126,7 +138,6 @@ class _Pinned(nn.Module):
 
 
 class _Prepared(_Pinned):
-    _halfstep_policy: PrecisionPolicy
     _halfstep_exact_scalars: bool
     _halfstep_memory_format: torch.memory_format
 
@@ -158,8 +169,6 @@ class _Prepared(_Pinned):
 
 
 class _Island(_Pinned):
-    _halfstep_policy: PrecisionPolicy
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = (_map_tensors(_cast_to(torch.float32), values) for values in (args, kwargs))
         with torch.autocast(_device_type(self, args, kwargs), enabled=False):

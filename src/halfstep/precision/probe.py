@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 from halfstep.errors import InputError
 from halfstep.precision.policy import PrecisionPolicy, torch_dtype
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _ROUNDS = 3
 _WORTHWHILE = 1.1  # below this a half type costs accuracy and buys nothing that a rerun would still see
 
@@ -60,17 +60,22 @@ class TypeReport:
 @dataclass(frozen=True)
 class ProbeResult:
     """What `probe` measured: the device's name, torch's version and a TypeReport for each of fp32, bf16, fp16 (and tf32
-    on CUDA)."""
+    on CUDA); products are of two square matrices of `matmul_size`."""
 
     device: str
     torch_version: str
     threads: int
+    matmul_size: int
     types: dict[str, TypeReport]
 
     def speedup(self, type_name: str, task: str) -> float:
         """How many times as fast as fp32 the task's mix of operations runs; 1.0 for fp32."""
         report, fp32 = self.types[type_name], self.types["fp32"]
         return 1 / sum(share * report.time_ms(op) / fp32.time_ms(op) for op, share in _TASKS[task].items())
+
+    def products_per_second(self, type_name: str) -> float:
+        """Floating-point operations a second in the product of two square matrices."""
+        return 2 * self.matmul_size**3 / (self.types[type_name].matmul_ms / 1e3)
 
 
 def probe(device: str | torch.device = "cpu", *, refresh: bool = False) -> ProbeResult:
@@ -87,7 +92,7 @@ def probe(device: str | torch.device = "cpu", *, refresh: bool = False) -> Probe
     if not refresh and (cached := _read_cache(path)) is not None:
         return cached
     with torch.random.fork_rng(devices=[]):
-        result = ProbeResult(name, torch.__version__, torch.get_num_threads(), _measure(target))
+        result = ProbeResult(name, torch.__version__, torch.get_num_threads(), _sizes(target)[0], _measure(target))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -227,8 +232,8 @@ def _says_missing(error: RuntimeError) -> bool:
 
 
 def _operations(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
-    """The calls to time, sized for milliseconds: on a GPU they must outweigh the launch."""
-    size, batch, heads = (4096, 16, 16) if device.type == "cuda" else (384, 1, 4)
+    """The calls to time."""
+    size, batch, heads = _sizes(device)
     a = torch.randn(size, size, device=device, dtype=dtype)
     pixels = torch.randn(batch, 128, 32, 32, device=device, dtype=dtype)
     kernel = torch.randn(128, 128, 3, 3, device=device, dtype=dtype)
@@ -240,6 +245,11 @@ def _operations(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[
         "conv_channels_last": lambda: conv2d(pixels_last, kernel_last, padding=1),
         "attention": lambda: scaled_dot_product_attention(query, query, query),
     }
+
+
+def _sizes(device: torch.device) -> tuple[int, int, int]:
+    """Of matrices, batch and heads, for calls of milliseconds: on a GPU they must outweigh the launch."""
+    return (4096, 16, 16) if device.type == "cuda" else (384, 1, 4)
 
 
 def _is_sound(device: torch.device, dtype: torch.dtype) -> bool:

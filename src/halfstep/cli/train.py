@@ -1,0 +1,144 @@
+"""halfstep train"""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halfstep.errors import InputError
+
+if TYPE_CHECKING:
+    from halfstep.train.config import TrainConfig
+
+
+class Family(StrEnum):
+    """What can be trained."""
+
+    eqm = "eqm"
+    cdit = "cdit"
+
+
+_DEFAULT_MODELS = {Family.eqm: "EqM-XL/2", Family.cdit: "CDiT-XL/2"}  # as published
+
+
+def train(
+    family: Annotated[Family | None, typer.Argument(help="eqm or cdit; a YAML's model says it too.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML of settings.")] = None,
+    data_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Latent store, .pt tree, or pixels (encoded in every step).")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="EqM-{S,B,L,XL}/{2,4,8} or CDiT-{S,B,L,XL}/2.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="P", help="fp32, bf16-mixed, 16-mixed, bf16-true or auto (measured).")
+    ] = None,
+    use_bf16: Annotated[bool, typer.Option("--use-bf16", help="The same as --precision bf16-mixed.")] = False,
+    use_amp: Annotated[bool, typer.Option("--use-amp", help="The same as --precision 16-mixed.")] = False,
+    video: Annotated[bool, typer.Option("--video", help="Train on clips of --clip-len frames.")] = False,
+    clip_len: Annotated[int | None, typer.Option(min=1, metavar="N", help="Frames to a clip (16).")] = None,
+    image_size: Annotated[int | None, typer.Option(min=8, help="Pixels, where they are encoded on the way.")] = None,
+    autoencoder: Annotated[
+        str | None, typer.Option("--autoencoder", "--vae", metavar="ID", help="For pixels, as in encode.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Labels; those of the data by default.")] = None,
+    uncond: Annotated[bool | None, typer.Option(help="Without time, as published.")] = None,
+    energy: Annotated[str | None, typer.Option("--energy", "--ebm", help="none, l2 or dot.")] = None,
+    disp: Annotated[bool, typer.Option("--disp", help="Add the dispersive loss, with the weight 0.5.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps instead.")] = None,
+    global_batch_size: Annotated[int | None, typer.Option(min=1, help="Samples to a step, of all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    global_seed: Annotated[int | None, typer.Option(min=0)] = None,
+    ckpt: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights to start from: a published checkpoint, or a run.")
+    ] = None,
+    results_dir: Annotated[
+        Path | None, typer.Option("-o", "--results-dir", metavar="DIR", help="Folder of runs; results by default.")
+    ] = None,
+    run_name: Annotated[str | None, typer.Option(help="Folder of this run; the model's name by default.")] = None,
+    log_every: Annotated[int | None, typer.Option(min=1, metavar="STEPS")] = None,
+    ckpt_every: Annotated[int | None, typer.Option(min=1, metavar="STEPS")] = None,
+    num_workers: Annotated[int | None, typer.Option(min=0, help="Processes that read ahead.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile.")] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard the weights over torchrun's processes.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log there too.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log there too.")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any other setting, in place of the YAML's.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train EqM or CDiT on latents; the same command goes on where it was stopped.
+
+    Runs alone or under `torchrun --nproc_per_node=N -m halfstep train ...`.
+    """
+    if (use_bf16 and use_amp) or (precision is not None and (use_bf16 or use_amp)):
+        raise InputError("train: --precision, --use-bf16 and --use-amp say the same thing; give one of them")
+    if clip_len is not None and not video:
+        raise InputError("--clip-len: is of video; add --video")
+    given: dict[str, Any] = {
+        "model": model or (_DEFAULT_MODELS[family] if family is not None and config is None else None),
+        "data_path": data_path,
+        "precision": "bf16-mixed" if use_bf16 else "16-mixed" if use_amp else precision,
+        "clip_len": (clip_len or 16) if video else None,
+        "image_size": image_size,
+        "autoencoder": autoencoder,
+        "num_classes": num_classes,
+        "uncond": uncond,
+        "energy": energy,
+        "dispersive_weight": 0.5 if disp else None,
+        "epochs": epochs,
+        "steps": steps,
+        "global_batch_size": global_batch_size,
+        "lr": lr,
+        "global_seed": global_seed,
+        "ckpt": None if ckpt is None else str(ckpt),
+        "results_dir": None if results_dir is None else str(results_dir),
+        "run_name": run_name,
+        "log_every": log_every,
+        "ckpt_every": ckpt_every,
+        "num_workers": num_workers,
+        "compile": compile or None,
+        "fsdp": fsdp or None,
+        "tensorboard": tensorboard or None,
+        "wandb": wandb or None,
+        "device": device,
+    }
+    chosen = _read(config, {name: value for name, value in given.items() if value is not None}, settings or [])
+    if family is not None and chosen.network.lower() != family:
+        raise InputError(f"train: got {family.value} and a model of {chosen.network}; they do not go together")
+
+    from halfstep.cli.progress import TrainProgress
+    from halfstep.train.loop import train as run_train
+
+    with TrainProgress(hidden=quiet) as progress:
+        report = run_train(chosen, progress)
+    if not progress.speaks:
+        return
+    if json:
+        typer.echo(json_module.dumps(asdict(report)))
+        return
+    loss = "" if report.loss is None else f", loss {report.loss:.4f}, {report.samples_per_second:.1f} samples/s"
+    skipped = f", {report.skipped} updates skipped" if report.skipped else ""
+    typer.echo(f"{report.checkpoint}: {report.network} after {report.step} steps in {report.policy}{loss}{skipped}")
+
+
+def _read(path: Path | None, given: dict[str, Any], settings: list[str]) -> TrainConfig:
+    from halfstep.config import load_yaml, validate, with_settings
+    from halfstep.train.config import TrainConfig
+
+    content = {} if path is None else load_yaml(path, dict[str, Any])
+    if "global_batch_size" in given:
+        content.pop("batch_size", None)
+    if "data_path" in given:
+        content.pop("datasets", None)
+    content = with_settings({**content, **given}, settings)
+    if "model" not in content:
+        raise InputError("train: nothing to train; name eqm or cdit, a --model or a --config")
+    return validate(content, TrainConfig, path or "train")

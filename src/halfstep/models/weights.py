@@ -1,0 +1,277 @@
+"""Weights on disk to networks: files of this package, which say what they hold, and the published checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from halfstep.errors import InputError, some
+from halfstep.models.cdit import CDIT_SIZES, CDiT
+from halfstep.models.eqm import EQM_SIZES, EqM
+from halfstep.spec import LatentSpec
+
+Network = EqM | CDiT
+State = dict[str, torch.Tensor]
+
+# What wrappers put before the names of a module's parameters.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a network is and what it was trained on. `network`: "EqM" or "CDiT", `config`: its arguments; `latents`: of
+    what it makes, None when unknown; `classes`: names of the labels; `spacing`: metres a waypoint, of a CDiT."""
+
+    network: str
+    config: dict[str, Any]
+    latents: LatentSpec | None = None
+    classes: tuple[str, ...] = ()
+    spacing: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The published name, `EqM-S/2`, or the class and its sizes."""
+        size = next((s for s, sizes in _sizes(self.network).items() if sizes == self._sizes), None)
+        patch = self.config["patch_size"]
+        if size is None:
+            depth, width, heads = self._sizes
+            return f"{self.network} of depth {depth}, width {width}, {heads} heads, patch {patch}"
+        return f"{self.network}-{size}/{patch}"
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.config["depth"], self.config["hidden_size"], self.config["num_heads"]
+
+    def build(self) -> Network:
+        """A new network with random weights."""
+        return EqM(**self.config) if self.network == "EqM" else CDiT(**self.config)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the strings that a safetensors file carries."""
+        values = {
+            "network": self.network,
+            "config": self.config,
+            "latents": None if self.latents is None else self.latents.to_dict(),
+            "classes": self.classes,
+            "spacing": self.spacing,
+        }
+        return {"halfstep": json.dumps(values)}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: Path) -> About:
+        try:
+            values = json.loads(metadata["halfstep"])
+            latents = None if values["latents"] is None else LatentSpec.from_dict(values["latents"])
+            config = {**values["config"], "input_size": tuple(values["config"]["input_size"])}
+            return cls(values["network"], config, latents, tuple(values["classes"]), values["spacing"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{where}: does not say which network it is of; expected weights written by halfstep, or a published "
+                "checkpoint (.pt, .pth, .pth.tar)"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights by their published names. `weights` are those last trained, `ema` their moving average. `moments` are
+    AdamW's after `updates`, as `exp_avg.NAME` and `exp_avg_sq.NAME`, where a checkpoint brings them."""
+
+    path: Path
+    about: About
+    weights: State
+    ema: State | None = None
+    moments: State = field(default_factory=dict)
+    updates: int = 0
+
+    @property
+    def best(self) -> State:
+        """The moving average where there is one."""
+        return self.weights if self.ema is None else self.ema
+
+    def build(self, *, ema: bool = True) -> Network:
+        """The network with its weights, in evaluation mode. Raises InputError when they do not fit."""
+        network = self.about.build()
+        load_exactly(network, self.best if ema else self.weights, self.path)
+        return network.eval()
+
+
+def read_checkpoint(path: Path, **known: Any) -> Checkpoint:
+    """Read a checkpoint: a folder or file of weights that halfstep wrote, or a published file.
+
+    `known` are arguments of the network that a published file does not hold (`num_frames`, `energy`, `uncond`,
+    `num_heads`, `input_size`); None stands for what the file says. Published files are read without running what they
+    name. Raises InputError when the file cannot be read or is of neither network.
+    """
+    known = {name: value for name, value in known.items() if value is not None}
+    if path.is_dir():
+        return _read_folder(_newest(path), known)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; expected a checkpoint")
+    if path.suffix == ".safetensors":
+        about, weights = _read_file(path)
+        return Checkpoint(path, _with(about, known), weights)
+    return _read_published(path, known)
+
+
+def load_exactly(network: torch.nn.Module, state: State, where: Path) -> None:
+    """Load `state`, name by name. Raises InputError naming what is missing, unexpected or of another shape."""
+    own = network.state_dict()
+    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    problems = []
+    if missing:
+        problems.append(f"missing are {some(missing, 3)}")
+    if surplus:
+        problems.append(f"not known are {some(surplus, 3)}")
+    if shapes:
+        name = min(shapes)
+        more = f" (and {len(shapes) - 1} more differ)" if len(shapes) > 1 else ""
+        problems.append(f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}{more}")
+    if problems:
+        raise InputError(f"{where}: does not fit the {type(network).__name__} asked for: {'; '.join(problems)}")
+    network.load_state_dict(state, strict=True)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint below the folder of a training run, or None. A checkpoint is a folder named by its step;
+    one that is being written has another name."""
+    folders = [path for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
+    return max(folders, key=lambda path: int(path.name), default=None)
+
+
+def _newest(folder: Path) -> Path:
+    if (folder / "model.safetensors").exists():
+        return folder
+    found = newest_checkpoint(folder)
+    if found is None:
+        raise InputError(f"{folder}: no checkpoint in it; expected a training run, or model.safetensors")
+    return found
+
+
+def _read_folder(folder: Path, known: dict[str, Any]) -> Checkpoint:
+    about, weights = _read_file(folder / "model.safetensors")
+    ema = _read_file(folder / "ema.safetensors")[1] if (folder / "ema.safetensors").exists() else None
+    return Checkpoint(folder, _with(about, known), weights, ema)
+
+
+def _read_file(path: Path) -> tuple[About, State]:
+    try:
+        with safe_open(path, "pt") as file:
+            return About.from_metadata(file.metadata() or {}, path), {
+                name: file.get_tensor(name) for name in file.keys()
+            }
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def _with(about: About, known: dict[str, Any]) -> About:
+    return replace(about, config={**about.config, **{k: v for k, v in known.items() if k in about.config}})
+
+
+def _read_published(path: Path, known: dict[str, Any]) -> Checkpoint:
+    try:
+        # The published trainers keep their parsed command line in the file.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be read as a checkpoint of tensors alone ({reason})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}; expected a state dict or a dict with 'model'")
+    bare = not isinstance(content.get("model"), dict)
+    weights = _plain_names(content if bare else content["model"], path)
+    has_ema = not bare and isinstance(content.get("ema"), dict)
+    ema = _plain_names(content["ema"], path) if has_ema else None
+    arguments = content.get("args")
+    told = _from_arguments(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+    about = _recognize(weights, {**told, **known}, path)
+    moments, updates = ({}, 0) if bare else _moments(content.get("opt"), weights, path)
+    return Checkpoint(path, about, weights, ema, moments, updates)
+
+
+def _moments(optimizer: Any, weights: State, path: Path) -> tuple[State, int]:
+    """AdamW's state, which torch keeps by the parameter's number, by its name."""
+    if not isinstance(optimizer, dict) or not optimizer.get("state"):
+        return {}, 0
+    names = list(weights)  # in the order of the module's parameters, as the optimizer had them
+    moments: State = {}
+    updates = 0
+    for number, kept in optimizer["state"].items():
+        name = names[number] if number < len(names) else "?"
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if name == "?" or kept[moment].shape != weights[name].shape:
+                raise InputError(f"{path}: the optimizer's parameter {number} does not fit {name}; take 'opt' out")
+            moments[f"{moment}.{name}"] = kept[moment]
+        updates = int(kept["step"])
+    return moments, updates
+
+
+def _plain_names(state: dict[str, Any], path: Path) -> State:
+    plain = {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{path}: {name} is a {type(value).__name__}; expected a state dict of tensors")
+        while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
+            name = name.removeprefix(prefix)
+        plain[name] = value
+    return plain
+
+
+def _from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the published trainer's command line says of the network."""
+    found: dict[str, Any] = {}
+    if "uncond" in arguments:
+        found["uncond"] = bool(arguments["uncond"])
+    if arguments.get("ebm") in ("none", "l2", "dot", "mean"):
+        found["energy"] = "dot" if arguments["ebm"] == "mean" else arguments["ebm"]  # they are the same
+    if arguments.get("video") and arguments.get("clip_len"):
+        found["num_frames"] = int(arguments["clip_len"])
+    return found
+
+
+def _recognize(state: State, known: dict[str, Any], path: Path) -> About:
+    """The network that a state dict is of, from its names and shapes."""
+    try:
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        positions = state["pos_embed"]
+    except (KeyError, ValueError):
+        raise InputError(
+            f"{path}: neither an EqM nor a CDiT: no x_embedder.proj.weight and pos_embed among {len(state)} tensors"
+        ) from None
+    network = "CDiT" if "time_embedder.mlp.0.weight" in state else "EqM"
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    heads = next((s[2] for s in _sizes(network).values() if s[:2] == (depth, width)), None)
+    tokens = positions.shape[1]
+    side = math.isqrt(tokens)
+    config: dict[str, Any] = {
+        "patch_size": patch,
+        "hidden_size": width,
+        "depth": depth,
+        "num_heads": heads,
+        "in_channels": channels,
+        "input_size": (side * patch, side * patch) if side**2 == tokens else None,
+    }
+    if network == "CDiT":
+        config["context_size"] = positions.shape[0] - 1
+    else:
+        table = state.get("y_embedder.embedding_table.weight")
+        config |= {"num_classes": 0 if table is None else len(table) - 1, "uncond": True, "energy": "none"}
+        config["num_frames"] = 1
+    config |= {name: value for name, value in known.items() if name in config}
+    for name, what in (("num_heads", "number of heads"), ("input_size", "size of the latents")):
+        if config[name] is None:
+            raise InputError(f"{path}: the {what} of depth {depth}, width {width} is not in the file; give it")
+    return About(network, config)
+
+
+def _sizes(network: str) -> dict[str, tuple[int, int, int]]:
+    return EQM_SIZES if network == "EqM" else CDIT_SIZES

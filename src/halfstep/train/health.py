@@ -1,0 +1,86 @@
+"""Is anything still learned, and if not, where did it break?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from halfstep.train.state import State, TrainState
+
+_TENSORS, _NUMBERS = 16, 4096  # looked at of all weights: enough to tell shares of one percent
+_APART = 1e-3  # relative; an average that is nearer to the weights than this has arrived
+
+
+class Movement:
+    """How many of the weights, and of their average, one update moves at all.
+
+    Number formats are finite: where an update is below half a step of the format, adding it changes nothing, every time
+    (the trap of an average or of weights kept in half). Compares a sample of the numbers before and after an update.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        names = list(state.weights)
+        self._names = names[:: max(1, len(names) // _TENSORS)]
+        self._weights, self._ema = self._sample(state.weights), self._sample(state.ema)
+
+    def stalled(self, state: TrainState) -> tuple[float, float]:
+        """Shares of the weights, and of the average, that should have moved and did not. Waits for the device."""
+        weights, ema = self._sample(state.weights), self._sample(state.ema)
+        kept = {name: state.optimizer.state[state.weights[name]] for name in self._names}
+        zero = {name: torch.zeros_like(state.weights[name]) for name in self._names}
+        pushed = self._sample({name: kept[name].get("exp_avg", zero[name]) for name in self._names}) != 0
+        apart = (weights - self._ema).abs() > _APART * weights.abs()
+        return _share((weights == self._weights) & pushed, pushed), _share((ema == self._ema) & apart, apart)
+
+    def _sample(self, values: State) -> torch.Tensor:
+        local = [v.to_local() if isinstance(v := values[name], DTensor) else v for name in self._names]
+        return torch.cat([value.detach().flatten()[:_NUMBERS] for value in local])
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    return float(part.sum()) / max(1, int(whole.sum()))
+
+
+def find_failure(state: TrainState, items: tuple[torch.Tensor, ...], losses: Callable[[Any], torch.Tensor]) -> str:
+    """What is not finite first when `losses(network)` of `items` is computed once more, and in which type."""
+    for number, item in enumerate(items):
+        if item.is_floating_point() and not torch.isfinite(item).all():
+            return f"item {_first_bad(item)} of the data (tensor {number}) is not finite"
+    found: list[str] = []
+    names = {id(module): name for name, module in state.network.named_modules()}
+
+    def look(module: nn.Module, _: Any, output: Any) -> None:
+        if not found and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+            found.append(f"the output of {names[id(module)] or 'the network'} ({_type(output)})")
+
+    leaves = [module for module in state.network.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(look) for module in [*leaves, state.network]]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            loss = losses(state.network).mean()
+            if found:
+                return f"{found[0]} is not finite"
+            if not torch.isfinite(loss):
+                return "the loss is not finite, though the network's output is"
+            loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = [(n, p.grad) for n, p in state.network.named_parameters() if p.grad is not None]
+    bad = [(name, gradient) for name, gradient in gradients if not torch.isfinite(gradient).all()]
+    if not bad:
+        return "nothing was found when the step was computed again; perhaps it was on another process"
+    name, gradient = bad[-1]  # the pass goes backwards, so the last layer broke first
+    return f"the gradient of {name} ({_type(gradient)}) is not finite"
+
+
+def _first_bad(item: torch.Tensor) -> int:
+    return int((~torch.isfinite(item)).flatten(1).any(dim=1).nonzero()[0])
+
+
+def _type(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

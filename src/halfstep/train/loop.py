@@ -1,0 +1,332 @@
+"""train(config): the one loop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from halfstep.errors import InputError, NumericsError, StoreBusyError
+from halfstep.models import About, Checkpoint, read_checkpoint
+from halfstep.models.weights import load_exactly
+from halfstep.precision import PrecisionPolicy, open_device, slowness
+from halfstep.store.commit import FileLock, store_errors, write_durably
+from halfstep.team import Team
+from halfstep.train.checkpoint import Saved, newest, remove_unfinished, restore, save
+from halfstep.train.config import MAY_CHANGE, TrainConfig
+from halfstep.train.data import TrainingData, open_data, prepared_encoder
+from halfstep.train.health import Movement, find_failure
+from halfstep.train.meter import Logs, Meter
+from halfstep.train.state import TrainState
+
+
+class Progress:
+    """Told how training goes; the base class keeps silent."""
+
+    def start(self, step: int, steps: int) -> None:
+        """Training begins at `step` and ends at `steps`."""
+
+    def step(self, step: int) -> None:
+        """One more step is done."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """The newest line of the log."""
+
+    def note(self, line: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """Where a run stands. `loss` is the mean since the last line of the log; None when there was nothing to do."""
+
+    run: str
+    network: str
+    step: int
+    loss: float | None
+    policy: str
+    skipped: int
+    samples_per_second: float | None
+    checkpoint: str
+
+
+def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
+    """Train, from where an earlier call with the same config stopped, to `config.steps` or `config.epochs`.
+
+    On a CPU, stopping and going on gives the same bits as never having stopped. Under torchrun the processes share each
+    step. Ctrl-C and SIGTERM end it after a step, with a checkpoint, by KeyboardInterrupt. Raises InputError for data or
+    a checkpoint that do not fit, NumericsError when a loss is not finite, naming step, layer and type.
+    """
+    progress = progress or Progress()
+    with Team.join() as team, ExitStack() as stack:
+        device = _device(config.device, team)
+        team.on_leader(lambda: stack.enter_context(_reserved(config.folder)))
+        data = open_data(config)
+        saved = newest(config.folder)
+        state, about = _begin(config, data, saved, device, team, progress if team.leads else Progress())
+        data = prepared_encoder(data, device, state.policy)
+        logs = stack.enter_context(Logs(config, state.step, about.name)) if team.leads else None
+        return _run(config, data, state, about, team, progress, logs)
+
+
+def _run(
+    config: TrainConfig,
+    data: TrainingData,
+    state: TrainState,
+    about: About,
+    team: Team,
+    progress: Progress,
+    logs: Logs | None,
+) -> TrainReport:
+    run = config.folder
+    per_step = data.items_per_step(team.size)
+    last = config.steps or config.epochs * (len(data) // per_step)
+    facts = _facts(config, data, per_step, team)
+    meter = Meter(about, state, per_step, data.goals)
+    batches = data.batches(state.step, team.rank, team.size, state.device)
+    progress.start(state.step, last)
+    with _stop_request() as stop:
+        while state.step < last and not stop:
+            items = next(batches)  # before the seed: a new epoch's loader draws from the generator
+            torch.manual_seed(_seed(config, state.step, team))
+            logging = (state.step + 1) % config.log_every == 0 or state.step + 1 == last
+            movement = Movement(state) if logging else None
+            moved = [item.to(state.device, non_blocking=True) for item in items]
+            parts = list(zip(*(item.chunk(config.accumulate) for item in moved), strict=True))
+            for number, part in enumerate(parts):
+                with state.part(last=number + 1 == len(parts)):
+                    loss = data.losses(state.model, part).mean() / config.accumulate
+                    state.backward(loss)
+                meter.add(loss)
+            state.update()
+            meter.count()
+            progress.step(state.step)
+            if movement is not None:  # only here does the host wait for the device
+                _require_finite(config, data, state, team)
+                record = meter.record(data, movement, team)
+                if state.collapsed:
+                    state.switch_to_bf16()
+                    record["switched_to"] = str(state.policy)
+                    progress.note(
+                        f"step {state.step}: the loss scale collapsed (fp16 overflowed in 20 steps in a row); "
+                        f"training goes on in {state.policy}"
+                    )
+                if logs is not None:
+                    logs.write(record)
+                    progress.log(record)
+                stop.agree(team)
+            if state.step % config.ckpt_every == 0 and state.step < last:
+                _require_finite(config, data, state, team)
+                save(state, about, run, team, facts)
+    _require_finite(config, data, state, team)
+    checkpoint = save(state, about, run, team, facts)
+    if stop:
+        progress.note(f"stopped after step {state.step}; the same command goes on from {checkpoint}")
+        raise KeyboardInterrupt
+    newest_record = meter.newest or {}
+    return TrainReport(
+        run=str(run),
+        network=about.name,
+        step=state.step,
+        loss=newest_record.get("loss"),
+        policy=str(state.policy),
+        skipped=int(state.skipped),
+        samples_per_second=newest_record.get("samples_per_second"),
+        checkpoint=str(checkpoint),
+    )
+
+
+def _begin(
+    config: TrainConfig, data: TrainingData, saved: Saved | None, device: torch.device, team: Team, progress: Progress
+) -> tuple[TrainState, About]:
+    """The state to go on from: the run's newest checkpoint, the weights that `ckpt` names, or a new network."""
+    policy = _policy(config, saved, device, team, progress)
+    about = _about(config, data)
+    start: Checkpoint | None = None
+    if saved is not None:
+        _require_same_run(config, data, saved, team, progress)
+        start = saved.checkpoint
+    elif config.ckpt is not None:
+        start = read_checkpoint(config.ckpt)
+        _require_fitting(start, about, data)
+    torch.manual_seed(config.global_seed)
+    network = about.build()
+    if start is not None:
+        load_exactly(network, start.weights, start.path)
+    if data.encoder is not None:
+        progress.note(
+            f"{config.data_path or 'datasets'}: pixels, encoded again in every step; "
+            "`halfstep encode -i PIXELS -o LATENTS` once and training on LATENTS is faster"
+        )
+    state = TrainState(network, policy, config, device)
+    if saved is not None:
+        restore(state, saved)
+    elif start is not None:
+        state.restore(start.ema or start.weights, start.moments, start.updates)
+    if team.leads:
+        with store_errors(config.folder):
+            write_durably(config.folder / "config.json", config.model_dump_json(indent=1).encode())
+    return state, about
+
+
+def _about(config: TrainConfig, data: TrainingData) -> About:
+    about = config.about(data.latent_shape, data.num_classes if config.network == "EqM" else 0)
+    return replace(about, latents=data.spec, classes=data.classes, spacing=data.spacing)
+
+
+def _policy(
+    config: TrainConfig, saved: Saved | None, device: torch.device, team: Team, progress: Progress
+) -> PrecisionPolicy:
+    """That of the config, resolved by process 0 for all; a run goes on in what it was trained in."""
+    wanted = PrecisionPolicy.parse(config.precision)
+    if wanted.params == "fp16":
+        raise InputError("precision: fp16 weights cannot be trained; use 16-mixed (--use-amp), bf16-mixed or bf16-true")
+    if saved is not None:
+        now = PrecisionPolicy.parse(saved.facts["policy"])
+        if wanted.is_auto or wanted == PrecisionPolicy.parse(saved.facts["config"]["precision"]):
+            return now
+        progress.note(f"goes on in {wanted}; up to step {saved.facts['step']} it was {now}")
+    policy = team.on_leader(lambda: wanted.resolve(device, "train"))
+    if not wanted.is_auto and (line := slowness(policy, device, "train")) is not None:
+        progress.note(line)
+    return policy
+
+
+def _require_same_run(config: TrainConfig, data: TrainingData, saved: Saved, team: Team, progress: Progress) -> None:
+    """Raise InputError when the run in this folder is another one; say what is allowed to differ and does."""
+    before, now = saved.facts["config"], json.loads(config.model_dump_json())
+    changed = [n for n in now if n not in MAY_CHANGE and before.get(n) != now[n]]
+    if changed:
+        told = "; ".join(f"{name} was {before.get(name)}, not {now[name]}" for name in changed)
+        raise InputError(
+            f"{config.folder}: holds a run with other settings ({told}); give the same, or another run_name"
+        )
+    batch = data.items_per_step(team.size)
+    if saved.facts["items_per_step"] != batch:
+        raise InputError(
+            f"{config.folder}: its steps have {saved.facts['items_per_step']} items, not {batch}; with {team.size} "
+            f"processes give a global batch of {saved.facts['items_per_step']}, or another run_name"
+        )
+    if saved.facts["processes"] != team.size:
+        progress.note(
+            f"goes on with {team.size} processes, before with {saved.facts['processes']}: the same items in each step, "
+            "but other noise"
+        )
+    if saved.facts["items"] != len(data):
+        progress.note(f"the data has {len(data)} items now, {saved.facts['items']} before: epochs are other ones")
+
+
+def _require_fitting(start: Checkpoint, about: About, data: TrainingData) -> None:
+    """Raise InputError when weights to start from are of other latents or of another network."""
+    theirs, ours = start.about.config, about.config
+    if start.about.network != about.network:
+        raise InputError(f"{start.path}: holds {start.about.name}; {about.name} was asked for")
+    if theirs["in_channels"] != ours["in_channels"]:
+        raise InputError(
+            f"{start.path}: is of latents with {theirs['in_channels']} channels; the data has {ours['in_channels']} "
+            f"({data.spec.autoencoder})"
+        )
+    if start.about.latents is not None and (differences := start.about.latents.differences(data.spec)):
+        raise InputError(f"{start.path}: was trained on other latents: {'; '.join(differences)}")
+    if start.about.name != about.name:
+        raise InputError(f"{start.path}: holds {start.about.name}; {about.name} was asked for")
+
+
+def _facts(config: TrainConfig, data: TrainingData, per_step: int, team: Team) -> dict[str, Any]:
+    """What state.json says beside the state."""
+    return {
+        "config": json.loads(config.model_dump_json()),
+        "items": len(data),
+        "items_per_step": per_step,
+        "processes": team.size,
+    }
+
+
+def _require_finite(config: TrainConfig, data: TrainingData, state: TrainState, team: Team) -> None:
+    """Raise NumericsError when a step since the last look was not finite. All processes find it at the same step."""
+    bad = int(state.first_bad_step)
+    if bad < 0:
+        return
+    items = next(data.batches(bad, team.rank, team.size, state.device))
+    torch.manual_seed(_seed(config, bad, team))
+    moved = tuple(item.to(state.device) for item in items)
+    found = team.gather(lambda: find_failure(state, moved, lambda network: data.losses(network, moved)))
+    where = next((line for line in found if not line.startswith("nothing")), found[0])
+    kept = newest(config.folder)
+    advice = f"the last good checkpoint is {kept.checkpoint.path}" if kept else "there is no checkpoint yet"
+    raise NumericsError(
+        f"step {bad + 1}: {where}, in {state.policy}; training stopped before anything was moved by it, {advice}"
+    )
+
+
+def _seed(config: TrainConfig, step: int, team: Team) -> int:
+    """Noise depends on (seed, step, process) alone: any step can be computed again."""
+    return int(np.random.SeedSequence((config.global_seed, step, team.rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _device(name: str, team: Team) -> torch.device:
+    if name == "auto":
+        name = f"cuda:{team.local_rank}" if torch.cuda.is_available() else "cpu"
+    device = open_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _reserved(run: Path) -> Iterator[None]:
+    """Hold the run's folder, which may be new, against other processes."""
+    with store_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock")
+    try:
+        if not lock.try_exclusive():
+            raise StoreBusyError(f"{run}: another process is training there; wait for it, or give another run_name")
+        remove_unfinished(run)
+        yield
+    finally:
+        lock.release()
+
+
+class _StopRequest:
+    """True once this process was asked to stop; several processes agree on it where they wait for each other."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._agreed = False
+
+    def ask(self, number: int, _: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once
+        self._asked = True
+
+    def agree(self, team: Team) -> None:
+        self._agreed = any(team.gather(lambda: self._asked))
+
+    def __bool__(self) -> bool:
+        return self._agreed or (self._asked and not dist.is_initialized())
+
+
+@contextmanager
+def _stop_request() -> Iterator[_StopRequest]:
+    """Take SIGINT and SIGTERM as requests to stop after a step."""
+    stop = _StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,234 @@
+"""What training moves: a network, its fp32 weights, their moving average, the optimizer and the loss scale.
+
+Nothing here waits for the device; numbers that tell how it went stay there until someone reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from halfstep.models import Network
+from halfstep.precision import PrecisionPolicy, change_compute, prepare, torch_dtype
+from halfstep.train.config import TrainConfig
+
+State = dict[str, torch.Tensor]
+
+_COLLAPSE = 20  # updates skipped in a row: the scale has fallen by 2^20, from 65536 to below one
+
+
+class TrainState:
+    """Made from a network with fp32 weights, which it prepares for `policy` in place.
+
+    network: computes, in the policy's types. model: the same with what stands before it between processes. weights:
+    fp32 by name, what the optimizer moves; the network's own parameters, or copies where those are half (Micikevicius
+    et al. 2018, "Mixed Precision Training"). ema: fp32, as are the moments of the optimizer. With `config.fsdp` all of
+    them are sharded.
+    """
+
+    def __init__(self, network: Network, policy: PrecisionPolicy, config: TrainConfig, device: torch.device) -> None:
+        self.config, self.device, self.policy = config, device, policy
+        self.step = 0
+        self.network = network.to(device).train()
+        keep_all = policy.params != "fp32"
+        full = {n: p.detach().clone() for n, p in network.named_parameters() if keep_all or not p.requires_grad}
+        blocks = list(network.blocks)
+        network.recomputed_blocks = round((1 - config.activation_budget) * len(blocks))
+        # One memory format for weights, moments and average: the fused optimizer goes through them side by side.
+        prepare(network, policy, channels_last=False)
+        self.model: nn.Module = network
+        if dist.is_initialized() and config.fsdp:
+            self._shard(blocks)
+        elif dist.is_initialized():
+            self.model = _data_parallel(network, policy, device)
+        if config.compile:
+            self.model.compile()
+        self._own = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.weights: dict[str, torch.Tensor] = {
+            name: p if p.dtype == torch.float32 else _like(full[name], p).requires_grad_()
+            for name, p in self._own.items()
+        }
+        self._copied = [name for name, weight in self.weights.items() if weight is not self._own[name]]
+        self.fixed = {name: value for name, value in full.items() if name not in self._own}
+        self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+        # In one kernel, and the only one that can leave an update out without asking the host.
+        self.optimizer = AdamW(
+            self.weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self._set_scaler()
+        self.grad_norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    @contextmanager
+    def part(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward pass of one part of a step: gradients travel between processes with the last."""
+        if isinstance(self.model, DistributedDataParallel):
+            with nullcontext() if last else self.model.no_sync():
+                yield
+            return
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add to the gradients."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """Move the weights by the gradients, and the average by the weights.
+
+        A gradient that is not finite moves nothing. Under a loss scale that update is left out and counted; without one
+        there will be none any more, so that the weights are still those that the failure can be found with.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        for name in self._copied:
+            gradient, self._own[name].grad = self._own[name].grad, None
+            self.weights[name].grad = None if gradient is None else gradient.float()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(list(self.weights.values()), self.config.clip_norm)
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        finite = torch.isfinite(self.grad_norm)
+        if self.scaler.is_enabled():
+            self.skipped += ~finite
+            self.skipped_in_row = torch.where(finite, 0, self.skipped_in_row + 1)
+            self.scaler.step(self.optimizer)
+            scale = self.policy.loss_scale
+            self.scaler.update(scale if isinstance(scale, float) else None)
+        else:
+            first = (self.first_bad_step < 0) & ~finite
+            self.first_bad_step = torch.where(first, self.step, self.first_bad_step)
+            # Read by the fused kernel, as GradScaler.step does it.
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._write_copies()
+        self._average(list(self.ema.values()), list(self.weights.values()), 0)
+        self.step += 1
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the loss scale fell so often in a row that nothing is learned any more. Waits for the device."""
+        return self.scaler.is_enabled() and int(self.skipped_in_row) >= _COLLAPSE
+
+    def switch_to_bf16(self) -> None:
+        """Go on with products in bf16, which need no loss scale."""
+        self.policy = replace(self.policy, compute="bf16", loss_scale=None)
+        change_compute(self.network, self.policy)
+        self._set_scaler()
+        self.skipped_in_row.zero_()
+
+    def full_weights(self) -> State:
+        """fp32 weights by the published names, on the CPU; every process must ask, process 0 gets them."""
+        return {**_gathered(self.weights), **_gathered(self.fixed)}
+
+    def full_ema(self) -> State:
+        """The moving average, likewise."""
+        return {**_gathered(self.ema), **_gathered(self.fixed)}
+
+    def full_moments(self) -> State:
+        """The optimizer's moments, likewise, as `exp_avg.NAME` and `exp_avg_sq.NAME`; none before the first update."""
+        moments: State = {}
+        for name, weight in self.weights.items():
+            kept = self.optimizer.state.get(weight, {})
+            moments |= {f"{moment}.{name}": kept[moment] for moment in ("exp_avg", "exp_avg_sq") if moment in kept}
+        return _gathered(moments)
+
+    @property
+    def updates(self) -> int:
+        """How often the optimizer has moved the weights: skipped updates do not count. Waits for the device."""
+        kept = next(iter(self.optimizer.state.values()), None)
+        return 0 if kept is None else int(kept["step"])
+
+    def restore(self, ema: State, moments: State, updates: int) -> None:
+        """Put back an average and moments; the weights came with the network."""
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                average.copy_(_like(ema[name], average))
+        if not moments:
+            return
+        state = {
+            number: {
+                "step": torch.tensor(float(updates)),
+                **{m: _like(moments[f"{m}.{name}"], self.weights[name]) for m in ("exp_avg", "exp_avg_sq")},
+            }
+            for number, name in enumerate(self.weights)
+            if f"exp_avg.{name}" in moments
+        }
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _set_scaler(self) -> None:
+        scale = self.policy.loss_scale
+        initial = scale if isinstance(scale, float) else 2.0**16
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=initial, enabled=scale is not None)
+
+    def _write_copies(self) -> None:
+        if not self._copied:
+            return
+        with torch.no_grad():
+            torch._foreach_copy_([self._own[n] for n in self._copied], [self.weights[n] for n in self._copied])
+
+    def _shard(self, blocks: list[Any]) -> None:
+        """FSDP2 (Zhao et al. 2023, "PyTorch FSDP"). A module that is called on its own is gathered on its own."""
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        reduce = MixedPrecisionPolicy(reduce_dtype=torch_dtype(self.policy.reduce), cast_forward_inputs=False)
+        kept = [m for name in self.network.keep_in_fp32 if isinstance(m := getattr(self.network, name), nn.Module)]
+        for module in [*kept, *(part for block in blocks for part in (block.adaLN_modulation, block))]:
+            fully_shard(module, mesh=mesh, mp_policy=reduce)
+        fixed = {p for p in self.network.parameters() if not p.requires_grad}
+        fully_shard(self.network, mesh=mesh, mp_policy=reduce, ignored_params=fixed)
+
+
+def _data_parallel(network: nn.Module, policy: PrecisionPolicy, device: torch.device) -> DistributedDataParallel:
+    devices = [device.index] if device.type == "cuda" else None
+    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+    reduce, size = torch_dtype(policy.reduce), dist.get_world_size()
+
+    def mean_in_reduce_type(_: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        sent = bucket.buffer().to(reduce).div_(size)
+        work = dist.all_reduce(sent, async_op=True)
+        assert work is not None
+        future: torch.futures.Future[torch.Tensor] = work.get_future().then(
+            lambda done: bucket.buffer().copy_(done.value()[0])
+        )
+        return future
+
+    if policy.reduce != policy.params:
+        model.register_comm_hook(None, mean_in_reduce_type)
+    return model
+
+
+def _like(full: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+    """fp32 values of a whole tensor, placed and sharded as `pattern` is."""
+    value = full.detach().to(pattern.device, torch.float32)
+    if isinstance(pattern, DTensor):
+        return distribute_tensor(value, pattern.device_mesh, pattern.placements)
+    return value.clone()
+
+
+def _gathered(values: State) -> State:
+    """Whole tensors on the CPU; one at a time, so that no device holds more than one of them."""
+    whole = {}
+    leads = not dist.is_initialized() or dist.get_rank() == 0
+    for name, value in values.items():
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        if leads:
+            whole[name] = full.detach().to("cpu", copy=True)
+    return whole
