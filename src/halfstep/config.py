@@ -61,6 +61,8 @@ def validate(content: Any, kind: type[T], path: Path | str) -> T:
             near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
             raise InputError(f"{path}: {place}: unknown key; {hint}") from error
+        if first["type"] == "value_error" and not first["loc"]:  # of several keys together
+            raise InputError(f"{path}: {first['ctx']['error']}") from error
         raise InputError(f"{path}: {place}: got {first['input']!r}; {first['msg'].lower()}") from error
 
 

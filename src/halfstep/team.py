@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ import torch.distributed as dist
 from halfstep.errors import HalfstepError
 
 T = TypeVar("T")
+
+# Never dropped: the destructor of a group waits for its threads, which may wait for the interpreter that it holds.
+_GROUPS: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Team:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # Ranks finish hours apart on an uneven load.
         dist.init_process_group(backend, timeout=timedelta(days=7))
+        _GROUPS.append(dist.group.WORLD)
         try:
             yield cls(dist.get_rank(), size)
         finally:

@@ -18,7 +18,7 @@ from halfstep.models.eqm import EQM_SIZES, Energy
 # Settings that a run may change when it goes on; all others are part of what it is.
 MAY_CHANGE = frozenset(
     {"epochs", "steps", "num_workers", "log_every", "ckpt_every", "compile", "tensorboard", "wandb", "results_dir"}
-    | {"run_name", "ckpt", "activation_budget", "batch_size", "global_batch_size", "fsdp", "precision"}
+    | {"run_name", "ckpt", "activation_budget", "batch_size", "global_batch_size", "fsdp", "precision", "device"}
 )
 _EQM_ONLY = ("clip_len", "num_classes", "uncond", "energy", "dispersive_weight")
 _CDIT_ONLY = ("context_size", "len_traj_pred", "distance", "goals_per_obs", "metric_waypoint_spacing", "datasets")
@@ -97,7 +97,9 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         network = self.network
-        foreign = [name for name in (_CDIT_ONLY if network == "EqM" else _EQM_ONLY) if name in self.model_fields_set]
+        fields = type(self).model_fields
+        others = _CDIT_ONLY if network == "EqM" else _EQM_ONLY
+        foreign = [n for n in others if getattr(self, n) != fields[n].get_default(call_default_factory=True)]
         if foreign:
             raise ValueError(f"{foreign[0]} is not a setting of {network}")
         if (self.data_path is None) == (not self.datasets):

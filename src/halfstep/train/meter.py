@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -156,7 +157,10 @@ class _WandB:
 
 
 def _forward_operations(about: About) -> int:
-    """Floating-point operations of one sample through the network, counted on tensors without storage."""
+    """Floating-point operations of one sample through the network, counted on tensors without storage; twice as many
+    where the field is a gradient."""
+    gradient = about.config.get("energy", "none") != "none"
+    about = replace(about, config={**about.config, "energy": "none"}) if gradient else about
     with torch.device("meta"):
         network = about.build().to("meta")
         x, t = torch.empty(1, *network.latent_shape), torch.empty(1)
@@ -167,7 +171,7 @@ def _forward_operations(about: About) -> int:
             arguments = (x, t, torch.empty(1, 3), context, t)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             network.eval()(*arguments)
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()) * (2 if gradient else 1)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -182,8 +182,9 @@ class TrainState:
     def _write_copies(self) -> None:
         if not self._copied:
             return
+        own, weights = ([_local(values[name]) for name in self._copied] for values in (self._own, self.weights))
         with torch.no_grad():
-            torch._foreach_copy_([self._own[n] for n in self._copied], [self.weights[n] for n in self._copied])
+            torch._foreach_copy_(own, weights)
 
     def _shard(self, blocks: list[Any]) -> None:
         """FSDP2 (Zhao et al. 2023, "PyTorch FSDP"). A module that is called on its own is gathered on its own."""
@@ -199,20 +200,16 @@ class TrainState:
 def _data_parallel(network: nn.Module, policy: PrecisionPolicy, device: torch.device) -> DistributedDataParallel:
     devices = [device.index] if device.type == "cuda" else None
     model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
-    reduce, size = torch_dtype(policy.reduce), dist.get_world_size()
-
-    def mean_in_reduce_type(_: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-        sent = bucket.buffer().to(reduce).div_(size)
-        work = dist.all_reduce(sent, async_op=True)
-        assert work is not None
-        future: torch.futures.Future[torch.Tensor] = work.get_future().then(
-            lambda done: bucket.buffer().copy_(done.value()[0])
-        )
-        return future
-
     if policy.reduce != policy.params:
-        model.register_comm_hook(None, mean_in_reduce_type)
+        reduce, size = torch_dtype(policy.reduce), dist.get_world_size()
+        model.register_comm_hook(None, lambda _, bucket: _mean(bucket, reduce, size))
     return model
+
+
+def _mean(bucket: Any, reduce: torch.dtype, size: int) -> Any:
+    """A future of the bucket's gradients averaged over processes in the type `reduce`."""
+    work: Any = dist.all_reduce(bucket.buffer().to(reduce).div_(size), async_op=True)
+    return work.get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def _like(full: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
@@ -221,6 +218,12 @@ def _like(full: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
     if isinstance(pattern, DTensor):
         return distribute_tensor(value, pattern.device_mesh, pattern.placements)
     return value.clone()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part."""
+    part: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part.detach()
 
 
 def _gathered(values: State) -> State:

@@ -1,0 +1,481 @@
+"""Training as its users run it: stop and go on, half against fp32, and everything that can be wrong."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from halfstep.config import validate
+from halfstep.data.sources import SourceConfig
+from halfstep.encode import EncodeOptions, encode
+from halfstep.errors import InputError, NumericsError
+from halfstep.models import EqM, read_checkpoint
+from halfstep.train.config import TrainConfig
+from halfstep.train.data import open_data
+from halfstep.train.loop import Progress, train
+from tests.conftest import run_cli
+
+SMALL = {"network": "EqM", "hidden_size": 32, "depth": 2, "num_heads": 2}
+SMALL_CDIT = {**SMALL, "network": "CDiT"}
+WALKS = {
+    "context_size": 2,
+    "len_traj_pred": 4,
+    "distance": {"min_dist_cat": -2, "max_dist_cat": 4},
+    "goals_per_obs": 2,
+    "metric_waypoint_spacing": 0.25,
+}
+
+
+@pytest.fixture(scope="module")
+def latents(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 30 frames of three walks, [16, 4, 4]."""
+    output = tmp_path_factory.mktemp("latents") / "store"
+    encode([SourceConfig(path=toy_world)], EncodeOptions(output, size=(32, 32), precision="fp32", storage="fp32"))
+    return output
+
+
+def config(folder: Path, latents: Path, **changes: Any) -> TrainConfig:
+    values = {
+        "model": SMALL,
+        "data_path": str(latents),
+        "results_dir": str(folder),
+        "run_name": "run",
+        "precision": "fp32",
+        "global_batch_size": 8,
+        "lr": 1e-3,
+        "ema_decay": 0.9,
+        "log_every": 2,
+        "ckpt_every": 100,
+        "steps": 6,
+        "device": "cpu",
+    }
+    return validate({**values, **changes}, TrainConfig, "test")
+
+
+def run_folder(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    newest = max((folder / "run" / "checkpoints").iterdir())
+    return {path.name: load_file(path) for path in newest.glob("*.safetensors")}
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(ours: dict[str, dict[str, torch.Tensor]], theirs: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert ours.keys() == theirs.keys()
+    for file, tensors in ours.items():
+        assert tensors.keys() == theirs[file].keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, theirs[file][name]), f"{file}: {name}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16-true", "accumulate": 2, "grad_clip_val": 0.5, "warmup_steps": 4},
+        {"precision": "bf16-mixed", "clip_len": 3, "global_batch_size": 2, "activation_budget": 0.5},
+        {"precision": "fp32,loss_scale=dynamic", "dispersive_weight": 0.5, "energy": "dot", "num_workers": 1},
+        {"model": SMALL_CDIT, "precision": "bf16-mixed", **WALKS},
+    ],
+)
+def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, latents: Path, changes: dict[str, Any]) -> None:
+    """Over the end of epochs; and what is logged is the same too."""
+    train(config(tmp_path / "whole", latents, steps=10, **changes))
+    for steps in (1, 4, 7, 10):
+        train(config(tmp_path / "parts", latents, steps=steps, **changes))
+    assert_same(run_folder(tmp_path / "parts"), run_folder(tmp_path / "whole"))
+    whole = {record["step"]: record["grad_norm"] for record in log(tmp_path / "whole")}
+    assert log(tmp_path / "parts")[-1]["grad_norm"] == whole[10]
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path: Path, latents: Path) -> None:
+    train(config(tmp_path / "whole", latents, steps=60))
+    chosen = config(tmp_path / "killed", latents, steps=60, ckpt_every=5)
+    script = (
+        "from halfstep.train.loop import train; from halfstep.train.config import TrainConfig; "
+        f"train(TrainConfig.model_validate_json({chosen.model_dump_json()!r}))"
+    )
+    checkpoints = tmp_path / "killed" / "run" / "checkpoints"
+    kills = 0
+    while not (checkpoints / "0000060").exists():
+        process = subprocess.Popen([sys.executable, "-c", script])
+        seen = len(list(checkpoints.glob("[0-9]*")))
+        while process.poll() is None and len(list(checkpoints.glob("[0-9]*"))) < seen + 4:
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL)
+    assert kills >= 2
+    assert_same(run_folder(tmp_path / "killed"), run_folder(tmp_path / "whole"))
+    train(chosen)  # nothing to do, and what the kills left is gone
+    assert not list(checkpoints.glob(".*"))
+    steps = [record["step"] for record in log(tmp_path / "killed")]
+    assert steps == list(range(2, 61, 2))
+
+
+def test_it_learns_in_every_precision(tmp_path: Path, latents: Path) -> None:
+    """The field toward thirty pictures is learned, in half as in fp32."""
+    losses = {}
+    for precision in ("fp32", "bf16-mixed", "bf16-true"):
+        train(config(tmp_path / precision, latents, precision=precision, steps=120, log_every=20, lr=3e-3))
+        losses[precision] = [record["loss"] for record in log(tmp_path / precision)]
+    assert losses["fp32"][-1] < 0.8 * losses["fp32"][0]
+    for precision, values in losses.items():
+        # The same data and noise: what differs is rounding, which training amplifies little over 120 steps.
+        assert abs(values[-1] - losses["fp32"][-1]) < 0.03 * losses["fp32"][-1], precision
+
+
+def test_half_weights_have_fp32_masters_and_averages(tmp_path: Path, latents: Path) -> None:
+    """Updates of 1e-6 move nothing in bf16; kept in fp32 they do."""
+    train(config(tmp_path / "start", latents, steps=20))
+    chosen = {"precision": "bf16-true", "lr": 1e-6, "ckpt": str(tmp_path / "start" / "run")}
+    train(config(tmp_path, latents, steps=1, **chosen))
+    before = run_folder(tmp_path)
+    train(config(tmp_path, latents, steps=2, **chosen))
+    after = run_folder(tmp_path)
+    name = "blocks.0.mlp.fc1.weight"
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert after[file][name].dtype == torch.float32
+        moved = (after[file][name] != before[file][name]).float().mean()
+        assert moved > 0.9
+    rounded = [weights["model.safetensors"][name].bfloat16() for weights in (before, after)]
+    assert (rounded[0] == rounded[1]).float().mean() > 0.9
+    assert log(tmp_path)[-1]["stalled_weights"] < 0.05
+
+
+def test_a_published_checkpoint_starts_a_run(tmp_path: Path, latents: Path) -> None:
+    """Names with prefixes, an argparse Namespace, and the optimizer by the order of parameters."""
+    train(config(tmp_path / "ours", latents, steps=4))
+    saved = read_checkpoint(tmp_path / "ours" / "run")
+    network = saved.build(ema=False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    network(torch.randn(8, 16, 4, 4), torch.rand(8), torch.zeros(8, dtype=torch.int64)).square().mean().backward()
+    optimizer.step()
+    names = [name for name, _ in network.named_parameters()]
+    published = {
+        "model": {f"_orig_mod.{name}": value for name, value in network.state_dict().items()},
+        "ema": {f"module.{name}": value for name, value in saved.best.items()},
+        "opt": optimizer.state_dict(),
+        "args": argparse.Namespace(model="EqM-S/2", uncond=True, ebm="none"),
+    }
+    torch.save(published, tmp_path / "0000100.pt")
+    read = read_checkpoint(tmp_path / "0000100.pt", num_heads=2)
+    for number, name in enumerate(names):
+        if number in optimizer.state_dict()["state"]:
+            assert torch.equal(read.moments[f"exp_avg.{name}"], optimizer.state_dict()["state"][number]["exp_avg"])
+    assert read.updates == 1
+    with pytest.raises(InputError, match="number of heads"):
+        read_checkpoint(tmp_path / "0000100.pt")
+
+    # An EqM-S/2 has a published number of heads, so nothing needs saying.
+    small = EqM.named("EqM-S/2", (4, 4), 1, in_channels=16)
+    torch.save({"model": small.state_dict(), "ema": small.state_dict()}, tmp_path / "small.pt")
+    chosen = {"model": "EqM-S/2", "ckpt": str(tmp_path / "small.pt"), "steps": 1, "lr": 1e-9}
+    train(config(tmp_path / "named", latents, **chosen))
+    for name, value in small.state_dict().items():
+        torch.testing.assert_close(run_folder(tmp_path / "named")["model.safetensors"][name], value, atol=1e-7, rtol=0)
+
+
+def test_a_video_model_starts_from_an_image_model(tmp_path: Path, latents: Path) -> None:
+    train(config(tmp_path / "images", latents, steps=2))
+    start = str(tmp_path / "images" / "run")
+    train(config(tmp_path / "video", latents, clip_len=3, global_batch_size=2, ckpt=start, steps=1, lr=1e-9))
+    images = read_checkpoint(tmp_path / "images" / "run")
+    video = read_checkpoint(tmp_path / "video" / "run")
+    assert video.about.config["num_frames"] == 3
+    for name, value in images.weights.items():
+        torch.testing.assert_close(video.weights[name], value, atol=1e-7, rtol=0)
+
+
+def test_the_loss_scale_skips_and_collapses(tmp_path: Path, latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 that always overflows: updates are left out and counted, and training goes on in bf16."""
+    from halfstep.train import data as data_module
+
+    real = data_module.eqm_loss
+    half = []
+
+    def overflowing(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        losses = real(model, *args, **kwargs)
+        half.append(model._halfstep_policy.compute)
+        return losses * (float("inf") if half[-1] == "fp16" else 1.0)
+
+    monkeypatch.setattr(data_module, "eqm_loss", overflowing)
+    notes: list[str] = []
+
+    class Listening(Progress):
+        def note(self, line: str) -> None:
+            notes.append(line)
+
+    report = train(config(tmp_path, latents, precision="16-mixed", steps=30, log_every=5), Listening())
+    assert report.skipped == 20
+    assert report.policy.startswith("bf16-mixed")
+    assert any("collapsed" in line for line in notes)
+    switch = [record for record in log(tmp_path) if "switched_to" in record]
+    assert [record["step"] for record in switch] == [20]
+    assert log(tmp_path)[0]["loss_scale"] == 65536 / 2**5
+    assert read_state(tmp_path)["policy"].startswith("bf16-mixed")
+    assert read_state(tmp_path)["updates"] == 10
+    train(config(tmp_path, latents, precision="16-mixed", steps=32))  # it stays there
+    assert read_state(tmp_path)["updates"] == 12
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    newest = max((folder / "run" / "checkpoints").iterdir())
+    return json.loads((newest / "state.json").read_text())
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path: Path, latents: Path) -> None:
+    """An overflow in the network at step 4 of 10: the checkpoint before it stays, its layer and type are named."""
+    train(config(tmp_path, latents, steps=3))
+    newest = tmp_path / "run" / "checkpoints" / "0000003"
+    weights = load_file(newest / "model.safetensors")
+    weights["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
+    rewrite(newest / "model.safetensors", weights)
+    with pytest.raises(NumericsError, match=r"step 4: the output of blocks.1.mlp.fc1 \(float32\).*0000003"):
+        train(config(tmp_path, latents, steps=10))
+    assert [path.name for path in newest.parent.iterdir()] == ["0000003"]
+
+
+def rewrite(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(weights, path, metadata)
+
+
+def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    for walk in range(2):
+        (tmp_path / "tree" / str(walk)).mkdir(parents=True)
+        for frame in range(8):
+            latent = torch.randn(4, 4, 4) * (float("nan") if (walk, frame) == (1, 7) else 1)
+            torch.save(latent, tmp_path / "tree" / str(walk) / f"{frame}.pt")
+    with pytest.raises(NumericsError, match=r"of the data .* is not finite, in fp32.*there is no checkpoint yet"):
+        train(config(tmp_path, tmp_path / "tree", global_batch_size=4, steps=8))
+
+
+def test_pixels_are_encoded_on_the_way(tmp_path: Path, toy_world: Path, latents: Path) -> None:
+    """The same losses as over a store of them, where neither flips nor samples are drawn."""
+    notes: list[str] = []
+
+    class Listening(Progress):
+        def note(self, line: str) -> None:
+            notes.append(line)
+
+    walks = {"model": SMALL_CDIT, **WALKS}
+    over_pixels = config(tmp_path / "pixels", toy_world, image_size=32, **walks)
+    train(over_pixels, Listening())
+    train(config(tmp_path / "latents", latents, **walks))
+    ours, theirs = log(tmp_path / "pixels"), log(tmp_path / "latents")
+    np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-4)
+    assert any("encode" in line for line in notes)
+
+
+def test_batches_are_shared_out_without_loss(latents: Path, tmp_path: Path) -> None:
+    """Whatever the number of processes, a step's items are the same ones, each once; an epoch repeats none."""
+    data = open_data(config(tmp_path, latents))
+    cpu = torch.device("cpu")
+
+    def first(items: tuple[torch.Tensor, ...]) -> set[float]:
+        return {float(item.sum()) for item in items[0]}
+
+    for step in (0, 2, 3):
+        alone = first(next(data.batches(step, 0, 1, cpu)))
+        shared = [first(next(data.batches(step, rank, 4, cpu))) for rank in range(4)]
+        assert set().union(*shared) == alone
+        assert sum(map(len, shared)) == len(alone) == 8
+    stream = data.batches(0, 0, 1, cpu)
+    epochs = [set().union(*(first(next(stream)) for _ in range(3))) for _ in range(2)]
+    assert [len(epoch) for epoch in epochs] == [24, 24]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--fsdp"]])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
+def test_two_processes_learn_what_one_does(
+    tmp_path: Path, latents: Path, options: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process's noise is its own, so the run is compared with the same two processes without sharding or
+    casts; and one process can go on with what two have done."""
+    command = [
+        *("--data-path", latents, "--run-name", "run", "--global-batch-size", 8, "--log-every", 2, "--lr", 1e-3),
+        *(f"--set=model.{name}={value}" for name, value in SMALL.items()),
+        *("--quiet", "--num-workers", 0, "--device", "cpu"),
+    ]
+    torchrun(2, "train", "eqm", *command, "-o", tmp_path / "two", "--steps", 4, "--precision", precision, *options)
+    torchrun(2, "train", "eqm", *command, "-o", tmp_path / "plain", "--steps", 4, "--precision", "fp32")
+    ours, theirs = log(tmp_path / "two"), log(tmp_path / "plain")
+    tolerance = 1e-5 if precision == "fp32" else 0.02
+    np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=tolerance)
+    np.testing.assert_allclose([r["grad_norm"] for r in ours], [r["grad_norm"] for r in theirs], rtol=10 * tolerance)
+    for file, tensors in run_folder(tmp_path / "two").items():
+        for name, value in tensors.items():
+            assert value.shape == run_folder(tmp_path / "plain")[file][name].shape, (file, name)
+    result = run_cli("train", "eqm", *command[:-2], "-o", tmp_path / "two", "--steps", 5, "--precision", precision)
+    assert "before with 2" in result.stderr
+    assert read_state(tmp_path / "two")["updates"] == 5
+
+
+def torchrun(processes: int, *arguments: object) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command += ["-m", "halfstep", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_command_line_stops_on_request_and_goes_on(tmp_path: Path, latents: Path) -> None:
+    command = [sys.executable, "-m", "halfstep", "train", "eqm", "--data-path", str(latents), "-o", str(tmp_path)]
+    command += [f"--set=model.{name}={value}" for name, value in SMALL.items()]
+    command += ["--run-name", "run", "--global-batch-size", "8", "--use-bf16", "--log-every", "1", "--quiet"]
+    process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = int(re.search(r"stopped after step (\d+)", errors)[1])  # type: ignore[index]
+    result = subprocess.run([*command, "--steps", str(step + 2), "--json"], capture_output=True, text=True, check=True)
+    report = json.loads(result.stdout)
+    assert report["step"] == step + 2
+    assert report["policy"].startswith("bf16-mixed")
+    assert [record["step"] for record in log(tmp_path)] == list(range(1, step + 3))
+
+
+def test_the_published_commands_and_configs_work(tmp_path: Path, toy_world: Path, latents: Path) -> None:
+    """Clips of videos in class folders; and the navigation YAML over latents with its keys."""
+    from tests.data.test_videos import write_video
+
+    for label in ("run", "jump"):
+        (tmp_path / "ucf" / label).mkdir(parents=True)
+        for number in range(2):
+            write_video(tmp_path / "ucf" / label / f"{number}.mp4", 6)
+    options = "--model EqM-S/8 --use-bf16 --video --clip-len 4 --image-size 64 --global-batch-size 4 --epochs 1"
+    result = run_cli("train", "eqm", "--data-path", "ucf", *options.split(), cwd=tmp_path)
+    assert "EqM-S/8 after 1 steps in bf16-mixed" in result.stdout
+    saved = read_checkpoint(tmp_path / "results" / "EqM-S-8-clip4")
+    assert saved.about.classes == ("jump", "run")
+    assert saved.about.config["num_frames"] == 4
+    assert saved.about.latents is not None
+    assert saved.about.latents.pixels is not None
+
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "traj_names.txt").write_text("walk_000\nwalk_002\n")
+    (tmp_path / "nav.yaml").write_text(f"""
+run_name: nwm_cdit_latents
+results_dir: logs
+batch_size: 4
+num_workers: 0
+model: CDiT-S/2
+lr: 6e-5
+normalize: True
+grad_clip_val: 10.0
+context_size: 2
+len_traj_pred: 4
+distance: {{min_dist_cat: -2, max_dist_cat: 4}}
+image_size: 32
+datasets:
+  recon: {{latent_folder: {latents}, data_folder: {toy_world}, train: split, test: split, goals_per_obs: 2}}
+""")
+    result = run_cli("train", "--config", "nav.yaml", "--precision", "fp32", "--set", "steps=1", cwd=tmp_path)
+    assert "CDiT-S/2 after 1 steps in fp32" in result.stdout
+    saved = read_checkpoint(tmp_path / "logs" / "nwm_cdit_latents")
+    assert saved.about.spacing == 0.25
+    assert saved.about.config["context_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"global_batch_size": 64}, "got 30 items .*a batch has 64: use a batch of 30 or less"),
+        ({"clip_len": 11}, "no sequence has 11 consecutive frames"),
+        ({"model": "EqM-M/2"}, "got 'EqM-M/2'; expected EqM-"),
+        ({"model": "CDiT-S/4", **WALKS}, "expected EqM-.*CDiT-"),
+        ({"context_size": 3}, "context_size is not a setting of EqM"),
+        ({"precision": "fp16"}, "fp16 weights cannot be trained"),
+        ({"accumulate": 3}, "got 8 for 1 processes and 3 parts"),
+        ({"data_path": "/nowhere"}, "/nowhere: no such file"),
+        ({"ckpt": "/nowhere.pt"}, "no such file or folder; expected a checkpoint"),
+        ({"model": SMALL_CDIT, **WALKS, "metric_waypoint_spacing": None}, "metric_waypoint_spacing: not given"),
+        ({"model": SMALL_CDIT, **WALKS, "len_traj_pred": 40}, "use a shorter context or horizon"),
+        ({"batch_size": 4}, "not both"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, latents: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        train(config(tmp_path, latents, **changes))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_labels_beyond_the_classes_are_named(tmp_path: Path, toy_world: Path) -> None:
+    for label in "abc":
+        shutil.copytree(toy_world / "walk_000", tmp_path / "data" / label)
+        (tmp_path / "data" / label / "traj_data.pkl").unlink()
+    with pytest.raises(InputError, match=r"num_classes: got 2; the data has 3 classes \(a, b, c\)"):
+        train(config(tmp_path, tmp_path / "data", image_size=32, num_classes=2))
+
+
+def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path, latents: Path) -> None:
+    train(config(tmp_path, latents, steps=1))
+    weights = load_file(tmp_path / "run" / "checkpoints" / "0000001" / "model.safetensors")
+    del weights["blocks.1.attn.qkv.weight"], weights["blocks.0.attn.proj.bias"]
+    wide = EqM.named("EqM-S/2", (4, 4), 1, in_channels=16)
+    cases = {
+        "missing": (wide.state_dict(), {"model": "EqM-S/2"}, r"missing are blocks.3.attn.qkv.weight"),
+        "other size": (wide.state_dict(), {"model": "EqM-B/2"}, r"holds EqM-S/2; EqM-B/2 was asked for"),
+        "channels": (
+            EqM.named("EqM-S/2", (4, 4), 1).state_dict(),
+            {"model": "EqM-S/2"},
+            "is of latents with 4 channels; the data has 16",
+        ),
+        "grid": (
+            EqM.named("EqM-S/2", (8, 8), 1, in_channels=16).state_dict(),
+            {"model": "EqM-S/2"},
+            r"pos_embed is \[1, 16, 384\], expected \[1, 4, 384\]",
+        ),
+        "classes": (
+            EqM.named("EqM-S/2", (4, 4), 7, in_channels=16).state_dict(),
+            {"model": "EqM-S/2"},
+            r"embedding_table.weight is \[8, 384\], expected \[2, 384\]",
+        ),
+        "something else": ({"a.weight": torch.ones(3)}, {}, "neither an EqM nor a CDiT"),
+        "not tensors": ({"model": 3, "args": 4}, {}, "model is a int; expected a state dict"),
+    }
+    for name, (state, changes, told) in cases.items():
+        path = tmp_path / f"{name}.pt"
+        if name == "missing":
+            del state["blocks.3.attn.qkv.weight"]
+        torch.save(state, path)
+        with pytest.raises(InputError, match=told):
+            train(config(tmp_path / "new", latents, ckpt=str(path), **changes))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "grid.pt").read_bytes()[:5000])
+    torch.save(subprocess.Popen, tmp_path / "unsafe.pt")
+    for name in ("cut.pt", "unsafe.pt"):
+        with pytest.raises(InputError, match="cannot be read as a checkpoint of tensors alone"):
+            train(config(tmp_path / "new", latents, ckpt=str(tmp_path / name)))
+
+
+def test_another_run_in_the_folder_is_left_alone(tmp_path: Path, latents: Path) -> None:
+    train(config(tmp_path, latents, steps=2))
+    before = run_folder(tmp_path)
+    with pytest.raises(InputError, match=r"other settings \(lr was 0.001, not 0.01\); give the same, or another"):
+        train(config(tmp_path, latents, lr=0.01))
+    with pytest.raises(InputError, match="its steps have 8 items, not 4"):
+        train(config(tmp_path, latents, global_batch_size=4))
+    assert_same(run_folder(tmp_path), before)
+    report = train(config(tmp_path, latents, precision="bf16-mixed", log_every=1, steps=3))
+    assert report.policy.startswith("bf16-mixed")
