@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from halfstep.errors import InputError
-from halfstep.sampling import MemoryRecorder, StoreRecorder, sample_eqm
+from halfstep.models import EqM
+from halfstep.models.eqm import gradient_magnitude
+from halfstep.precision import PrecisionPolicy, prepare
+from halfstep.sampling import MemoryRecorder, StoreRecorder, energy_score, sample_eqm, sample_eqm_ode
 from halfstep.store import TrajectoryFormat, TrajectoryStore
-from tests.models.test_eqm import NUMBERS, X, Y, golden_model
+from tests.models.test_eqm import CONFIG, NUMBERS, X, Y, golden_model
 
 
 def test_gd_is_the_references() -> None:
@@ -76,3 +79,84 @@ def test_mistakes_are_named() -> None:
         sample_eqm(golden_model(), X, Y, sampler="adam", **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="recorder: got 1 for 3 samples"):
         sample_eqm(golden_model(), X, Y, sampler="gd", **options, recorder=MemoryRecorder())
+
+
+def test_the_ode_follows_the_flow_it_was_trained_on() -> None:
+    """For the exact field toward one point, c(gamma) (x1 - x0), the path is straight and ends there."""
+    target = torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
+
+    class Exact(EqM):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, **_: Any) -> torch.Tensor:
+            gamma = t.reshape(-1, 1, 1, 1)
+            return gradient_magnitude(gamma) * (target - x) / (1 - gamma)  # x1 - x0 = (x1 - x) / (1 - gamma)
+
+    model = Exact(**{**CONFIG, "uncond": False})
+    for method in ("euler", "heun"):
+        for start, x in ((0.0, X), (0.4, torch.lerp(X, target, 0.4))):
+            recorders = [MemoryRecorder() for _ in X]
+            options: dict[str, Any] = {"method": method, "start": start, "recorder": recorders}
+            sample = sample_eqm_ode(model, x, Y, updates=5, **options)
+            torch.testing.assert_close(sample, target, rtol=1e-4, atol=1e-4)
+            levels = [step.sigma for step in recorders[0].steps]
+            np.testing.assert_allclose(levels, (1 - start) * np.linspace(1, 0, 6), atol=1e-12)
+            halfway = torch.stack([recorder.steps[3].latent for recorder in recorders])
+            torch.testing.assert_close(halfway, torch.lerp(x, target, 0.6), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_stop_when_their_field_is_small_and_cost_nothing_more() -> None:
+    """A field that shrinks with the sample: each stops when its own has fallen below, as it would alone."""
+    sizes: list[int] = []
+
+    class Shrinking(EqM):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, **_: Any) -> torch.Tensor:
+            sizes.append(len(x))
+            return -x
+
+    model = Shrinking(**CONFIG)
+    x = torch.ones(3, *model.latent_shape) * torch.tensor([1.0, 4.0, 0.01]).reshape(-1, 1, 1, 1)
+    recorders = [MemoryRecorder() for _ in x]
+    heard: list[tuple[int, int]] = []
+    chosen: dict[str, Any] = {"sampler": "gd", "step_size": 0.5, "updates": 20, "stop_below": 0.1}
+    sample = sample_eqm(model, x, Y, **chosen, recorder=recorders, on_update=lambda *k: heard.append(k))
+    # |f| is halved by each update: 4 -> below 0.1 at the 7th evaluation, 1 -> at the 5th, 0.01 at the first.
+    assert [len(recorder.steps) - 1 for recorder in recorders] == [5, 7, 1]
+    assert sizes == [3, 2, 2, 2, 2, 1, 1]
+    assert heard[-1] == (7, 0)
+    for number in range(3):
+        alone = sample_eqm(model, x[number : number + 1], Y[:1], **chosen)
+        assert torch.equal(alone[0], sample[number])
+        assert torch.equal(recorders[number].steps[-1].latent, sample[number])
+
+
+def test_labels_are_composed() -> None:
+    model = golden_model()
+    pairs = torch.stack([Y, (Y + 1) % model.num_classes], dim=1)
+    none = torch.full_like(Y, model.num_classes)
+    time = torch.ones(len(X))
+    with torch.no_grad():
+        base, first, second = (model(X, time, y) for y in (none, pairs[:, 0], pairs[:, 1]))
+    sample = sample_eqm(model, X, pairs, sampler="gd", step_size=0.1, updates=1, guidance_scale=1.5)
+    field = base + 1.5 * (first - base + second - base)
+    torch.testing.assert_close(sample, X + 0.1 * field, rtol=1e-5, atol=1e-6)
+    same = sample_eqm(model, X, Y.unsqueeze(1), sampler="ngd", step_size=0.1, updates=3, guidance_scale=2.0)
+    plain = sample_eqm(model, X, Y, sampler="ngd", step_size=0.1, updates=3, guidance_scale=2.0)
+    assert torch.equal(same, plain)
+
+
+@pytest.mark.parametrize("preset", ["bf16-true", "bf16-mixed"])
+def test_a_prepared_model_samples_near_fp32(preset: str) -> None:
+    exact = sample_eqm(golden_model(), X, Y, sampler="ngd", step_size=0.01, updates=20, guidance_scale=1.5)
+    model = prepare(golden_model(), PrecisionPolicy.parse(preset))
+    half = sample_eqm(model, X, Y, sampler="ngd", step_size=0.01, updates=20, guidance_scale=1.5)
+    assert half.dtype == torch.float32
+    assert (half - exact).norm() < 0.02 * (exact - X).norm()  # what the sampler moved, to bf16's accuracy
+
+
+def test_the_energy_of_data_is_that_of_the_model() -> None:
+    model = golden_model(energy="dot")
+    none = torch.full_like(Y, model.num_classes)
+    with torch.no_grad():
+        expected, _ = model.energy_and_field(X, torch.ones(len(X)), none)
+    torch.testing.assert_close(energy_score(model, X), expected)
+    with pytest.raises(InputError, match="has no energy"):
+        energy_score(golden_model(), X)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from halfstep.models import CDiT, EqM
-from halfstep.train.objectives import diffusion_loss, dispersive_loss, eqm_loss, gradient_magnitude
+from halfstep.models.eqm import gradient_magnitude
+from halfstep.train.objectives import diffusion_loss, dispersive_loss, eqm_loss
 from tests.models import test_cdit as cdit
 from tests.models import test_eqm as eqm
 

@@ -62,3 +62,13 @@ def goal_actions(position: Float, yaw: Float, current: int, goal_times: Ordered[
 def relative_time(current: int, goal_times: Any) -> Float:
     """rel_t of goals: their offsets in frames over REL_T_FRAMES, float64 [G]."""
     return (np.asarray(goal_times, np.float64) - current) / REL_T_FRAMES
+
+
+def step_actions(position: Float, yaw: Float, spacing: float) -> Float:
+    """The actions along a path, each from the pose where the one before it ended: float64 [N - 1, 3] of N poses.
+
+    Units as in `goal_actions`. Differences of a path in the frame of its start are not these actions: each must be
+    turned into the frame of its own pose.
+    """
+    steps = [goal_actions(position, yaw, k, [k + 1], spacing)[0] for k in range(len(position) - 1)]
+    return np.array(steps, np.float64).reshape(-1, 3)

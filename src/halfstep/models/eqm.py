@@ -39,6 +39,11 @@ EQM_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (
 LABEL_DROPOUT = 0.1
 
 
+def gradient_magnitude(gamma: torch.Tensor) -> torch.Tensor:
+    """c(gamma) = 4 min(1, 5 (1 - gamma)): the field vanishes at the data (truncated decay, eq. 8 with a = 0.8)."""
+    return 4 * torch.clamp(5 * (1 - gamma), max=1)
+
+
 class LabelEmbedder(nn.Module):
     """Class labels [N] to [N, D]; the last row stands for no label, which training puts in place of one in ten."""
 
@@ -192,14 +197,23 @@ class EqM(nn.Module):
     ) -> torch.Tensor:
         """Classifier-free guidance (Ho and Salimans 2022): field without label + scale * (with - without), on the first
         `guidance_channels` channels, all by default; the published sampler has 3 of 4. The others keep the label's
-        field. `modulations`: those of the labels and, after them, of no label, where they are known already."""
-        labels = torch.cat([y, torch.full_like(y, self.num_classes)])
-        both: torch.Tensor = self(torch.cat([x, x]), torch.cat([t, t]), labels, modulations=modulations)
-        with_label, without = both.chunk(2)
-        guided = torch.lerp(without, with_label, guidance_scale)
+        field. Several labels a sample, y [N, K], are composed: without + scale * sum_k (with_k - without) (Liu et al.
+        2022, "Compositional Visual Generation", eq. 11). `modulations`: those of `guidance_labels(y)`, where known."""
+        labels = self.guidance_labels(y)
+        passes = len(labels) // len(x)
+        fields: torch.Tensor = self(torch.cat([x] * passes), torch.cat([t] * passes), labels, modulations=modulations)
+        *with_label, without = fields.chunk(passes)
+        difference = sum((field - without for field in with_label[1:]), with_label[0] - without)
+        guided = without + guidance_scale * difference
         if guidance_channels is None or guidance_channels >= x.shape[1]:
             return guided
-        return torch.cat([guided[:, :guidance_channels], with_label[:, guidance_channels:]], dim=1)
+        return torch.cat([guided[:, :guidance_channels], (without + difference)[:, guidance_channels:]], dim=1)
+
+    def guidance_labels(self, y: torch.Tensor) -> torch.Tensor:
+        """All samples' first labels, all second ones, ..., and then no label for each: [(K + 1) N] of y [N] or
+        [N, K]."""
+        columns = y.unsqueeze(1) if y.dim() == 1 else y
+        return torch.cat([columns.T.flatten(), torch.full_like(columns[:, 0], self.num_classes)])
 
     def modulations(self, t: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """What the condition does to each block and the last layer. Without time it is the same for all steps of a

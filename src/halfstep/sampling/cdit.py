@@ -1,0 +1,143 @@
+"""Frames of a navigation world model (arXiv 2412.03572), by the schedulers of diffusers.
+
+Axes: N samples, K context frames, S steps of a rollout, C channels, H W latents. The state is fp32 whatever the model
+computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from halfstep.errors import InputError
+from halfstep.models import CDiT
+from halfstep.sampling.recorder import Recorder, Step
+
+Scheduler = Literal["ancestral", "ddim", "dpm++"]
+SCHEDULERS = ("ancestral", "ddim", "dpm++")
+TIMESTEPS = 1000
+
+
+def make_scheduler(name: str, steps: int) -> Any:
+    """The library's scheduler for `steps` of the 1000 timesteps, spread evenly from the last to the first.
+
+    ancestral: Ho et al. 2020 with the learned range of variances (Nichol and Dhariwal 2021); ddim: Song et al. 2021,
+    without noise; dpm++: Lu et al. 2022, second order, multistep. Raises InputError for another name.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    common = {
+        "num_train_timesteps": TIMESTEPS,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "timestep_spacing": "linspace",
+    }
+    if name == "ancestral":
+        scheduler = DDPMScheduler(**common, variance_type="learned_range", clip_sample=False)
+    elif name == "ddim":
+        scheduler = DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
+    elif name == "dpm++":
+        scheduler = DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2)
+    else:
+        raise InputError(f"sampler: got {name!r}; expected one of {', '.join(SCHEDULERS)}")
+    if not 1 <= steps <= TIMESTEPS:
+        raise InputError(f"steps: got {steps}; expected 1 to {TIMESTEPS}")
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def sample_cdit(
+    model: CDiT,
+    x_cond: torch.Tensor,
+    y: torch.Tensor,
+    rel_t: torch.Tensor,
+    *,
+    scheduler: Scheduler = "ancestral",
+    steps: int = 250,
+    generators: Sequence[torch.Generator],
+    recorder: Recorder | Sequence[Recorder] | None = None,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> torch.Tensor:
+    """Frames [N, C, H, W], fp32, at time offsets rel_t [N] after actions y [N, 3] from context x_cond [N, K, C, H, W].
+
+    Each sample draws from its own CPU generator, so that it does not depend on what else is in the batch. `recorder`
+    takes every state, one recorder a sample, with the scheduler's sigma = sqrt((1 - abar) / abar) as noise level.
+    `on_step` hears the number of each step that is done. Raises InputError for an unknown scheduler, or when generators
+    or recorders are not N.
+    """
+    recorders = [] if recorder is None else list(recorder) if isinstance(recorder, Sequence) else [recorder]
+    for what, given in (("generators", generators), ("recorders", recorders)):
+        if len(given) != len(x_cond) and (what == "generators" or given):
+            raise InputError(f"{what}: got {len(given)} for {len(x_cond)} samples; give one each")
+    library = make_scheduler(scheduler, steps)
+    device = x_cond.device
+    more = {"generator": list(generators)} if scheduler == "ancestral" else {}
+    with torch.no_grad():
+        x = draw(model.latent_shape, generators).to(device)
+        timesteps = library.timesteps.to(device)
+        _record(recorders, library, 0, timesteps[0], x)
+        for k, t in enumerate(timesteps, start=1):
+            output = model(x, t.expand(len(x)), y, x_cond, rel_t).float()
+            if scheduler != "ancestral":
+                output = output.chunk(2, dim=1)[0]  # the learned variance is for ancestral sampling alone
+            x = library.step(output, t, x, **more).prev_sample
+            _record(recorders, library, k, timesteps[k] if k < len(timesteps) else None, x)
+            on_step(k)
+    return x
+
+
+def rollout(
+    model: CDiT,
+    context: torch.Tensor,
+    actions: torch.Tensor,
+    rel_t: float,
+    *,
+    scheduler: Scheduler = "ancestral",
+    steps: int = 250,
+    generators: Sequence[torch.Generator],
+    on_step: Callable[[int], None] = lambda _: None,
+) -> torch.Tensor:
+    """Walk on from context [N, K, C, H, W] along actions [N, S, 3], one frame after the other, each prediction becoming
+    context of the next: frames [N, S, C, H, W].
+
+    An action is seen from where the one before it ended: `halfstep.data.navigation.step_actions` turns a path into
+    such. `rel_t`: the time offset of one action, in units of 128 frames.
+    """
+    frames = []
+    offset = torch.full((len(context),), rel_t, device=context.device)
+    for number in range(actions.shape[1]):
+        frame = sample_cdit(
+            model,
+            context,
+            actions[:, number],
+            offset,
+            scheduler=scheduler,
+            steps=steps,
+            generators=generators,
+            on_step=partial(_after, number * steps, on_step),
+        )
+        frames.append(frame)
+        context = torch.cat([context[:, 1:], frame.unsqueeze(1)], dim=1)
+    return torch.stack(frames, dim=1)
+
+
+def _after(before: int, on_step: Callable[[int], None], step: int) -> None:
+    on_step(before + step)
+
+
+def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Standard normal noise [N, *shape], fp32, each sample from its own generator."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def _record(recorders: Sequence[Recorder], library: Any, k: int, t: torch.Tensor | None, x: torch.Tensor) -> None:
+    if not recorders:
+        return
+    timestep = 0 if t is None else int(t)
+    bar = 1.0 if t is None else float(library.alphas_cumprod[timestep])
+    for recorder, latent in zip(recorders, x, strict=True):
+        recorder.record(Step(k, float(timestep), ((1 - bar) / bar) ** 0.5, latent))

@@ -1,0 +1,115 @@
+"""Sampling from CDiT against the reference implementation's numbers, and what a rollout promises."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from halfstep.data.navigation import ACTION_MAX, ACTION_MIN, goal_actions, step_actions
+from halfstep.errors import InputError
+from halfstep.models import CDiT
+from halfstep.sampling import MemoryRecorder, rollout, sample_cdit
+from halfstep.sampling.cdit import make_scheduler
+from tests.models.test_cdit import CONFIG, INPUTS, NUMBERS, STATE
+
+_, _, Y, CONTEXT, REL_T = INPUTS
+
+
+def golden_model() -> CDiT:
+    model = CDiT(**CONFIG, patch_size=2).eval()
+    model.load_state_dict(STATE, strict=True)
+    return model
+
+
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
+
+
+def test_ancestral_sampling_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reference's noises in place of drawn ones."""
+    noises = list(NUMBERS["sample.noises"])
+    monkeypatch.setattr("halfstep.sampling.cdit.draw", lambda *_: NUMBERS["in.noise"])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noises.pop(0))
+    assert make_scheduler("ancestral", 5).timesteps.tolist() == sorted(NUMBERS["sample.timesteps"].tolist())[::-1]
+    sample = sample_cdit(golden_model(), CONTEXT, Y, REL_T, steps=5, generators=generators(3))
+    torch.testing.assert_close(sample, NUMBERS["sample.out"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheduler", ["ancestral", "ddim", "dpm++"])
+def test_a_sample_depends_on_its_own_generator_alone(scheduler: Any) -> None:
+    model = golden_model()
+    chosen: dict[str, Any] = {"scheduler": scheduler, "steps": 4}
+    together = sample_cdit(model, CONTEXT, Y, REL_T, generators=generators(3), **chosen)
+    alone = sample_cdit(
+        model, CONTEXT[1:2], Y[1:2], REL_T[1:2], generators=[torch.Generator().manual_seed(1)], **chosen
+    )
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
+    other = sample_cdit(model, CONTEXT, Y, REL_T, generators=generators(3, seed=9), **chosen)
+    assert not torch.allclose(other, together, atol=1e-2)
+
+
+@pytest.mark.parametrize("scheduler", ["ancestral", "ddim", "dpm++"])
+def test_the_exact_denoiser_is_followed_home(scheduler: Any) -> None:
+    """For a network that knows the frame, every scheduler ends at it, from any noise."""
+    frame = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5))
+    bars = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))).float()
+
+    class Knowing(CDiT):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, *_: Any) -> torch.Tensor:
+            bar = bars[t].reshape(-1, 1, 1, 1)
+            return torch.cat([(x - bar.sqrt() * frame) / (1 - bar).sqrt(), -torch.ones_like(x)], dim=1)
+
+    recorders = [MemoryRecorder() for _ in range(3)]
+    sample = sample_cdit(
+        Knowing(**CONFIG, patch_size=2), CONTEXT, Y, REL_T, scheduler=scheduler, steps=20,
+        generators=generators(3), recorder=recorders,
+    )  # fmt: skip
+    torch.testing.assert_close(sample, frame.expand(3, -1, -1, -1), rtol=1e-2, atol=2e-2)
+    steps = recorders[0].steps
+    assert [step.index for step in steps] == list(range(21))
+    assert steps[0].timestep == 999
+    sigmas = [step.sigma for step in steps]
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert sigmas[-1] == 0
+    assert torch.equal(steps[-1].latent, sample[0])
+
+
+def test_a_rollout_feeds_on_itself() -> None:
+    model = golden_model()
+    actions = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(2))
+    chosen: dict[str, Any] = {"scheduler": "ddim", "steps": 3}
+    frames = rollout(model, CONTEXT, actions, 0.01, generators=generators(3), **chosen)
+    drawn, context = generators(3), CONTEXT
+    for number in range(3):
+        offset = torch.full((3,), 0.01)
+        frame = sample_cdit(model, context, actions[:, number], offset, generators=drawn, **chosen)
+        assert torch.equal(frame, frames[:, number])
+        context = torch.cat([context[:, 1:], frame.unsqueeze(1)], dim=1)
+
+
+def test_a_circle_is_the_same_step_again_and_again() -> None:
+    """Each action is seen from its own pose: on a circle all are equal, though the path turns round."""
+    turns = np.linspace(0, 2 * np.pi, 13)
+    position = np.stack([np.sin(turns), 1 - np.cos(turns)], axis=1)
+    actions = step_actions(position, turns, 0.25)
+    np.testing.assert_allclose(actions, np.broadcast_to(actions[0], actions.shape), atol=1e-9)
+    np.testing.assert_allclose(actions[:, 2], 2 * np.pi / 12)
+    # Chained, each in the frame where the one before it ended, they lead round the circle.
+    here, yaw = np.zeros(2), 0.0
+    for number, action in enumerate(actions):
+        forward = ((action[:2] + 1) / 2 * (ACTION_MAX - ACTION_MIN) + ACTION_MIN) * 0.25
+        cos, sin = np.cos(yaw), np.sin(yaw)
+        here, yaw = here + np.array([[cos, -sin], [sin, cos]]) @ forward, yaw + action[2]
+        np.testing.assert_allclose(here, position[number + 1], atol=1e-9)
+    np.testing.assert_allclose(actions[0], goal_actions(position, turns, 0, [1], 0.25)[0])
+
+
+def test_mistakes_are_named() -> None:
+    model = golden_model()
+    with pytest.raises(InputError, match="got 'plms'; expected one of ancestral, ddim, dpm"):
+        sample_cdit(model, CONTEXT, Y, REL_T, scheduler="plms", generators=generators(3))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="generators: got 2 for 3 samples"):
+        sample_cdit(model, CONTEXT, Y, REL_T, generators=generators(2))
+    with pytest.raises(InputError, match="steps: got 1001; expected 1 to 1000"):
+        sample_cdit(model, CONTEXT, Y, REL_T, steps=1001, generators=generators(3))
