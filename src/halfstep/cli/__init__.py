@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from halfstep.cli import analyze, bench, demo, encode, generate, probe, store, toy_world, train
+from halfstep.cli import analyze, bench, demo, encode, generate, probe, sample, store, toy_world, train
 from halfstep.errors import HalfstepError
 
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C, the shells' 128 + SIGINT
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command()(encode.encode)
 app.add_typer(store.app, name="store")
 app.command()(train.train)
+app.command()(sample.sample)
 app.command()(generate.generate)
 app.command()(analyze.analyze)
 app.command()(probe.probe)
@@ -64,8 +65,8 @@ def main() -> None:
         _stop(error, f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback", 1)
     if code == _INTERRUPTED:
         typer.echo(
-            "halfstep: interrupted; what was complete is kept (encode and train go on when run again, generate with "
-            "--resume)",
+            "halfstep: interrupted; what was complete is kept (encode, train and sample go on when run "
+            "again, generate with --resume)",
             err=True,
         )
     sys.exit(code)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from halfstep.encode import Progress
+from halfstep.generate.makers import Progress as SamplingProgress
 from halfstep.train.loop import Progress as TrainingProgress
 
 _STALLED = 0.5  # of the updates of an average: more than this are lost to rounding
@@ -134,6 +135,41 @@ class TrainProgress(TrainingProgress):
             self.note(
                 f"step {record['step']}: {record['stalled_ema']:.0%} of the average's updates are lost to rounding"
             )
+
+    def note(self, line: str) -> None:
+        if self.speaks:
+            self._console.print(f"halfstep: {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+class SampleProgress(SamplingProgress):
+    """Sampling steps done of all this process's samples, and the time left."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        self.speaks = os.environ.get("RANK", "0") == "0"
+        self._console = Console(stderr=True)
+        self._bar = RichProgress(
+            TextColumn("sampling"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps of samples"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=hidden or not self.speaks or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def start(self, samples: int, steps: int) -> None:
+        self._bar.update(self._task, total=samples * steps)
+        self._bar.start()
+
+    def step(self, samples: int) -> None:
+        self._bar.update(self._task, advance=samples)
 
     def note(self, line: str) -> None:
         if self.speaks:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from halfstep.autoencoders.hub import cached_models, hub_answers
@@ -153,18 +152,3 @@ def _scheduler(scheduler: Any, sampler: str) -> Any:
         flow_sigmas = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
         changes = {"shift": shift} if name.startswith("FlowMatch") else flow_sigmas
     return getattr(diffusers, name).from_config(config, **changes)
-
-
-def write_video(path: Path, frames: np.ndarray[Any, np.dtype[np.uint8]], fps: int) -> None:
-    """uint8 [T, H, W, 3] as H.264 in an MP4."""
-    import av
-
-    height, width = frames.shape[1:3]
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
-        stream.width, stream.height = width - width % 2, height - height % 2  # yuv420p halves them
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[: stream.height, : stream.width]), "rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())

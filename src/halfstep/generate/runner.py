@@ -22,7 +22,8 @@ import torch
 import halfstep
 from halfstep.errors import HalfstepError, InputError, NumericsError, StoreBusyError, StoreError
 from halfstep.generate.config import GenerateConfig, VideoSettings
-from halfstep.generate.pipeline import Generator, load_generator, write_video
+from halfstep.generate.outputs import write_picture, write_video
+from halfstep.generate.pipeline import Generator, load_generator
 from halfstep.generate.template import expand_template
 from halfstep.precision import PrecisionPolicy
 from halfstep.sampling import record
@@ -272,18 +273,12 @@ def _frames(generator: Generator, video: VideoSettings) -> int | None:
 
 
 def _write_result(folder: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]], fps: int) -> str:
-    """Write the picture [H, W, 3] or video [T, H, W, 3] under a temporary name first; the name of the file."""
-    from PIL import Image
-
-    name = "image.png" if pixels.ndim == 3 else "video.mp4"
-    temporary = folder / f".{name}.tmp"
+    """Write the picture [H, W, 3] or video [T, H, W, 3]; the name of the file."""
     if pixels.ndim == 3:
-        Image.fromarray(pixels).save(temporary, "PNG")
-    else:
-        write_video(temporary, pixels, fps)
-    write_durably(folder / name, temporary.read_bytes())
-    temporary.unlink()
-    return name
+        write_picture(folder / "image.png", pixels)
+        return "image.png"
+    write_video(folder / "video.mp4", pixels, fps)
+    return "video.mp4"
 
 
 def _json(content: dict[str, Any]) -> bytes:

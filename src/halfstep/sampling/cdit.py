@@ -99,13 +99,14 @@ def rollout(
     scheduler: Scheduler = "ancestral",
     steps: int = 250,
     generators: Sequence[torch.Generator],
+    recorders: Callable[[int], Sequence[Recorder]] = lambda _: (),
     on_step: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
     """Walk on from context [N, K, C, H, W] along actions [N, S, 3], one frame after the other, each prediction becoming
     context of the next: frames [N, S, C, H, W].
 
     An action is seen from where the one before it ended: `halfstep.data.navigation.step_actions` turns a path into
-    such. `rel_t`: the time offset of one action, in units of 128 frames.
+    such. `rel_t`: the time offset of one action, in units of 128 frames. `recorders(s)`: those of the s-th frames.
     """
     frames = []
     offset = torch.full((len(context),), rel_t, device=context.device)
@@ -118,6 +119,7 @@ def rollout(
             scheduler=scheduler,
             steps=steps,
             generators=generators,
+            recorder=recorders(number),
             on_step=partial(_after, number * steps, on_step),
         )
         frames.append(frame)

@@ -1,0 +1,109 @@
+"""Pictures and videos as files, uint8 [H, W, 3] and [T, H, W, 3], each written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from halfstep.store.commit import fsync_path, rename_durably, store_errors, write_durably
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+_FRAME_GAP, _SHEET_GAP = 1, 4  # pixels between the frames of a strip, and between samples
+
+
+def to_uint8(pixels: Any) -> Pixels:
+    """Pixels in [-1, 1], rounded and clipped."""
+    rounded: Pixels = ((np.asarray(pixels, np.float32) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+    return rounded
+
+
+def write_picture(path: Path, pixels: Pixels) -> None:
+    """PNG of a picture [H, W, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    with store_errors(path):
+        write_durably(path, buffer.getvalue())
+
+
+def write_gif(path: Path, frames: Pixels, fps: int) -> None:
+    """Animation without end."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+    with store_errors(path):
+        write_durably(path, buffer.getvalue())
+
+
+def write_video(path: Path, frames: Pixels, fps: int) -> None:
+    """H.264 in an MP4."""
+    import av
+
+    height, width = frames.shape[1:3]
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
+        stream.width, stream.height = width - width % 2, height - height % 2  # yuv420p halves them
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[: stream.height, : stream.width]), "rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    with store_errors(path):
+        write_durably(path, buffer.getvalue())
+
+
+def write_npy(path: Path, values: np.ndarray[Any, Any]) -> None:
+    """An array as it is."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    with store_errors(path):
+        write_durably(path, buffer.getvalue())
+
+
+def write_npz(path: Path, arrays: Iterable[Pixels], shape: tuple[int, ...]) -> None:
+    """An uncompressed `.npz` with one array `arr_0` of `shape`, uint8, whose rows come one after the other: what tools
+    for FID read. Rows are not held in memory."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with store_errors(path):
+        try:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            with (
+                zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+                archive.open("arr_0.npy", "w", force_zip64=True) as file,
+            ):
+                np.lib.format.write_array_header_1_0(file, header)
+                for array in arrays:
+                    file.write(np.ascontiguousarray(array).tobytes())
+            fsync_path(temporary)
+            rename_durably(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def strip(frames: Pixels) -> Pixels:
+    """Frames [T, H, W, 3] side by side on white."""
+    return grid(list(frames), len(frames), _FRAME_GAP)
+
+
+def contact_sheet(samples: list[Pixels]) -> Pixels:
+    """Pictures in a square; strips one below the other."""
+    wide = samples[0].shape[1] > 3 * samples[0].shape[0]
+    return grid(samples, 1 if wide else int(np.ceil(np.sqrt(len(samples)))), _SHEET_GAP)
+
+
+def grid(pictures: list[Pixels], columns: int, gap: int) -> Pixels:
+    """Pictures of one size in rows of `columns`, on white."""
+    height, width = (size + gap for size in pictures[0].shape[:2])
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * height - gap, columns * width - gap, 3), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = number // columns * height, number % columns * width
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet

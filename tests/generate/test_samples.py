@@ -1,0 +1,232 @@
+"""Samples from trained networks: the same whatever the batch, whole or not there, in every form."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfstep.data.sources import SourceConfig
+from halfstep.encode import EncodeOptions, encode
+from halfstep.errors import InputError, NumericsError
+from halfstep.generate.makers import SampleOptions, own_generator
+from halfstep.generate.samples import sample
+from halfstep.models import About, EqM, read_checkpoint
+from halfstep.sampling import rollout, sample_eqm
+from halfstep.store import DatasetStore, TrajectoryStore
+from halfstep.train.config import TrainConfig
+from halfstep.train.loop import train
+from tests.conftest import run_cli
+
+SIZES = {"network": "EqM", "hidden_size": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def latents(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("latents") / "store"
+    encode([SourceConfig(path=toy_world)], EncodeOptions(output, size=(32, 32), precision="fp32", storage="fp32"))
+    return output
+
+
+@pytest.fixture(scope="module")
+def runs(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three networks after two steps each: pictures, clips, walks."""
+    folder = tmp_path_factory.mktemp("runs")
+    common: dict[str, Any] = {
+        "data_path": latents, "results_dir": folder, "precision": "fp32", "steps": 2, "lr": 1e-2, "device": "cpu"
+    }  # fmt: skip
+    train(TrainConfig(model=SIZES, run_name="pictures", num_classes=3, global_batch_size=8, **common))
+    train(TrainConfig(model=SIZES, run_name="clips", clip_len=3, global_batch_size=2, **common))
+    walks = {
+        "context_size": 2, "len_traj_pred": 4, "distance": {"min_dist_cat": -2, "max_dist_cat": 4},
+        "goals_per_obs": 2, "metric_waypoint_spacing": 0.25, "batch_size": 4,
+    }  # fmt: skip
+    train(TrainConfig(model={**SIZES, "network": "CDiT"}, run_name="walks", **walks, **common))
+    return folder
+
+
+def options(runs: Path, output: Path, kind: str = "pictures", **changes: Any) -> SampleOptions:
+    values: dict[str, Any] = {"number": 5, "steps": 6, "batch_size": 2, "precision": "fp32", "device": "cpu"}
+    return SampleOptions(runs / kind, output, **{**values, **changes})
+
+
+def pictures(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]
+
+
+def test_a_picture_is_the_samplers_decoded(runs: Path, tmp_path: Path) -> None:
+    report = sample(options(runs, tmp_path / "out", labels=((2,), (0,)), guidance_scale=1.5))
+    assert (report.made, report.there, report.updates) == (5, 0, 5)
+    network = read_checkpoint(runs / "pictures").build()
+    x = torch.stack([torch.randn(16, 4, 4, generator=own_generator(0, number)) for number in (2, 3)])
+    chosen: dict[str, Any] = {"sampler": "ngd", "step_size": 0.0017, "momentum": 0.3, "guidance_scale": 1.5}
+    expected = sample_eqm(network, x, torch.tensor([2, 0]), updates=5, **chosen)
+    sample(options(runs, tmp_path / "raw", labels=((2,), (0,)), guidance_scale=1.5, format="npy"))
+    for number, latent in zip((2, 3), expected, strict=True):
+        np.testing.assert_allclose(np.load(tmp_path / "raw" / f"{number:06d}.npy"), latent, atol=1e-6)
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 32, 32, 3)
+        for row, picture in zip(arrays["arr_0"], pictures(tmp_path / "out"), strict=True):
+            assert np.array_equal(row, picture)
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (104, 68)
+
+
+def test_a_sample_is_the_same_in_every_batch_and_process(runs: Path, tmp_path: Path) -> None:
+    sample(options(runs, tmp_path / "whole", number=5))
+    sample(options(runs, tmp_path / "parts", number=2))
+    sample(options(runs, tmp_path / "parts", number=5))
+    sample(options(runs, tmp_path / "large", batch_size=5))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "halfstep"]
+    command += ["sample", "--ckpt", str(runs / "pictures"), "-o", str(tmp_path / "two"), "-n", "5", "--steps", "6"]
+    command += ["--batch-size", "2", "--precision", "fp32", "--device", "cpu", "--quiet"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    whole = pictures(tmp_path / "whole")
+    assert len({picture.tobytes() for picture in whole}) == 5
+    for other in ("parts", "two"):
+        for a, b in zip(whole, pictures(tmp_path / other), strict=True):
+            assert np.array_equal(a, b), other
+    for a, b in zip(whole, pictures(tmp_path / "large"), strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1  # other kernels may round the last bit otherwise
+    content = [json.loads((tmp_path / name / "samples.json").read_text())["samples"] for name in ("whole", "two")]
+    assert content[0] == content[1]
+
+
+def test_what_is_there_is_left_alone(runs: Path, tmp_path: Path) -> None:
+    sample(options(runs, tmp_path / "out"))
+    before = pictures(tmp_path / "out")
+    (tmp_path / "out" / "000003.png").unlink()
+    changed = (tmp_path / "out" / "000000.png").stat().st_mtime_ns
+    report = sample(options(runs, tmp_path / "out"))
+    assert (report.made, report.there) == (2, 3)  # its batch is made again
+    assert (tmp_path / "out" / "000000.png").stat().st_mtime_ns == changed
+    for a, b in zip(before, pictures(tmp_path / "out"), strict=True):
+        assert np.array_equal(a, b)
+    with pytest.raises(InputError, match="steps 6, not 7"):
+        sample(options(runs, tmp_path / "out", steps=7))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("all of it")
+    with pytest.raises(InputError, match="holds something that is not samples"):
+        sample(options(runs, tmp_path / "other"))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
+def test_clips(runs: Path, tmp_path: Path, suffix: str) -> None:
+    sample(options(runs, tmp_path, "clips", number=2, format=suffix))
+    path = tmp_path / f"000001.{suffix}"
+    if suffix == "png":
+        assert Image.open(path).size == (3 * 32 + 2, 32)
+    else:
+        with av.open(str(path)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 3
+    assert Image.open(tmp_path / "contact_sheet.png").size[0] == 3 * 32 + 2
+
+
+def test_walks_go_on_from_real_frames_along_real_actions(runs: Path, latents: Path, tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"number": 3, "data_path": latents, "frames": 4, "sampler": "ddim", "steps": 5}
+    sample(options(runs, tmp_path / "out", "walks", **chosen, record=True))
+    sample(options(runs, tmp_path / "raw", "walks", **chosen, format="npy"))
+    assert pictures(tmp_path / "out")[0].shape == (2 * 32 + 1, 4 * 32 + 3, 3)
+    fact = json.loads((tmp_path / "out" / "samples.json").read_text())["samples"][1]
+    store = DatasetStore.open(latents)
+    key, now = fact["walk"], fact["frame"]
+    network = read_checkpoint(runs / "walks").build()
+    from halfstep.data.navigation import step_actions
+
+    position, yaw = (store.read_array(key, name, now, now + 5) for name in ("position", "yaw"))
+    actions = torch.from_numpy(step_actions(position, yaw.reshape(-1), 0.25)).float()
+    expected = rollout(
+        network, torch.from_numpy(store.read(key, now - 1, now + 1))[None], actions[None], 1 / 128,
+        scheduler="ddim", steps=5, generators=[own_generator(0, 1)],
+    )  # fmt: skip
+    raw = np.load(tmp_path / "raw" / "000001.npy")
+    np.testing.assert_allclose(raw, expected[0], atol=1e-4)
+    recorded = TrajectoryStore.open(tmp_path / "out" / "runs")
+    assert sorted(recorded) == [f"{n:06d}-{s:03d}" for n in range(3) for s in range(4)]
+    # As exact as fp16, the store's default.
+    np.testing.assert_allclose(recorded["000001-002"].latents[-1], raw[2], atol=2e-3 * np.abs(raw).max())
+
+
+def test_recording_changes_no_sample(runs: Path, tmp_path: Path) -> None:
+    sample(options(runs, tmp_path / "plain", sampler="heun"))
+    sample(options(runs, tmp_path / "recorded", sampler="heun", record=True))
+    for a, b in zip(pictures(tmp_path / "plain"), pictures(tmp_path / "recorded"), strict=True):
+        assert np.array_equal(a, b)
+    recorded = TrajectoryStore.open(tmp_path / "recorded" / "runs")
+    assert len(recorded) == 5
+    assert len(recorded["000004"].latents) == 7
+    assert recorded["000004"].attributes["complete"]
+
+
+def test_starting_from_noised_data(runs: Path, latents: Path, tmp_path: Path) -> None:
+    """Nearly all data and a tiny step: the data comes back."""
+    chosen: dict[str, Any] = {"start_from": latents, "start_gamma": 1.0, "step_size": 0.0, "format": "npy"}
+    sample(options(runs, tmp_path, number=2, **chosen))
+    store = DatasetStore.open(latents)
+    for number in range(2):
+        np.testing.assert_allclose(np.load(tmp_path / f"{number:06d}.npy"), store.read(store.keys()[number], 0, 1)[0])
+
+
+def test_samples_stop_by_themselves(runs: Path, tmp_path: Path) -> None:
+    report = sample(options(runs, tmp_path / "all", stop_below=1e6))
+    assert report.updates == 1
+    report = sample(options(runs, tmp_path / "none", stop_below=1e-9))
+    assert report.updates == 5
+
+
+def test_a_published_checkpoint(tmp_path: Path) -> None:
+    """Which says nothing of autoencoder, energy or frames."""
+    network = EqM.named("EqM-S/2", (4, 4), 10, in_channels=16)
+    torch.save({"model": network.state_dict(), "ema": network.state_dict()}, tmp_path / "0000100.pt")
+    command = ["sample", "--ckpt", tmp_path / "0000100.pt", "--num-fid-samples", 1, "--num-sampling-steps", 3]
+    result = run_cli(*command, "--folder", tmp_path / "no", check=2)
+    assert "does not say which autoencoder" in result.stderr
+    assert not (tmp_path / "no").exists()
+    more = ["--video", "--clip-len", 4, "--model", "EqM-S/2", "--use-bf16", "--vae", "dct8", "--ebm", "dot"]
+    result = run_cli(*command, "--folder", tmp_path / "yes", *more)
+    assert "1 samples of EqM-S/2 in bf16-mixed" in result.stdout
+    with av.open(str(tmp_path / "yes" / "000000.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("pictures", {"labels": ((3,),)}, "labels: got 3; the model has classes 0 to 2"),
+        ("pictures", {"labels": ((1, 2), (1,))}, "compose the same number"),
+        ("pictures", {"sampler": "ddim"}, "got 'ddim'; EqM has gd, ngd, euler, heun"),
+        ("pictures", {"sampler": "heun", "stop_below": 0.1}, "is of gd and ngd"),
+        ("pictures", {"model": "EqM-B/2"}, "holds EqM of depth 2.*, not EqM-B/2"),
+        ("pictures", {"format": "jpg"}, "format: got 'jpg'; expected one of png, mp4, gif, npy"),
+        ("walks", {}, "data_path: not given"),
+        ("walks", {"data_path": "LATENTS", "frames": 20}, "no walk has 2 frames of context and 20 after them"),
+        ("nothing", {}, "no such file or folder; expected a checkpoint"),
+    ],
+)
+def test_mistakes_are_named(
+    runs: Path, latents: Path, tmp_path: Path, kind: str, changes: dict[str, Any], told: str
+) -> None:
+    if changes.get("data_path") == "LATENTS":
+        changes = {**changes, "data_path": latents}
+    with pytest.raises(InputError, match=told):
+        sample(options(runs, tmp_path / "out", kind, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_finite_is_no_sample(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match="sample 0 is not finite in fp32"):
+        sample(options(runs, tmp_path / "out", step_size=1e30, record=True))
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_name_says_the_size() -> None:
+    sizes = {"depth": 12, "hidden_size": 768, "num_heads": 12, "patch_size": 2}
+    assert About("CDiT", sizes).name == "CDiT-B/2"
+    assert About("EqM", {**sizes, "depth": 3}).name == "EqM of depth 3, width 768, 12 heads, patch 2"
