@@ -138,10 +138,10 @@ def test_walks_go_on_from_real_frames_along_real_actions(runs: Path, latents: Pa
     store = DatasetStore.open(latents)
     key, now = fact["walk"], fact["frame"]
     network = read_checkpoint(runs / "walks").build()
-    from halfstep.data.navigation import step_actions
+    from halfstep.data.navigation import local_steps, to_actions
 
     position, yaw = (store.read_array(key, name, now, now + 5) for name in ("position", "yaw"))
-    actions = torch.from_numpy(step_actions(position, yaw.reshape(-1), 0.25)).float()
+    actions = torch.from_numpy(to_actions(local_steps(position, yaw), 0.25)).float()
     expected = rollout(
         network, torch.from_numpy(store.read(key, now - 1, now + 1))[None], actions[None], 1 / 128,
         scheduler="ddim", steps=5, generators=[own_generator(0, 1)],
@@ -187,7 +187,7 @@ def test_a_published_checkpoint(tmp_path: Path) -> None:
     torch.save({"model": network.state_dict(), "ema": network.state_dict()}, tmp_path / "0000100.pt")
     command = ["sample", "--ckpt", tmp_path / "0000100.pt", "--num-fid-samples", 1, "--num-sampling-steps", 3]
     result = run_cli(*command, "--folder", tmp_path / "no", check=2)
-    assert "does not say which autoencoder" in result.stderr
+    assert "nothing says which autoencoder" in result.stderr
     assert not (tmp_path / "no").exists()
     more = ["--video", "--clip-len", 4, "--model", "EqM-S/2", "--use-bf16", "--vae", "dct8", "--ebm", "dot"]
     result = run_cli(*command, "--folder", tmp_path / "yes", *more)
@@ -206,7 +206,7 @@ def test_a_published_checkpoint(tmp_path: Path) -> None:
         ("pictures", {"model": "EqM-B/2"}, "holds EqM of depth 2.*, not EqM-B/2"),
         ("pictures", {"format": "jpg"}, "format: got 'jpg'; expected one of png, mp4, gif, npy"),
         ("walks", {}, "data_path: not given"),
-        ("walks", {"data_path": "LATENTS", "frames": 20}, "no walk has 2 frames of context and 20 after them"),
+        ("walks", {"data_path": "LATENTS", "frames": 20}, "none has 22 frames in a row"),
         ("nothing", {}, "no such file or folder; expected a checkpoint"),
     ],
 )

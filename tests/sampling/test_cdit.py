@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from halfstep.data.navigation import ACTION_MAX, ACTION_MIN, goal_actions, step_actions
+from halfstep.data.navigation import follow, goal_actions, local_steps, to_actions
 from halfstep.errors import InputError
 from halfstep.models import CDiT
 from halfstep.sampling import MemoryRecorder, rollout, sample_cdit
@@ -92,17 +92,14 @@ def test_a_circle_is_the_same_step_again_and_again() -> None:
     """Each action is seen from its own pose: on a circle all are equal, though the path turns round."""
     turns = np.linspace(0, 2 * np.pi, 13)
     position = np.stack([np.sin(turns), 1 - np.cos(turns)], axis=1)
-    actions = step_actions(position, turns, 0.25)
-    np.testing.assert_allclose(actions, np.broadcast_to(actions[0], actions.shape), atol=1e-9)
-    np.testing.assert_allclose(actions[:, 2], 2 * np.pi / 12)
-    # Chained, each in the frame where the one before it ended, they lead round the circle.
-    here, yaw = np.zeros(2), 0.0
-    for number, action in enumerate(actions):
-        forward = ((action[:2] + 1) / 2 * (ACTION_MAX - ACTION_MIN) + ACTION_MIN) * 0.25
-        cos, sin = np.cos(yaw), np.sin(yaw)
-        here, yaw = here + np.array([[cos, -sin], [sin, cos]]) @ forward, yaw + action[2]
-        np.testing.assert_allclose(here, position[number + 1], atol=1e-9)
-    np.testing.assert_allclose(actions[0], goal_actions(position, turns, 0, [1], 0.25)[0])
+    steps = local_steps(position, turns)
+    np.testing.assert_allclose(steps, np.broadcast_to(steps[0], steps.shape), atol=1e-9)
+    np.testing.assert_allclose(follow(steps)[:, :2], position[1:], atol=1e-9)
+    np.testing.assert_allclose(follow(steps)[:, 2], turns[1:], atol=1e-9)
+    actions = to_actions(steps, 0.25)
+    for number in (0, 5, 11):
+        expected = goal_actions(position, turns, number, [number + 1], 0.25)[0]
+        np.testing.assert_allclose(actions[number], expected, atol=1e-9)
 
 
 def test_mistakes_are_named() -> None:

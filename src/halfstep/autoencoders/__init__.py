@@ -7,8 +7,9 @@ from pathlib import Path
 from halfstep.autoencoders.base import Autoencoder, Posterior
 from halfstep.autoencoders.gate import Checked, EncodeGate
 from halfstep.errors import InputError
+from halfstep.spec import LatentSpec
 
-__all__ = ["Autoencoder", "Checked", "EncodeGate", "Posterior", "load_autoencoder"]
+__all__ = ["Autoencoder", "Checked", "EncodeGate", "Posterior", "load_autoencoder", "load_for"]
 
 
 def load_autoencoder(identifier: str = "dct8", revision: str | None = None, *, tiled: bool = False) -> Autoencoder:
@@ -32,3 +33,22 @@ def load_autoencoder(identifier: str = "dct8", revision: str | None = None, *, t
     if identifier == "taef2":
         raise InputError(f"taef2: give the folder that holds {ENCODER_FILE} and its decoder as the autoencoder")
     return from_diffusers(identifier, revision, tiled=tiled)
+
+
+def load_for(spec: LatentSpec | None, channels: int, name: str | None = None) -> Autoencoder:
+    """The autoencoder that latents of `channels` channels were made with, as `spec` says it, or the one named.
+
+    Raises InputError when neither says it, or when it is another one than theirs.
+    """
+    if name is None and spec is not None and spec.weights_sha256:
+        name, revision = spec.autoencoder, spec.revision or None
+    elif name is not None:
+        revision = None
+    else:
+        raise InputError("latents: nothing says which autoencoder they are of; name it with --autoencoder")
+    loaded = load_autoencoder(name, revision)
+    if loaded.spec.channels != channels:
+        raise InputError(f"{name}: has {loaded.spec.channels} channels; the latents have {channels}")
+    if spec is not None and spec.weights_sha256 not in ("", loaded.spec.weights_sha256):
+        raise InputError(f"{name}: its weights are not those that the latents were made with")
+    return loaded

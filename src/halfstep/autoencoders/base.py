@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -65,6 +67,13 @@ class Autoencoder:
         """The inverse of `scaled`."""
         shift, scale = self._affine(latents)
         return latents / scale + shift
+
+    def pictures(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
+        """What model-ready latents show, rounded and clipped: [B, H, W, 3] of [B, C, h, w], or [B, T, H, W, 3]."""
+        pixels = self.decode(self.unscaled(latents)).float()
+        rounded = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
+        shown: npt.NDArray[np.uint8] = rounded.movedim(1, -1).cpu().numpy()
+        return shown
 
     def prepared(
         self, device: str | torch.device, policy: PrecisionPolicy, *, channels_last: bool | None = None

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,12 @@ def machine() -> dict[str, Any]:
         "numpy": np.__version__,
         "halfstep": halfstep.__version__,
     }
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process ever held (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def _rounded(value: float) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from halfstep.autoencoders import Autoencoder, load_autoencoder
-from halfstep.bench.compare import document, in_turn, ratio
+from halfstep.bench.compare import document, in_turn, peak_memory_mb, ratio
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
@@ -44,7 +44,7 @@ def bench_encode(
     """
     with tempfile.TemporaryDirectory(prefix="halfstep-bench-") as scratch:
         folder = Path(scratch)
-        model = _sd_vae_shaped(folder / "vae") if autoencoder == "sd-vae-shaped" else autoencoder
+        model = sd_vae_shaped(folder / "vae") if autoencoder == "sd-vae-shaped" else autoencoder
         walks = max(1, images // _WALK)
         write_toy_world(folder / "world", trajectories=walks, frames=_WALK, size=(640, 480))
         plain = load_autoencoder(model)
@@ -83,7 +83,7 @@ def bench_encode(
         return document("encode", timings, **facts)
 
 
-def _sd_vae_shaped(folder: Path) -> str:
+def sd_vae_shaped(folder: Path) -> str:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -152,6 +152,4 @@ def _peak_memory(folder: Path) -> dict[str, float]:
 def print_own_peak(world: str) -> None:
     """Encode `world` in this process and print the most memory it ever held, in MB (Linux)."""
     encode([SourceConfig(path=Path(world))], EncodeOptions(Path(f"{world}-store"), batch_size=_BATCH))
-    status = Path("/proc/self/status").read_text()
-    kilobytes = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    sys.stdout.write(f"{kilobytes / 1024:.1f}\n")
+    sys.stdout.write(f"{peak_memory_mb():.1f}\n")

@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from halfstep.cli import analyze, bench, demo, encode, generate, probe, sample, store, toy_world, train
+from halfstep.cli import analyze, bench, demo, encode, evaluate, generate, probe, sample, store, toy_world, train
 from halfstep.errors import HalfstepError
 
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C, the shells' 128 + SIGINT
@@ -25,6 +25,7 @@ app.command()(encode.encode)
 app.add_typer(store.app, name="store")
 app.command()(train.train)
 app.command()(sample.sample)
+app.add_typer(evaluate.app, name="eval")
 app.command()(generate.generate)
 app.command()(analyze.analyze)
 app.command()(probe.probe)

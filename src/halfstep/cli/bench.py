@@ -1,4 +1,4 @@
-"""halfstep bench encode | read | trajectory"""
+"""halfstep bench encode | read | trajectory | train | sample | precision"""
 
 from __future__ import annotations
 
@@ -75,6 +75,50 @@ def trajectory(
         )
 
 
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="A published EqM.")] = "EqM-S/2",
+    size: Annotated[int, typer.Option(min=16, help="Pixels on a side.")] = 256,
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Timed in a round.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory too.")] = True,
+    json: _Json = False,
+) -> None:
+    """Train EqM: the plain published recipe against `halfstep train`, on the same pictures."""
+    from halfstep.bench.train import bench_train
+
+    _print(bench_train(model=model, size=size, batch=batch, steps=steps, rounds=rounds, memory=memory), json)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Option(help="A published EqM.")] = "EqM-S/2",
+    size: Annotated[int, typer.Option(min=16, help="Pixels on a side.")] = 256,
+    batch: Annotated[int, typer.Option(min=1)] = 2,
+    updates: Annotated[int, typer.Option(min=1)] = 249,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    json: _Json = False,
+) -> None:
+    """Sample from EqM: the plain loop of updates against ours."""
+    from halfstep.bench.sample import bench_sample
+
+    _print(bench_sample(model=model, size=size, batch=batch, updates=updates, rounds=rounds), json)
+
+
+@app.command()
+def precision(
+    seeds: Annotated[int, typer.Option(min=2)] = 5,
+    steps: Annotated[int, typer.Option(min=20)] = 600,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the curves.")] = None,
+    json: _Json = False,
+) -> None:
+    """Train a small EqM in fp32 and in half, over several seeds: do the curves differ more than seeds do?"""
+    from halfstep.bench.precision import bench_precision
+
+    _print(bench_precision(seeds=seeds, steps=steps, plot=plot), json)
+
+
 def _print(result: dict[str, Any], json: bool) -> None:
     if json:
         typer.echo(json_module.dumps(result, indent=1))
@@ -86,5 +130,5 @@ def _print(result: dict[str, Any], json: bool) -> None:
             f"{timing['rounds']} rounds)"
         )
     for name, value in result.items():
-        if name not in ("benchmark", "command", "machine", "seconds"):
+        if name not in ("benchmark", "command", "machine", "seconds", "curves"):
             typer.echo(f"  {name}: {value}")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from halfstep.data.base import Array, FrameSequence
+from halfstep.data.base import Array, FrameSequence, contiguous_runs
 from halfstep.data.pickles import load_poses
 from halfstep.data.pictures import EXTENSIONS as PICTURE_EXTENSIONS
 from halfstep.data.pictures import load_fitted
@@ -188,6 +188,19 @@ def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameRea
     if source.kind == "trajectories":
         return FolderFrames(source.root, list(source.files), pixels)
     return SequenceFrames(source.sequences(pixels))
+
+
+def windows(reader: FrameReader, length: int) -> list[tuple[str, int]]:
+    """Key and first frame of every stretch of `length` frames without a gap. Raises InputError when there is none."""
+    found = [
+        (key, first)
+        for key in reader.keys()
+        for start, stop in contiguous_runs(reader.numbers(key))
+        for first in range(start, stop - length + 1)
+    ]
+    if not found:
+        raise InputError(f"walks: none has {length} frames in a row; use less context or fewer frames")
+    return found
 
 
 def latents_spec(reader: FrameReader) -> LatentSpec | None:

@@ -64,11 +64,27 @@ def relative_time(current: int, goal_times: Any) -> Float:
     return (np.asarray(goal_times, np.float64) - current) / REL_T_FRAMES
 
 
-def step_actions(position: Float, yaw: Float, spacing: float) -> Float:
-    """The actions along a path, each from the pose where the one before it ended: float64 [N - 1, 3] of N poses.
+def local_steps(position: Float, yaw: Float) -> Float:
+    """The steps of a path of N poses: float64 [N - 1, 3], metres forward and to the left and radians to the left, each
+    seen from the pose before it. Differences in the frame of the path's start are not these: each must be turned."""
+    position, yaw = np.asarray(position, np.float64), np.asarray(yaw, np.float64).reshape(-1)
+    moved, cos, sin = np.diff(position, axis=0), np.cos(yaw[:-1]), np.sin(yaw[:-1])
+    forward, left = moved[:, 0] * cos + moved[:, 1] * sin, moved[:, 1] * cos - moved[:, 0] * sin
+    turn = (np.diff(yaw) + np.pi) % (2 * np.pi) - np.pi
+    return np.stack([forward, left, turn], axis=1)
 
-    Units as in `goal_actions`. Differences of a path in the frame of its start are not these actions: each must be
-    turned into the frame of its own pose.
-    """
-    steps = [goal_actions(position, yaw, k, [k + 1], spacing)[0] for k in range(len(position) - 1)]
-    return np.array(steps, np.float64).reshape(-1, 3)
+
+def follow(steps: Float) -> Float:
+    """Where steps [..., S, 3] as of `local_steps` lead: poses [..., S, 3] (x, y, yaw) in the frame of the start."""
+    after = np.cumsum(steps[..., 2], axis=-1)
+    before = after - steps[..., 2]
+    x = np.cumsum(steps[..., 0] * np.cos(before) - steps[..., 1] * np.sin(before), axis=-1)
+    y = np.cumsum(steps[..., 0] * np.sin(before) + steps[..., 1] * np.cos(before), axis=-1)
+    return np.stack([x, y, after], axis=-1)
+
+
+def to_actions(steps: Float, spacing: float) -> Float:
+    """Steps [..., 3] in metres and radians as a model takes them: see `goal_actions`."""
+    scaled = 2 * (steps[..., :2] / spacing - ACTION_MIN) / (ACTION_MAX - ACTION_MIN) - 1
+    actions: Float = np.concatenate([scaled, steps[..., 2:]], axis=-1)
+    return actions

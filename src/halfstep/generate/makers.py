@@ -13,9 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from halfstep.data.base import contiguous_runs
-from halfstep.data.frames import latents_spec, open_frames
-from halfstep.data.navigation import REL_T_FRAMES, step_actions
+from halfstep.data.frames import latents_spec, open_frames, windows
+from halfstep.data.navigation import REL_T_FRAMES, local_steps, to_actions
 from halfstep.errors import InputError
 from halfstep.models import About, CDiT, EqM
 from halfstep.sampling import Recorder, rollout, sample_eqm, sample_eqm_ode
@@ -184,7 +183,7 @@ class WalkMaker:
             raise InputError("spacing: the checkpoint does not say the metres of a waypoint; give it")
         self._spacing, self.frames, self.steps = spacing, options.frames, options.steps * options.frames
         self._walks = _Frames(options.data_path, about)
-        self._starts = self._walks.windows(network.context_size, options.frames)
+        self._starts = windows(self._walks.reader, network.context_size + options.frames)
         order = np.random.default_rng(options.seed).permutation(len(self._starts))
         self._order = [int(place) for place in order]
 
@@ -196,7 +195,8 @@ class WalkMaker:
             windows.append(torch.from_numpy(self._walks.reader.read(key, first, first + context_size + self.frames)))
             position, yaw = self._walks.reader.poses(key)
             path = slice(first + context_size - 1, first + context_size + self.frames)
-            actions.append(torch.from_numpy(step_actions(position[path], yaw[path].reshape(-1), self._spacing)).float())
+            steps = local_steps(position[path], yaw[path])
+            actions.append(torch.from_numpy(to_actions(steps, self._spacing)).float())
             facts.append({"walk": key, "frame": int(self._walks.reader.numbers(key)[path.start])})
         frames = torch.stack(windows).to(self._device)
         latents = rollout(
@@ -239,20 +239,6 @@ class _Frames:
         if latent.shape != shape:
             raise InputError(f"{self.path}: {key} gives {list(latent.shape)}; the model needs {list(shape)}")
         return key, torch.from_numpy(np.ascontiguousarray(latent))
-
-    def windows(self, context_size: int, frames: int) -> list[tuple[str, int]]:
-        """Key and first frame of every stretch of `context_size` + `frames` frames without a gap."""
-        found = [
-            (key, first)
-            for key in self._keys
-            for start, stop in contiguous_runs(self.reader.numbers(key))
-            for first in range(start, stop - context_size - frames + 1)
-        ]
-        if not found:
-            raise InputError(
-                f"{self.path}: no walk has {context_size} frames of context and {frames} after them; use fewer frames"
-            )
-        return found
 
 
 def own_generator(seed: int, number: int) -> torch.Generator:

@@ -18,12 +18,6 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 _FRAME_GAP, _SHEET_GAP = 1, 4  # pixels between the frames of a strip, and between samples
 
 
-def to_uint8(pixels: Any) -> Pixels:
-    """Pixels in [-1, 1], rounded and clipped."""
-    rounded: Pixels = ((np.asarray(pixels, np.float32) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
-    return rounded
-
-
 def write_picture(path: Path, pixels: Pixels) -> None:
     """PNG of a picture [H, W, 3]."""
     buffer = io.BytesIO()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from halfstep.autoencoders import Autoencoder, load_autoencoder
+from halfstep.autoencoders import Autoencoder, load_for
 from halfstep.errors import InputError, NumericsError, StoreBusyError
 from halfstep.generate.makers import EqMMaker, Made, Maker, Progress, Recorders, SampleOptions, WalkMaker
 from halfstep.generate.outputs import (
@@ -30,7 +30,6 @@ from halfstep.generate.outputs import (
     contact_sheet,
     grid,
     strip,
-    to_uint8,
     write_gif,
     write_npy,
     write_npz,
@@ -161,17 +160,12 @@ class _Writer:
     def _decoded(self, latents: torch.Tensor, walk: bool) -> Pixels:
         """uint8 [H, W, 3] of latents [C, H, W]; [T, H, W, 3] of a walk [S, C, H, W] or a clip [C, T, H, W]."""
         assert self._autoencoder is not None
-        over_time = self._autoencoder.spec.temporal_factor > 1
-        if over_time:
-            batch = latents.unsqueeze(0)
-        elif walk or latents.dim() == 3:
-            batch = latents if walk else latents.unsqueeze(0)
-        else:
-            batch = latents.transpose(0, 1)
-        pixels = self._autoencoder.decode(self._autoencoder.unscaled(batch))
-        frames = pixels[0].transpose(0, 1) if over_time else pixels
-        pictures = to_uint8(frames.permute(0, 2, 3, 1).cpu().numpy())
-        return pictures[0] if not walk and latents.dim() == 3 else pictures
+        if walk:
+            return self._autoencoder.pictures(latents)
+        if latents.dim() == 3 or self._autoencoder.spec.temporal_factor > 1:
+            alone: Pixels = self._autoencoder.pictures(latents.unsqueeze(0))[0]
+            return alone
+        return self._autoencoder.pictures(latents.transpose(0, 1))
 
     def _write_one(self, number: int, pixels: Pixels) -> None:
         suffix = self._options.format or ("png" if pixels.ndim == 3 else "mp4")
@@ -220,19 +214,7 @@ def _autoencoder(options: SampleOptions, about: About, device: torch.device) -> 
     """That which the latents are of; None when they are not to be decoded."""
     if options.format == "npy":
         return None
-    spec = about.latents
-    name = options.autoencoder or (spec.autoencoder if spec is not None and spec.weights_sha256 else None)
-    if name is None:
-        raise InputError(
-            f"{options.ckpt}: does not say which autoencoder its latents are of; name it with --autoencoder, or take "
-            "the latents as they are with --format npy"
-        )
-    revision = spec.revision if spec is not None and options.autoencoder is None and spec.revision else None
-    loaded = load_autoencoder(name, revision)
-    if loaded.spec.channels != about.config["in_channels"]:
-        raise InputError(f"{name}: has {loaded.spec.channels} channels; the model has {about.config['in_channels']}")
-    if spec is not None and spec.weights_sha256 not in ("", loaded.spec.weights_sha256):
-        raise InputError(f"{name}: its weights are not those that the model's latents were made with")
+    loaded = load_for(about.latents, about.config["in_channels"], options.autoencoder)
     return loaded.prepared(device, PrecisionPolicy())
 
 

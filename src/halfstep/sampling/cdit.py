@@ -105,8 +105,9 @@ def rollout(
     """Walk on from context [N, K, C, H, W] along actions [N, S, 3], one frame after the other, each prediction becoming
     context of the next: frames [N, S, C, H, W].
 
-    An action is seen from where the one before it ended: `halfstep.data.navigation.step_actions` turns a path into
-    such. `rel_t`: the time offset of one action, in units of 128 frames. `recorders(s)`: those of the s-th frames.
+    An action is seen from where the one before it ended: `halfstep.data.navigation.local_steps` and `to_actions`
+    make them of a path. `rel_t`: the time offset of one action, in units of 128 frames. `recorders(s)`: those of the
+    s-th frames.
     """
     frames = []
     offset = torch.full((len(context),), rel_t, device=context.device)

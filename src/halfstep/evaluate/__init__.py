@@ -1,0 +1,1 @@
+"""How good samples and predictions are: FID, world models, energies."""

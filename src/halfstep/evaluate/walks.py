@@ -1,0 +1,268 @@
+"""Is a navigation world model right about the world? Predictions over time, rollouts, and plans (arXiv 2412.03572).
+
+Axes: N samples, K context frames, S steps, C channels, H W latents.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from halfstep.autoencoders import Autoencoder, load_for
+from halfstep.data.frames import FrameReader, latents_spec, open_frames, windows
+from halfstep.data.navigation import REL_T_FRAMES, follow, goal_actions, local_steps, to_actions
+from halfstep.errors import InputError
+from halfstep.evaluate.pictures import PictureMetrics
+from halfstep.evaluate.planning import cross_entropy_method
+from halfstep.models import CDiT, read_checkpoint
+from halfstep.precision import PrecisionPolicy, open_device, prepare
+from halfstep.sampling import rollout, sample_cdit
+
+Float = npt.NDArray[np.float64]
+Scores = dict[str, dict[str, float]]
+
+_PLANNING = 10**6  # in place of a horizon, for noise that no prediction has
+
+
+@dataclass(frozen=True)
+class WalkOptions:
+    """What to evaluate. `horizons`: frames ahead; `walks`: how many beginnings, drawn by `seed`. `plans`: of how many
+    of them the way to the frame `plan_steps` ahead is planned, with `candidates` paths in each of `iterations` rounds
+    of the cross-entropy method, the best `elites` of which shape the next."""
+
+    ckpt: Path
+    data_path: Path
+    horizons: tuple[int, ...] = (1, 2, 4, 8)
+    walks: int = 16
+    sampler: str = "ddim"
+    steps: int = 50
+    plans: int = 4
+    plan_steps: int = 4
+    candidates: int = 32
+    elites: int = 6
+    iterations: int = 3
+    plan_sampling_steps: int = 6
+    spacing: float | None = None
+    autoencoder: str | None = None
+    batch_size: int = 32
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class PlanScores:
+    """Means over plans, in metres and radians: distance from the planned end to the real one, from the planned path to
+    the real one (absolute trajectory error), and between their steps (relative pose error); and the same for the mean
+    step of the data, repeated, which needs no model."""
+
+    end: float
+    path: float
+    step: float
+    turn: float
+    mean_step_end: float
+    mean_step_path: float
+
+
+@dataclass(frozen=True)
+class WalkReport:
+    """Metrics by horizon: of frames predicted in one go (`direct`), one after the other (`rollout`), and of the last
+    context frame taken for the prediction (`copy`). `not_measured`: metrics and why they are not there."""
+
+    network: str
+    policy: str
+    walks: int
+    direct: Scores
+    rollout: Scores
+    copy: Scores
+    plan: PlanScores | None
+    not_measured: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _World:
+    """A model, the walks it is asked about, all their steps, and how latents become pictures."""
+
+    options: WalkOptions
+    network: CDiT
+    reader: FrameReader
+    spacing: float
+    autoencoder: Autoencoder
+    starts: list[tuple[str, int]]
+    steps: Float
+    device: torch.device
+
+    @property
+    def context_size(self) -> int:
+        return self.network.context_size
+
+    def frames(self, number: int, count: int) -> torch.Tensor:
+        """Context and `count` frames after it, [K + count, C, H, W]."""
+        key, first = self.starts[number]
+        return torch.from_numpy(self.reader.read(key, first, first + self.context_size + count))
+
+    def poses(self, number: int, count: int) -> tuple[Float, Float]:
+        """Of the last context frame and the `count` after it."""
+        key, first = self.starts[number]
+        position, yaw = self.reader.poses(key)
+        part = slice(first + self.context_size - 1, first + self.context_size + count)
+        return np.asarray(position[part], np.float64), np.asarray(yaw[part], np.float64).reshape(-1)
+
+    def generators(self, numbers: Sequence[int], what: int) -> list[torch.Generator]:
+        seeds = [np.random.SeedSequence((self.options.seed, what, n)).generate_state(1, np.uint64)[0] for n in numbers]
+        return [torch.Generator().manual_seed(int(seed >> 1)) for seed in seeds]
+
+
+def evaluate_walks(options: WalkOptions, on_part: Callable[[int, int], None] = lambda *_: None) -> WalkReport:
+    """Evaluate the CDiT of `options.ckpt` on walks of a store with poses; pictures are compared with the decoded real
+    latents. `on_part` hears how many parts of how many are done. Raises InputError when they do not fit together."""
+    world, policy, name = _open(options)
+    metrics = PictureMetrics(world.device)
+    direct: dict[int, list[list[dict[str, float]]]] = {h: [] for h in options.horizons}
+    rolled, copied = copy.deepcopy(direct), copy.deepcopy(direct)
+    numbers = list(range(options.walks))
+    batches = [numbers[i : i + options.batch_size] for i in range(0, len(numbers), options.batch_size)]
+    plans = min(options.plans, options.walks)
+    parts = len(batches) * (len(options.horizons) + 1) + plans
+    done = 0
+    for batch in batches:
+        longest = max(options.horizons)
+        frames = torch.stack([world.frames(number, longest) for number in batch]).to(world.device)
+        context, future = frames[:, : world.context_size], frames[:, world.context_size :]
+        real = {h: world.autoencoder.pictures(future[:, h - 1]) for h in options.horizons}
+        last = world.autoencoder.pictures(context[:, -1])
+        poses = [world.poses(number, longest) for number in batch]
+        for h in options.horizons:
+            actions = np.stack([goal_actions(p, yaw, 0, [h], world.spacing)[0] for p, yaw in poses])
+            predicted = sample_cdit(
+                world.network,
+                context,
+                torch.from_numpy(actions).float().to(world.device),
+                torch.full((len(batch),), h / REL_T_FRAMES, device=world.device),
+                scheduler=options.sampler,  # type: ignore[arg-type]
+                steps=options.steps,
+                generators=world.generators(batch, h),
+            )
+            direct[h].append(metrics(world.autoencoder.pictures(predicted), real[h]))
+            copied[h].append(metrics(last, real[h]))
+            on_part(done := done + 1, parts)
+        actions = np.stack([to_actions(local_steps(p, yaw), world.spacing) for p, yaw in poses])
+        walked = rollout(
+            world.network,
+            context,
+            torch.from_numpy(actions).float().to(world.device),
+            1 / REL_T_FRAMES,
+            scheduler=options.sampler,  # type: ignore[arg-type]
+            steps=options.steps,
+            generators=world.generators(batch, 0),
+        )
+        for h in options.horizons:
+            rolled[h].append(metrics(world.autoencoder.pictures(walked[:, h - 1]), real[h]))
+        on_part(done := done + 1, parts)
+    scored = []
+    for number in range(plans):
+        scored.append(_plan_scores(world, number))
+        on_part(done := done + 1, parts)
+    plan = PlanScores(*np.mean(scored, axis=0).tolist()) if scored else None
+    return WalkReport(
+        network=name,
+        policy=str(policy),
+        walks=options.walks,
+        direct=_means(direct),
+        rollout=_means(rolled),
+        copy=_means(copied),
+        plan=plan,
+        not_measured=metrics.not_measured,
+    )
+
+
+def _plan_scores(world: _World, number: int) -> tuple[float, ...]:
+    """One plan's, in the order of PlanScores."""
+    options = world.options
+    frames = world.frames(number, options.plan_steps).to(world.device)
+    context, goal = frames[: world.context_size], frames[-1]
+
+    def cost(steps: Float) -> Float:
+        """Mean squared distance, in latents, of the last imagined frame from the goal: all from the same noise."""
+        costs = []
+        for first in range(0, len(steps), options.batch_size):
+            part = torch.from_numpy(to_actions(steps[first : first + options.batch_size], world.spacing)).float()
+            imagined = rollout(
+                world.network,
+                context.expand(len(part), *context.shape),
+                part.to(world.device),
+                1 / REL_T_FRAMES,
+                scheduler=options.sampler,  # type: ignore[arg-type]
+                steps=options.plan_sampling_steps,
+                generators=world.generators([number] * len(part), _PLANNING),
+            )
+            costs.append((imagined[:, -1] - goal).square().flatten(1).mean(dim=1).double().cpu().numpy())
+        return np.concatenate(costs)
+
+    mean = np.tile(world.steps.mean(axis=0), (options.plan_steps, 1))
+    planned = cross_entropy_method(
+        cost,
+        mean,
+        np.tile(world.steps.std(axis=0), (options.plan_steps, 1)),
+        candidates=options.candidates,
+        elites=options.elites,
+        iterations=options.iterations,
+        generator=np.random.default_rng((options.seed, number)),
+    )
+    real = local_steps(*world.poses(number, options.plan_steps))
+    there, ours, simple = follow(real)[:, :2], follow(planned)[:, :2], follow(mean)[:, :2]
+    return (
+        float(np.linalg.norm(ours[-1] - there[-1])),
+        float(np.linalg.norm(ours - there, axis=1).mean()),
+        float(np.linalg.norm(planned[:, :2] - real[:, :2], axis=1).mean()),
+        float(np.abs(planned[:, 2] - real[:, 2]).mean()),
+        float(np.linalg.norm(simple[-1] - there[-1])),
+        float(np.linalg.norm(simple - there, axis=1).mean()),
+    )
+
+
+def _open(options: WalkOptions) -> tuple[_World, PrecisionPolicy, str]:
+    if not options.horizons or min(options.horizons) < 1 or min(options.walks, options.plan_steps) < 1:
+        raise InputError("eval nwm: horizons, walks and plan steps are at least 1")
+    if not 1 <= options.elites <= options.candidates:
+        raise InputError(f"elites: got {options.elites} of {options.candidates} candidates; expected 1 to all of them")
+    checkpoint = read_checkpoint(options.ckpt)
+    network = checkpoint.build()
+    if not isinstance(network, CDiT):
+        raise InputError(f"{options.ckpt}: is of {checkpoint.about.name}; expected a CDiT")
+    reader = open_frames(options.data_path)
+    spec = latents_spec(reader)
+    assert spec is not None  # without pixels only latents are found
+    known = checkpoint.about.latents
+    if known is not None and (differences := known.differences(spec)):
+        raise InputError(f"{options.data_path}: holds other latents than the model's: {'; '.join(differences)}")
+    spacing = options.spacing or checkpoint.about.spacing
+    if spacing is None:
+        raise InputError("spacing: the checkpoint does not say the metres of a waypoint; give it")
+    longest = max(*options.horizons, options.plan_steps)
+    found = windows(reader, network.context_size + longest)
+    order = np.random.default_rng(options.seed).permutation(len(found))
+    starts = [found[order[n % len(order)]] for n in range(options.walks)]
+    name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = open_device(name)
+    policy = PrecisionPolicy.parse(options.precision).resolve(device, "sample")
+    prepare(network.to(device), policy)
+    autoencoder = load_for(spec, network.in_channels, options.autoencoder).prepared(device, PrecisionPolicy())
+    steps = np.concatenate([local_steps(*reader.poses(key)) for key in reader.keys()])
+    world = _World(options, network, reader, spacing, autoencoder, starts, steps, device)
+    return world, policy, checkpoint.about.name
+
+
+def _means(scores: dict[int, list[list[dict[str, float]]]]) -> Scores:
+    """By horizon and metric, over all walks."""
+    flat = {horizon: [one for batch in batches for one in batch] for horizon, batches in scores.items()}
+    return {
+        str(horizon): {name: round(float(np.mean([one[name] for one in ones])), 4) for name in ones[0]}
+        for horizon, ones in flat.items()
+    }

@@ -1,0 +1,201 @@
+"""Evaluation against plain oracles: Gaussians, pictures with known noise, planners with known goals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.linalg import sqrtm
+from torch import nn
+
+from halfstep.data.sources import SourceConfig
+from halfstep.data.toy_world import write_toy_world
+from halfstep.encode import EncodeOptions, encode
+from halfstep.errors import InputError
+from halfstep.evaluate.energy import compare_energies
+from halfstep.evaluate.fid import fid
+from halfstep.evaluate.pictures import PictureMetrics
+from halfstep.evaluate.planning import cross_entropy_method
+from halfstep.evaluate.walks import WalkOptions, evaluate_walks
+from halfstep.generate.outputs import write_npz
+from halfstep.sampling import cdit
+from halfstep.train.config import TrainConfig
+from halfstep.train.loop import train
+from tests.conftest import run_cli
+
+
+class Corners(nn.Module):
+    """Eight numbers of a picture, far from zero mean so that fp32 sums would lose the covariance."""
+
+    num_features = 8
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures[:, 0, 0, :8].double() + 1e5
+
+
+def some_pictures(count: int, seed: int, spread: float) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((count, 8)) @ rng.standard_normal((8, 8)) * spread + 128
+    pictures = np.zeros((count, 8, 8, 3), np.uint8)
+    pictures[:, 0, :, 0] = mixed.clip(0, 255).astype(np.uint8)
+    return pictures
+
+
+def test_fid_is_the_frechet_distance_of_the_features(tmp_path: Path) -> None:
+    a, b = some_pictures(70, 0, 8), some_pictures(40, 1, 14)
+    (tmp_path / "a").mkdir()
+    for number, picture in enumerate(a):
+        Image.fromarray(picture).save(tmp_path / "a" / f"{number:06d}.png")
+    Image.fromarray(a[0]).resize((99, 99)).save(tmp_path / "a" / "contact_sheet.png")  # which is no sample
+    write_npz(tmp_path / "b.npz", iter(b), b.shape)
+    report = fid(tmp_path / "a", tmp_path / "b.npz", features=Corners())
+    assert (report.pictures_a, report.pictures_b) == (70, 40)
+    features = [side[:, 0, :, 0].astype(np.float64) for side in (a, b)]
+    means, covariances = [f.mean(axis=0) for f in features], [np.cov(f, rowvar=False) for f in features]
+    root = sqrtm(covariances[0] @ covariances[1]).real
+    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert report.fid == pytest.approx(expected, rel=1e-3)
+    assert fid(tmp_path / "a", tmp_path / "a", features=Corners()).fid == pytest.approx(0, abs=1e-2)
+
+
+def test_fid_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "0.png")
+    with pytest.raises(InputError, match="holds 1 pictures; a covariance needs two"):
+        fid(tmp_path / "one", tmp_path / "one", features=Corners())
+    Image.new("RGB", (9, 8)).save(tmp_path / "one" / "1.png")
+    with pytest.raises(InputError, match="have several sizes"):
+        fid(tmp_path / "one", tmp_path / "one", features=Corners())
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, 4)))
+    with pytest.raises(InputError, match="expected arr_0, uint8"):
+        fid(tmp_path / "x.npz", tmp_path / "one", features=Corners())
+    write_npz(tmp_path / "b.npz", iter(np.zeros((3, 8, 8, 3), np.uint8)), (3, 8, 8, 3))
+    # Neither the network's package nor its weights are part of this package, and nothing is downloaded in a test.
+    missing = tmp_path / "inception.pth"
+    result = run_cli("eval", "fid", tmp_path / "b.npz", tmp_path / "b.npz", "--weights", missing, check=2)
+    assert "fid: needs torch-fidelity" in result.stderr or "Inception weights are not there" in result.stderr
+
+
+def test_pictures_are_measured_by_their_definitions() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(40, 200, (3, 32, 32, 3), dtype=np.uint8)
+    b = a.copy()
+    b[1] += 10
+    b[2] = rng.integers(40, 200, b[2].shape, dtype=np.uint8)
+    metrics = PictureMetrics(torch.device("cpu"))
+    same, brighter, other = metrics(a, b)
+    assert same["psnr"] > 100 and same["ssim"] == pytest.approx(1)
+    assert brighter["psnr"] == pytest.approx(20 * np.log10(255 / 10), abs=1e-3)
+    assert other["ssim"] < 0.1 < brighter["ssim"]
+    assert set(metrics.not_measured) | set(same) == {"psnr", "ssim", "lpips", "dreamsim"}
+
+
+def test_the_planner_finds_a_known_goal() -> None:
+    goal = np.array([[0.3, -0.1, 0.5], [0.2, 0.4, -0.2]])
+    rounds = []
+
+    def cost(points: np.ndarray) -> np.ndarray:
+        rounds.append(len(points))
+        return ((points - goal) ** 2).sum(axis=(1, 2))
+
+    chosen: dict[str, Any] = {"candidates": 200, "elites": 20, "generator": np.random.default_rng(0)}
+    found = cross_entropy_method(cost, np.zeros((2, 3)), np.ones((2, 3)), iterations=12, **chosen)
+    assert np.abs(found - goal).max() < 0.15
+    assert rounds == [200] * 12
+    at_the_goal = cross_entropy_method(cost, goal, np.ones((2, 3)), iterations=1, **chosen)
+    assert np.array_equal(at_the_goal, goal)  # the mean is a candidate
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of walks and, beside it, a CDiT and an EqM with an energy after two steps."""
+    folder = tmp_path_factory.mktemp("world")
+    write_toy_world(folder / "walks", trajectories=2, frames=12, size=(80, 60), seed=3)
+    options = EncodeOptions(folder / "latents", size=(32, 32), precision="fp32", storage="fp32")
+    encode([SourceConfig(path=folder / "walks")], options)
+    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2}
+    common: dict[str, Any] = {
+        "data_path": folder / "latents", "results_dir": folder, "precision": "fp32", "steps": 2, "device": "cpu"
+    }  # fmt: skip
+    walks: dict[str, Any] = {"context_size": 2, "len_traj_pred": 4, "goals_per_obs": 2, "metric_waypoint_spacing": 0.25}
+    train(
+        TrainConfig(
+            model={"network": "CDiT", **sizes}, run_name="cdit", batch_size=4, distance=distance, **walks, **common
+        )
+    )
+    train(TrainConfig(model={"network": "EqM", **sizes}, run_name="eqm", energy="dot", global_batch_size=4, **common))
+    return folder
+
+
+def test_a_model_that_knows_the_way_is_right(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the network's frames, those that the actions really lead to: every score is then perfect, which it
+    can only be when context, actions and horizons belong together."""
+    from halfstep.data.navigation import goal_actions
+    from halfstep.evaluate import walks as module
+    from halfstep.store import DatasetStore
+
+    store = DatasetStore.open(world / "latents")
+    known: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for key in store.keys():
+        frames, position, yaw = store.read(key), *(store.read_array(key, n) for n in ("position", "yaw"))
+        for now in range(len(frames)):
+            ahead = list(range(now, len(frames)))
+            known.append((frames[now], frames[ahead], goal_actions(position, yaw, now, ahead, 0.25)))
+
+    def look_up(_: Any, context: torch.Tensor, y: torch.Tensor, *args: Any, **__: Any) -> torch.Tensor:
+        found = []
+        for last, action in zip(context[:, -1].numpy(), y.numpy(), strict=True):
+            ahead = next((f, a) for now, f, a in known if np.allclose(now, last))
+            found.append(ahead[0][np.abs(ahead[1] - action).sum(axis=1).argmin()])
+        return torch.from_numpy(np.stack(found))
+
+    monkeypatch.setattr(module, "sample_cdit", look_up)
+    monkeypatch.setattr(cdit, "sample_cdit", look_up)
+    options = WalkOptions(world / "cdit", world / "latents", horizons=(1, 4), walks=6, plans=2, plan_steps=2,
+                          candidates=40, elites=8, precision="fp32", device="cpu")  # fmt: skip
+    report = evaluate_walks(options)
+    for scores in (report.direct, report.rollout):
+        assert all(values["psnr"] > 90 for values in scores.values())
+    assert report.copy["4"]["psnr"] < report.copy["1"]["psnr"] < 40
+    assert report.plan is not None
+    assert report.plan.end < 0.15 < 0.25
+
+
+def test_the_command_evaluates_a_real_model(world: Path) -> None:
+    command = ["eval", "nwm", "--ckpt", world / "cdit", "--data-path", world / "latents", "--horizons", "1,3"]
+    options = ["--walks", 3, "--steps", 3, "--plans", 1, "--plan-steps", 2, "--candidates", 4, "--device", "cpu"]
+    report = json.loads(run_cli(*command, *options, "--json").stdout)
+    assert set(report["direct"]) == set(report["rollout"]) == {"1", "3"}
+    assert 0 < report["direct"]["1"]["psnr"] < 60
+    assert report["plan"]["mean_step_end"] > 0
+    assert "planned: ends" in run_cli(*command, *options).stdout
+
+
+def test_energies_tell_sets_apart(world: Path) -> None:
+    report = compare_energies(world / "eqm", world / "latents", world / "latents")
+    assert report.items == 24
+    assert report.auroc == pytest.approx(0.5)
+    assert report.mean == report.other_mean
+    result = run_cli("eval", "energy", "--ckpt", world / "eqm", "--data-path", world / "latents")
+    assert "24 items" in result.stdout
+    with pytest.raises(InputError, match="is of a CDiT"):
+        compare_energies(world / "cdit", world / "latents")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"ckpt": "eqm"}, "expected a CDiT"),
+        ({"horizons": (11,)}, "none has 13 frames in a row"),
+        ({"horizons": ()}, "at least 1"),
+        ({"elites": 50}, "elites: got 50 of 32"),
+        ({"sampler": "euler"}, "got 'euler'; expected one of ancestral"),
+    ],
+)
+def test_mistakes_are_named(world: Path, changes: dict[str, Any], told: str) -> None:
+    values = {"ckpt": "cdit", "precision": "fp32", "device": "cpu", **changes}
+    with pytest.raises(InputError, match=told):
+        evaluate_walks(WalkOptions(world / values.pop("ckpt"), world / "latents", **values))
