@@ -121,11 +121,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data_path": folder / "latents", "results_dir": folder, "precision": "fp32", "steps": 2, "device": "cpu"
     }  # fmt: skip
     walks: dict[str, Any] = {"context_size": 2, "len_traj_pred": 4, "goals_per_obs": 2, "metric_waypoint_spacing": 0.25}
-    train(
-        TrainConfig(
-            model={"network": "CDiT", **sizes}, run_name="cdit", batch_size=4, distance=distance, **walks, **common
-        )
-    )
+    walks |= {"distance": {"min_dist_cat": -2, "max_dist_cat": 4}, "batch_size": 4}
+    train(TrainConfig(model={"network": "CDiT", **sizes}, run_name="cdit", **walks, **common))
     train(TrainConfig(model={"network": "EqM", **sizes}, run_name="eqm", energy="dot", global_batch_size=4, **common))
     return folder
 

@@ -35,8 +35,9 @@ def fid(
     """FID between the pictures of `a` and `b`, each a folder of pictures or an `.npz` with uint8 `arr_0` [N, H, W, 3].
 
     Features are those of the Inception network of the published FID (`weights`: its file, where it cannot be
-    downloaded), or of `features`, a module from uint8 [N, 3, H, W] to [N, F]. Means and covariances are fp64 (torchmetrics keeps them so). Raises
-    InputError when there are fewer than two pictures, or the network or its weights are not there.
+    downloaded), or of `features`, a module from uint8 [N, 3, H, W] to [N, F]. Means and covariances are fp64 (so
+    torchmetrics keeps them). Raises InputError when there are fewer than two pictures, or the network or its weights
+    are not there.
     """
     sides = {path: _Pictures(path) for path in (a, b)}
     metric = _metric(weights, features).to(device)

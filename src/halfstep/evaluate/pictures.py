@@ -22,9 +22,7 @@ class PictureMetrics:
         try:
             from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
         except ImportError as error:
-            raise InputError(
-                f"eval: torchmetrics cannot be imported ({error}); pip install 'halfstep[eval]'"
-            ) from error
+            raise InputError(f"torchmetrics cannot be imported ({error}); pip install 'halfstep[eval]'") from error
         self._device = device
         self.not_measured: dict[str, str] = {}
 
