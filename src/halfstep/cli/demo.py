@@ -12,13 +12,14 @@ def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for everything it makes.")
     ] = Path("demo"),
+    train_seconds: Annotated[float, typer.Option(min=0.1, help="About how long each of two networks trains.")] = 60,
 ) -> None:
-    """Make a toy world, encode it, check and decode it, and write a report that shows what was saved and what it
-    cost."""
+    """Make a toy world, encode it, train on it, sample with every step recorded, analyse that, and write a report that
+    shows what was saved and what it cost."""
     from halfstep.demo.report import write_report
     from halfstep.demo.run import run_demo
 
-    result = run_demo(output, typer.echo)
+    result = run_demo(output, typer.echo, train_seconds=train_seconds)
     report = output / "report.html"
     write_report(result, report)
     typer.echo(f"\n{report.resolve()}")

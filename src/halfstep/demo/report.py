@@ -12,10 +12,12 @@ import numpy as np
 from PIL import Image
 
 from halfstep.data.base import Array
+from halfstep.demo.learn import Curve, Learned
 from halfstep.demo.run import DemoResult
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 _INK, _SOFT, _ACCENT, _MUTED = "#1d2430", "#5d6778", "#2f6fed", "#c3ccda"
 
@@ -31,7 +33,9 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: right; padding: .35rem .9rem; border-bottom: 1px solid #e3e8f0; }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; }} th {{ font-weight: 600; color: {_SOFT}; }}
 .pairs {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem; margin-top: 1rem; }}
-.pairs img, .chart {{ width: 100%; }} .pairs img {{ border-radius: 6px; display: block; }} figure {{ margin: 0; }}
+.pairs img, .chart {{ width: 100%; }}
+.wide {{ margin: .5rem 0; }} .wide img {{ max-width: 100%; }}
+.pairs img {{ border-radius: 6px; display: block; }} figure {{ margin: 0; }}
 figcaption {{ font-size: .82rem; color: {_SOFT}; margin-top: .2rem; }} pre {{ white-space: pre-wrap; font-size: .85rem;
        background: #f5f7fb; border-radius: 8px; padding: .8rem 1rem; }}
 """
@@ -49,7 +53,7 @@ def write_report(result: DemoResult, path: Path) -> None:
         ("ok" if result.verified.ok else "damaged", f"store verified, {result.verified.shards} shard(s)"),
     ]
     sections = [
-        "<h1>halfstep: a toy world, to latents and back</h1>",
+        "<h1>halfstep: a toy world, to latents, through training, and back</h1>",
         f"<p class='soft'>{html.escape(result.probed.device)}, torch {html.escape(result.probed.torch_version)}; "
         f"the whole demonstration took {result.seconds:.0f} seconds.</p>",
         "<div class='facts'>"
@@ -69,6 +73,7 @@ def write_report(result: DemoResult, path: Path) -> None:
         "device really has it. The built-in codec is one small convolution, which conversions slow down as much as "
         "half products speed it up; <code>auto</code> goes by the mix of operations of a real autoencoder, below.</p>",
         _bar_chart(result.speed_by_precision, "frames a second", "{:.0f}", highlight=str(result.policy).split(",")[0]),
+        *_learned(result.learned),
         "<h2>Why this precision</h2>",
         f"<pre>{html.escape(result.policy.explain())}</pre>",
         _probe_table(result),
@@ -88,6 +93,71 @@ def _pictures(result: DemoResult) -> str:
         for s in result.frames
     )
     return f"<div class='pairs'>{tops}{bottoms}</div>"
+
+
+def _learned(learned: Learned) -> list[str]:
+    """Training, samples, predictions and trajectories."""
+    fp32 = learned.curves["fp32"].seconds_per_step
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{1e3 * curve.seconds_per_step:.0f} ms</td><td>{fp32 / curve.seconds_per_step:.2f}x"
+        f"</td><td>{curve.losses[-1]:.3f}</td></tr>"
+        for name, curve in learned.curves.items()
+    )
+    stored, plain = learned.run_bytes
+    ahead = "".join(f"<th>{k + 1}</th>" for k in range(len(learned.walk_psnr)))
+    scores = "".join(
+        f"<tr><td>{name}</td>" + "".join(f"<td>{value:.1f}</td>" for value in values) + "</tr>"
+        for name, values in (("predicted", learned.walk_psnr), ("last frame kept", learned.copy_psnr))
+    )
+    half = learned.policy.split(",")[0]
+    saved = learned.eqm.steps[-1] * (fp32 - learned.curves[half].seconds_per_step) if half in learned.curves else 0.0
+    return [
+        "<h2>Training, in each precision</h2>",
+        "<p>A small EqM on clips of four frames: the same weights, data and noise, so that curves differ by rounding "
+        f"alone. <code>auto</code> chose {html.escape(learned.policy)} for training, which saved "
+        f"{saved:.0f} s of the {learned.eqm.steps[-1]} steps that the samples below come from.</p>",
+        _curves(learned.curves, "EqM, the first steps"),
+        f"<table><tr><th></th><th>a step</th><th>against fp32</th><th>loss</th></tr>{rows}</table>",
+        _curves({"EqM on clips": learned.eqm}, "The whole training"),
+        _curves({"CDiT on walks": learned.cdit}, "The whole training"),
+        "<h2>Clips from the EqM</h2>",
+        f"<p>From noise in {learned.states - 1} updates each. A minute of training teaches colours, walls and floor, "
+        "not a world.</p>",
+        *_rows(learned.clips, "clip"),
+        "<h2>Walks: what happened, and what the CDiT expected</h2>",
+        "<p>Above, the real frames; below, those predicted one after the other from three context frames and the "
+        "actions alone.</p>",
+        *_rows(learned.walks, "walk"),
+        f"<table><tr><th>PSNR (dB), frames ahead</th>{ahead}</tr>{scores}</table>",
+        "<h2>How the clips came about</h2>",
+        f"<p>Every state of the sampling was recorded while it ran: {stored / 1e6:.2f} MB instead of "
+        f"{plain / 1e6:.2f} MB in fp32 ({100 * stored / plain:.0f}%). The full analysis is in "
+        "<code>analysis/report.html</code> beside this page.</p>",
+        *(_file(path) for path in learned.plots[:2]),
+    ]
+
+
+def _rows(pictures: list[Array], what: str) -> list[str]:
+    return [
+        f"<figure class='wide'><img alt='{what} {number}' src='{_png(picture)}'></figure>"
+        for number, picture in enumerate(pictures)
+    ]
+
+
+def _file(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"<img class='chart' alt='{html.escape(path.stem)}' src='data:image/png;base64,{data}'>"
+
+
+def _curves(curves: dict[str, Curve], title: str) -> str:
+    figure, axes = plt.subplots(figsize=(9, 2.8))
+    colours = [_INK, _ACCENT, "#e07a1f", "#3b9a5a"]
+    for (name, curve), colour in zip(curves.items(), colours, strict=False):
+        axes.plot(curve.steps, curve.losses, "o-", markersize=3, linewidth=1.5, color=colour, label=name)
+    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _chart(figure, f"{title}: " + ", ".join(f"{n} {c.losses[-1]:.3f}" for n, c in curves.items()))
 
 
 def _storage_table(result: DemoResult) -> str:
@@ -124,12 +194,16 @@ def _bar_chart(values: dict[str, float], unit: str, form: str, highlight: str | 
     axes.margins(x=0.1)
     axes.tick_params(length=0, labelcolor=_INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
+    told = "; ".join(f"{name}: {form.format(size)}" for name, size in values.items())
+    return _chart(figure, f"{told} ({unit})")
+
+
+def _chart(figure: Figure, told: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()
-    told = "; ".join(f"{name}: {form.format(size)}" for name, size in values.items())
-    return f"<img class='chart' alt='{html.escape(told)} ({unit})' src='data:image/png;base64,{data}'>"
+    return f"<img class='chart' alt='{html.escape(told)}' src='data:image/png;base64,{data}'>"
 
 
 def _png(picture: Array) -> str:

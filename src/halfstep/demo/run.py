@@ -17,6 +17,8 @@ from halfstep.data.base import Array
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
+from halfstep.demo.learn import Learned, learn
+from halfstep.demo.pictures import psnr, to_pixels
 from halfstep.encode import EncodeOptions, EncodeReport, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
@@ -28,6 +30,7 @@ from halfstep.team import Team
 
 _MARKER = ".halfstep-demo"
 _SHOWN = 4
+_SIZE = (128, 96)  # pixels that the codec sees: small, so that training on two cores shows something
 _SPEED_FRAMES = 64
 _SPEED_ROUNDS = 3
 
@@ -54,38 +57,45 @@ class DemoResult:
     psnr_by_storage: dict[str, float]
     bytes_by_form: dict[str, int]
     speed_by_precision: dict[str, float]
+    learned: Learned
     seconds: float
 
 
-def run_demo(output: Path, say: Callable[[str], None], *, trajectories: int = 8, frames: int = 48) -> DemoResult:
+def run_demo(
+    output: Path,
+    say: Callable[[str], None],
+    *,
+    trajectories: int = 16,
+    frames: int = 48,
+    train_seconds: float = 60,
+) -> DemoResult:
     """Run the whole way in `output`, replacing an earlier demo there. Raises InputError when it holds anything else."""
     started = time.monotonic()
     if output.exists() and any(output.iterdir()) and not (output / _MARKER).exists():
         raise InputError(f"{output}: holds something that is not a demo; name a new folder")
-    for name in ("world", "latents"):
+    for name in ("world", "latents", "runs", "clips", "walks", "analysis"):
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / _MARKER).touch()
 
-    say(f"1/5 a toy world: {trajectories} walks of {frames} pictures")
+    say(f"1/9 a toy world: {trajectories} walks of {frames} pictures")
     write_toy_world(output / "world", trajectories=trajectories, frames=frames)
-    say("2/5 encode it with the built-in codec, in the precision that is measured to be fastest here")
-    options = EncodeOptions(output / "latents")
+    say("2/9 encode it with the built-in codec, in the precision that is measured to be fastest here")
+    options = EncodeOptions(output / "latents", size=_SIZE)
     encoded = encode([SourceConfig(path=output / "world")], options)
     store = DatasetStore.open(output / "latents")
     policy = PrecisionPolicy.auto("cpu" if not torch.cuda.is_available() else "cuda", "encode")
     say(f"    {encoded.items} frames at {encoded.items_per_second:.0f} a second in {encoded.policy}")
-    say("3/5 verify every byte of the store")
+    say("3/9 verify every byte of the store")
     verified = verify(output / "latents")
     if not verified.ok:
         raise StoreError(f"{output / 'latents'}: {verified.problems[0]}")
-    say("4/5 decode, and compare with the pictures")
+    say("4/9 decode, compare with the pictures, and time each precision")
     autoencoder = load_autoencoder()
     assert store.spec.pixels is not None
     originals = load_originals(output / "world", store, store.spec.pixels)
     shown = _show(autoencoder, store, originals)
     psnrs = psnr_by_storage(autoencoder, originals)
-    say("5/5 time each precision")
     speeds = speed_by_precision(options, output / "world", originals)
     return DemoResult(
         encoded=encoded,
@@ -96,6 +106,7 @@ def run_demo(output: Path, say: Callable[[str], None], *, trajectories: int = 8,
         psnr_by_storage=psnrs,
         bytes_by_form=_bytes_by_form(output / "world", store, len(originals)),
         speed_by_precision=speeds,
+        learned=learn(output, say, train_seconds),
         seconds=time.monotonic() - started,
     )
 
@@ -107,23 +118,6 @@ def load_originals(world: Path, store: DatasetStore, pixels: PixelSpec) -> dict[
         for key in store.keys()
         for number in store.read_array(key, "frame")
     }
-
-
-def to_pixels(picture: Array) -> torch.Tensor:
-    """uint8 [H, W, 3] to [1, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def to_picture(pixels: torch.Tensor) -> Array:
-    """[1, 3, H, W] to uint8 [H, W, 3], rounded and clipped."""
-    picture: Array = ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    return picture
-
-
-def psnr(a: Array, b: Array) -> float:
-    """Peak signal-to-noise ratio of 8-bit pictures: 10 log10(255^2 / mean squared difference), in dB."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
 def psnr_by_storage(autoencoder: Autoencoder, originals: dict[tuple[str, int], Array]) -> dict[str, float]:
@@ -171,7 +165,7 @@ def _show(autoencoder: Autoencoder, store: DatasetStore, originals: dict[tuple[s
     for key, number in chosen:
         place = int(np.flatnonzero(store.read_array(key, "frame") == number)[0])
         latents = torch.from_numpy(np.array(store.read(key, place, place + 1)))
-        decoded = to_picture(autoencoder.decode(autoencoder.unscaled(latents)))
+        decoded = autoencoder.pictures(latents)[0]
         original = originals[key, number]
         shown.append(Shown(f"{key}, frame {number}", original, decoded, psnr(original, decoded)))
     return shown
