@@ -27,6 +27,8 @@ def test_the_readmes_commands(tmp_path: Path, toy_world: Path) -> None:
         command = ["bash", "-euc", script] if language == "bash" else [sys.executable, "-c", script]
         subprocess.run(command, check=True, cwd=tmp_path, env={"PATH": path, "HOME": str(tmp_path)})
     assert (tmp_path / "latents-pt" / "red" / "4.jpg" / "0.pt").exists()
+    assert (tmp_path / "results" / "EqM-S-8" / "checkpoints" / "0000020" / "ema.safetensors").exists()
+    assert (tmp_path / "samples" / "contact_sheet.png").exists()
     assert (tmp_path / "analysis" / "report.html").exists()
     assert (tmp_path / "batch" / "latents" / "one-car-00" / "vid_001" / "step_000.npy.gz").exists()
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep.errors import InputError
-from halfstep.precision import PRESETS, PrecisionPolicy, prepare, torch_dtype
+from halfstep.precision import PRESETS, PrecisionPolicy, change_compute, prepare, torch_dtype
 
 
 class Network(nn.Module):
@@ -227,3 +227,17 @@ def test_gradients_reach_fp32_weights_under_mixed() -> None:
     network(*inputs())["logits"].sum().backward()
     assert {p.grad.dtype for p in network.parameters() if p.grad is not None} == {torch.float32}
     assert all(p.grad is not None for p in network.parameters())
+
+
+def test_arithmetic_can_change_while_the_weights_stay() -> None:
+    model = prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), PrecisionPolicy.parse("16-mixed,islands=1"))
+    weights = list(model.parameters())
+    seen: list[torch.dtype] = []
+    model[0].register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    model(torch.randn(2, 8))
+    change_compute(model, PrecisionPolicy.parse("bf16-mixed,islands=1"))
+    model(torch.randn(2, 8))
+    assert seen == [torch.float16, torch.bfloat16]
+    assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
+    with pytest.raises(InputError, match="weights are fp32; bf16-true needs bf16"):
+        change_compute(model, PrecisionPolicy.parse("bf16-true"))

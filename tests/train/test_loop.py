@@ -267,6 +267,26 @@ def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
         train(config(tmp_path, tmp_path / "tree", global_batch_size=4, steps=8))
 
 
+@pytest.mark.slow
+def test_compiled_training_learns_the_same(tmp_path: Path, latents: Path) -> None:
+    for precision, tolerance in (("fp32", 1e-4), ("bf16-mixed", 0.02)):  # fused, so rounded elsewhere
+        plain, compiled = tmp_path / f"plain-{precision}", tmp_path / f"compiled-{precision}"
+        train(config(plain, latents, precision=precision))
+        train(config(compiled, latents, precision=precision, compile=True))
+        losses = [[record["loss"] for record in log(folder)] for folder in (plain, compiled)]
+        np.testing.assert_allclose(losses[1], losses[0], rtol=tolerance)
+        assert run_folder(compiled)["model.safetensors"].keys() == run_folder(plain)["model.safetensors"].keys()
+
+
+def test_the_log_goes_to_tensorboard_too(tmp_path: Path, latents: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(config(tmp_path, latents, tensorboard=True))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("loss")]
+    np.testing.assert_allclose(written, [(record["step"], record["loss"]) for record in log(tmp_path)], rtol=1e-6)
+
+
 def test_pixels_are_encoded_on_the_way(tmp_path: Path, toy_world: Path, latents: Path) -> None:
     """The same losses as over a store of them, where neither flips nor samples are drawn."""
     notes: list[str] = []

@@ -100,7 +100,6 @@ def _plot(path: Path, points: list[int], curves: dict[str, list[list[float]]]) -
     difference.fill_between(
         points, spread.min(axis=0), spread.max(axis=0), color=colours[0], alpha=0.12, linewidth=0, label="fp32 seeds"
     )
-    loss.set_yscale("log")
     loss.set_title(f"Training loss, mean and range of {len(base)} seeds")
     difference.set_title("Difference of the means from fp32, %")
     for axes in (loss, difference):
