@@ -52,6 +52,12 @@ class Team:
     def local_rank(self) -> int:
         return int(os.environ.get("LOCAL_RANK", "0"))
 
+    def device(self, name: str) -> str:
+        """The device of this process: of `auto` and `cuda` the GPU that is its own."""
+        if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+            return f"cuda:{self.local_rank}"
+        return "cpu" if name == "auto" else name
+
     def on_leader(self, work: Callable[[], T]) -> T:
         """The result of `work`, done by the leader, on every process; its error too, as one line."""
         outcome: tuple[T | None, str | None] = (None, None)

@@ -105,10 +105,16 @@ def test_what_is_there_is_left_alone(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "000003.png").unlink()
     changed = (tmp_path / "out" / "000000.png").stat().st_mtime_ns
     report = sample(options(runs, tmp_path / "out"))
-    assert (report.made, report.there) == (2, 3)  # its batch is made again
+    assert (report.made, report.there) == (1, 4)
     assert (tmp_path / "out" / "000000.png").stat().st_mtime_ns == changed
     for a, b in zip(before, pictures(tmp_path / "out"), strict=True):
         assert np.array_equal(a, b)
+    facts = json.loads((tmp_path / "out" / "samples.json").read_text())
+    (tmp_path / "out" / "samples.json").write_text(json.dumps({**facts, "samples": []}))  # as if killed just before
+    (tmp_path / "out" / "contact_sheet.png").unlink()
+    assert sample(options(runs, tmp_path / "out")).made == 0
+    assert json.loads((tmp_path / "out" / "samples.json").read_text()) == facts
+    assert (tmp_path / "out" / "contact_sheet.png").exists()
     with pytest.raises(InputError, match="steps 6, not 7"):
         sample(options(runs, tmp_path / "out", steps=7))
     (tmp_path / "other").mkdir()
@@ -205,6 +211,7 @@ def test_a_published_checkpoint(tmp_path: Path) -> None:
         ("pictures", {"sampler": "heun", "stop_below": 0.1}, "is of gd and ngd"),
         ("pictures", {"model": "EqM-B/2"}, "holds EqM of depth 2.*, not EqM-B/2"),
         ("pictures", {"format": "jpg"}, "format: got 'jpg'; expected one of png, mp4, gif, npy"),
+        ("clips", {"clip_len": 16}, "num_frames is 3, not 16"),
         ("walks", {}, "data_path: not given"),
         ("walks", {"data_path": "LATENTS", "frames": 20}, "none has 22 frames in a row"),
         ("nothing", {}, "no such file or folder; expected a checkpoint"),

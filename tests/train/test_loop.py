@@ -89,6 +89,8 @@ def assert_same(ours: dict[str, dict[str, torch.Tensor]], theirs: dict[str, dict
         {"precision": "bf16-mixed", "clip_len": 3, "global_batch_size": 2, "activation_budget": 0.5},
         {"precision": "fp32,loss_scale=dynamic", "dispersive_weight": 0.5, "energy": "dot", "num_workers": 1},
         {"model": SMALL_CDIT, "precision": "bf16-mixed", **WALKS},
+        {"energy": "l2", "activation_budget": 0.0},
+        {"energy": "dot", "activation_budget": 0.0, "precision": "bf16-true"},
     ],
 )
 def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, latents: Path, changes: dict[str, Any]) -> None:
@@ -263,7 +265,7 @@ def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
         for frame in range(8):
             latent = torch.randn(4, 4, 4) * (float("nan") if (walk, frame) == (1, 7) else 1)
             torch.save(latent, tmp_path / "tree" / str(walk) / f"{frame}.pt")
-    with pytest.raises(NumericsError, match=r"of the data .* is not finite, in fp32.*there is no checkpoint yet"):
+    with pytest.raises(NumericsError, match=r"item \d of this step's data is not finite, in fp32.*no checkpoint yet"):
         train(config(tmp_path, tmp_path / "tree", global_batch_size=4, steps=8))
 
 
@@ -322,6 +324,51 @@ def test_batches_are_shared_out_without_loss(latents: Path, tmp_path: Path) -> N
     assert [len(epoch) for epoch in epochs] == [24, 24]
 
 
+@pytest.mark.parametrize("energy", ["none", "l2", "dot"])
+def test_every_energy_can_be_learned(tmp_path: Path, latents: Path, energy: str) -> None:
+    """A zero-initialised |f|^2 has no gradient anywhere."""
+    train(config(tmp_path, latents, energy=energy, steps=4, log_every=1))
+    assert all(record["grad_norm"] > 1e-3 for record in log(tmp_path))
+
+
+def test_the_log_counts_epochs_as_training_does(tmp_path: Path, latents: Path) -> None:
+    train(config(tmp_path, latents, steps=8, log_every=1))  # 30 items in steps of 8: three steps an epoch
+    assert [record["epoch"] for record in log(tmp_path)] == [0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_type_that_is_not_there_is_replaced_and_said(
+    tmp_path: Path, latents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfstep.precision import ProbeResult
+
+    monkeypatch.setattr(ProbeResult, "speedup", lambda *_: 0.0)
+    notes: list[str] = []
+
+    class Listening(Progress):
+        def note(self, line: str) -> None:
+            notes.append(line)
+
+    report = train(config(tmp_path, latents, precision="bf16-mixed"), Listening())
+    assert report.policy.startswith("fp32")
+    assert [line for line in notes if "cannot compute in bf16; fp32 is used instead" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--fsdp"]])
+def test_processes_find_a_failure_together(tmp_path: Path, options: list[str]) -> None:
+    """Only one of them has the bad item; both stop, with the reason."""
+    for walk in range(2):
+        (tmp_path / "tree" / str(walk)).mkdir(parents=True)
+        for frame in range(4):
+            latent = torch.randn(4, 4, 4) * (float("nan") if (walk, frame) == (1, 2) else 1)
+            torch.save(latent, tmp_path / "tree" / str(walk) / f"{frame}.pt")
+    command = ["train", "eqm", "--data-path", tmp_path / "tree", "-o", tmp_path, "--precision", "fp32", "--steps", 4]
+    sizes = [f"--set=model.{name}={value}" for name, value in SMALL.items()]
+    result = torchrun(2, *command, *sizes, "--global-batch-size", 4, "--device", "cpu", *options, check=False)
+    assert result.returncode != 0
+    assert re.search(r"item \d of this step's data is not finite, in fp32", result.stderr)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--fsdp"]])
 @pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
@@ -349,12 +396,22 @@ def test_two_processes_learn_what_one_does(
     assert read_state(tmp_path / "two")["updates"] == 5
 
 
-def torchrun(processes: int, *arguments: object) -> None:
+@pytest.mark.slow
+def test_sharded_half_weights_of_a_cdit(tmp_path: Path, latents: Path) -> None:
+    settings = {**{f"model.{name}": value for name, value in SMALL_CDIT.items()}, **WALKS}
+    options = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+    command = ["train", "cdit", "--data-path", latents, "-o", tmp_path, "--run-name", "run", "--steps", 2, "--fsdp"]
+    torchrun(2, *command, *options, "--global-batch-size", 4, "--precision", "bf16-true", "--device", "cpu")
+    assert read_state(tmp_path)["updates"] == 2
+
+
+def torchrun(processes: int, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command += ["-m", "halfstep", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 or not check, result.stderr
+    return result
 
 
 def test_the_command_line_stops_on_request_and_goes_on(tmp_path: Path, latents: Path) -> None:
@@ -433,6 +490,7 @@ datasets:
         ({"model": SMALL_CDIT, **WALKS, "metric_waypoint_spacing": None}, "metric_waypoint_spacing: not given"),
         ({"model": SMALL_CDIT, **WALKS, "len_traj_pred": 40}, "use a shorter context or horizon"),
         ({"batch_size": 4}, "not both"),
+        ({"fsdp": True, "energy": "dot"}, "fsdp: sharded weights cannot take part"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, latents: Path, changes: dict[str, Any], told: str) -> None:

@@ -26,6 +26,7 @@ from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
 from halfstep.models import EqM
+from halfstep.precision import PrecisionPolicy
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.train.config import TrainConfig
@@ -97,7 +98,10 @@ class _Plain:
         self._batch, self._size, self._folder = batch, size, folder
         self._encoder = load_autoencoder(str(folder / "vae")) if pixels else None
         self._store = DatasetStore.open(folder / "latents")
-        self.network = EqM.named(model, size // 8, 1000).train()
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self._encoder is not None:
+            self._encoder = self._encoder.prepared(self._device, PrecisionPolicy(), channels_last=False)
+        self.network = EqM.named(model, size // 8, 1000).train().to(self._device)
         self._average = copy.deepcopy(self.network).requires_grad_(False)
         self._optimizer = torch.optim.AdamW(self.network.parameters(), lr=_RATE, weight_decay=0)
         self._batches = self._read()
@@ -111,8 +115,9 @@ class _Plain:
         return (time.perf_counter() - start) / steps
 
     def _step(self) -> float:
-        latents = next(self._batches)
-        loss = eqm_loss(self.network, latents, torch.randint(1000, (len(latents),))).mean()
+        latents = next(self._batches).to(self._device)
+        labels = torch.randint(1000, (len(latents),), device=self._device)
+        loss = eqm_loss(self.network, latents, labels).mean()
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -134,7 +139,7 @@ class _Plain:
             chosen = [paths[(first + i) % len(paths)] for i in range(self._batch)]
             pictures = np.stack([load_fitted(path, PixelSpec(self._size, self._size)) for path in chosen])
             # Contiguous [B, 3, H, W], as the usual transforms deliver it.
-            pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+            pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().to(self._device) / 127.5 - 1
             mean, logvar = self._encoder.encode(pixels)
             assert logvar is not None
             yield self._encoder.scaled(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)).clone()
@@ -145,6 +150,8 @@ class _Clock(Progress):
         self.times: list[float] = []
 
     def step(self, step: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
 

@@ -59,9 +59,10 @@ class _Pictures:
             self._files = [p for p in named if p.name != "contact_sheet.png"]
         elif path.suffix == ".npz" and path.exists():
             with np.load(path) as arrays:
-                if "arr_0" not in arrays or arrays["arr_0"].dtype != np.uint8 or arrays["arr_0"].ndim != 4:
-                    raise InputError(f"{path}: expected arr_0, uint8 [N, H, W, 3]")
-                self._array = arrays["arr_0"]
+                array = arrays.get("arr_0")
+            if array is None or array.dtype != np.uint8 or array.ndim != 4:
+                raise InputError(f"{path}: expected arr_0, uint8 [N, H, W, 3]")
+            self._array = array
         else:
             raise InputError(f"{path}: expected a folder of pictures or an .npz with arr_0")
         if len(self) < 2:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from halfstep.autoencoders import Autoencoder, load_for
+from halfstep.data.base import contiguous_runs
 from halfstep.data.frames import FrameReader, latents_spec, open_frames, windows
 from halfstep.data.navigation import REL_T_FRAMES, follow, goal_actions, local_steps, to_actions
 from halfstep.errors import InputError
@@ -40,8 +41,8 @@ class WalkOptions:
     data_path: Path
     horizons: tuple[int, ...] = (1, 2, 4, 8)
     walks: int = 16
-    sampler: str = "ddim"
-    steps: int = 50
+    sampler: str = "dpm++"
+    steps: int = 25
     plans: int = 4
     plan_steps: int = 4
     candidates: int = 32
@@ -254,9 +255,14 @@ def _open(options: WalkOptions) -> tuple[_World, PrecisionPolicy, str]:
     policy = PrecisionPolicy.parse(options.precision).resolve(device, "sample")
     prepare(network.to(device), policy)
     autoencoder = load_for(spec, network.in_channels, options.autoencoder).prepared(device, PrecisionPolicy())
-    steps = np.concatenate([local_steps(*reader.poses(key)) for key in reader.keys()])
+    steps = np.concatenate([local_steps(*(part[a:b] for part in reader.poses(key))) for key, a, b in _runs(reader)])
     world = _World(options, network, reader, spacing, autoencoder, starts, steps, device)
     return world, policy, checkpoint.about.name
+
+
+def _runs(reader: FrameReader) -> list[tuple[str, int, int]]:
+    """Stretches of walks without a missing frame."""
+    return [(key, *run) for key in reader.keys() for run in contiguous_runs(reader.numbers(key))]
 
 
 def _means(scores: dict[int, list[list[dict[str, float]]]]) -> Scores:

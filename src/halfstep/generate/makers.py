@@ -81,24 +81,27 @@ class Progress:
 
 @dataclass(frozen=True)
 class Made:
-    """A batch: latents [N, C, (T,) H, W], or of walks [N, S, C, H, W] with the real ones beside them; what each sample
-    was made from; and the mean number of updates that each frame took."""
+    """A batch: latents [N, C, (T,) H, W], or of walks [N, S, C, H, W] with the real ones beside them; and the mean
+    number of updates that each frame took."""
 
     latents: torch.Tensor
-    facts: list[dict[str, Any]]
     updates: float
     real: torch.Tensor | None = None
 
 
 class Maker(Protocol):
-    """Makes samples by number: sample i is the same in whatever batch it is. `frames`: of a walk, 1 for EqM; `steps`:
-    of the sampler for all of them."""
+    """Makes samples by number: sample i is the same in whatever batch it is, but for the last digits, because kernels
+    for batches of other sizes round differently. `frames`: of a walk, 1 for EqM; `steps`: of the sampler for all of
+    them."""
 
     frames: int
     steps: int
 
     def make(self, numbers: Sequence[int], recorders: Recorders | None, progress: Progress) -> Made:
         """`recorders(s)`: of the s-th frames, one a sample."""
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """What a sample is made from."""
 
 
 class EqMMaker:
@@ -124,20 +127,11 @@ class EqMMaker:
 
     def make(self, numbers: Sequence[int], recorders: Recorders | None, progress: Progress) -> Made:
         options, moving = self._options, [len(numbers)]
-        noise, labels, facts = [], [], []
-        for number in numbers:
-            generator = own_generator(options.seed, number)
-            noise.append(torch.randn(self._network.latent_shape, generator=generator))
-            drawn = (int(torch.randint(self._network.num_classes, (), generator=generator)),)
-            labels.append(options.labels[number % len(options.labels)] if options.labels else drawn)
-            names = [self._classes[label] for label in labels[-1] if label < len(self._classes)]
-            facts.append({"labels": list(labels[-1]), "classes": names})
-        x = torch.stack(noise)
+        drawn = [self._draw(number) for number in numbers]
+        x, y = torch.stack([noise for noise, _ in drawn]), torch.tensor([labels for _, labels in drawn])
         if self._starts is not None:
             starts = [self._starts.latent(number, self._network.latent_shape) for number in numbers]
-            x = torch.lerp(x, torch.stack([latent for _, latent in starts]), options.start_gamma)
-            facts = [{**fact, "start": name} for fact, (name, _) in zip(facts, starts, strict=True)]
-        y = torch.tensor(labels, device=self._device)
+            x = torch.lerp(x, torch.stack(starts), options.start_gamma)
 
         def on_update(_: int, still: int) -> None:
             progress.step(len(numbers))
@@ -150,7 +144,7 @@ class EqMMaker:
             "recorder": None if recorders is None else recorders(0),
             "on_update": on_update,
         }
-        x, y = x.to(self._device), y if y.shape[1] > 1 else y[:, 0]
+        x, y = x.to(self._device), (y if y.shape[1] > 1 else y[:, 0]).to(self._device)
         if self._ode:
             latents = sample_eqm_ode(self._network, x, y, method=self._sampler, start=options.start_gamma, **common)
         else:
@@ -165,7 +159,20 @@ class EqMMaker:
                 **common,
             )
         # An update was made for those that still moved after the one before it.
-        return Made(latents, facts, sum(moving[:-1]) / len(numbers))
+        return Made(latents, sum(moving[:-1]) / len(numbers))
+
+    def facts(self, number: int) -> dict[str, Any]:
+        labels = self._draw(number)[1]
+        start = {} if self._starts is None else {"start": self._starts.key(number)}
+        return {"labels": labels, "classes": [self._classes[n] for n in labels if n < len(self._classes)], **start}
+
+    def _draw(self, number: int) -> tuple[torch.Tensor, list[int]]:
+        """Noise and labels of a sample."""
+        generator = own_generator(self._options.seed, number)
+        noise = torch.randn(self._network.latent_shape, generator=generator)
+        drawn = int(torch.randint(self._network.num_classes, (), generator=generator))
+        given = self._options.labels
+        return noise, list(given[number % len(given)]) if given else [drawn]
 
 
 class WalkMaker:
@@ -188,17 +195,16 @@ class WalkMaker:
         self._order = [int(place) for place in order]
 
     def make(self, numbers: Sequence[int], recorders: Recorders | None, progress: Progress) -> Made:
-        windows, actions, facts = [], [], []
+        found, actions = [], []
         context_size = self._network.context_size
         for number in numbers:
-            key, first = self._starts[self._order[number % len(self._order)]]
-            windows.append(torch.from_numpy(self._walks.reader.read(key, first, first + context_size + self.frames)))
+            key, first = self._start(number)
+            found.append(torch.from_numpy(self._walks.reader.read(key, first, first + context_size + self.frames)))
             position, yaw = self._walks.reader.poses(key)
             path = slice(first + context_size - 1, first + context_size + self.frames)
             steps = local_steps(position[path], yaw[path])
             actions.append(torch.from_numpy(to_actions(steps, self._spacing)).float())
-            facts.append({"walk": key, "frame": int(self._walks.reader.numbers(key)[path.start])})
-        frames = torch.stack(windows).to(self._device)
+        frames = torch.stack(found).to(self._device)
         latents = rollout(
             self._network,
             frames[:, :context_size],
@@ -210,7 +216,15 @@ class WalkMaker:
             recorders=recorders or (lambda _: ()),
             on_step=lambda _: progress.step(len(numbers)),
         )
-        return Made(latents, facts, self._options.steps, frames[:, context_size:])
+        return Made(latents, self._options.steps, frames[:, context_size:])
+
+    def facts(self, number: int) -> dict[str, Any]:
+        key, first = self._start(number)
+        return {"walk": key, "frame": int(self._walks.reader.numbers(key)[first + self._network.context_size - 1])}
+
+    def _start(self, number: int) -> tuple[str, int]:
+        """The walk and its first context frame that a sample begins with."""
+        return self._starts[self._order[number % len(self._order)]]
 
 
 class _Frames:
@@ -229,16 +243,19 @@ class _Frames:
             raise InputError(f"{path}: holds other latents than the model was trained on: {'; '.join(differences)}")
         self._keys = self.reader.keys()
 
-    def latent(self, number: int, shape: tuple[int, ...]) -> tuple[str, torch.Tensor]:
-        """Name and latent of the sequence `number` (beginning again after the last): a frame [C, H, W], or for a model
-        of video as many as it has [C, T, H, W]."""
-        key = self._keys[number % len(self._keys)]
+    def key(self, number: int) -> str:
+        """The sequence `number`, beginning again after the last."""
+        return self._keys[number % len(self._keys)]
+
+    def latent(self, number: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The sequence's first frame [C, H, W], or for a model of video as many as it has [C, T, H, W]."""
+        key = self.key(number)
         frames = shape[1] if len(shape) == 4 else 1
         values = self.reader.read(key, 0, min(frames, self.reader.frames(key)))
         latent = values[0] if values.ndim == 5 or len(shape) == 3 else values.swapaxes(0, 1)
         if latent.shape != shape:
             raise InputError(f"{self.path}: {key} gives {list(latent.shape)}; the model needs {list(shape)}")
-        return key, torch.from_numpy(np.ascontiguousarray(latent))
+        return torch.from_numpy(np.ascontiguousarray(latent))
 
 
 def own_generator(seed: int, number: int) -> torch.Generator:

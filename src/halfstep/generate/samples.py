@@ -2,7 +2,7 @@
 
 OUT/000000.png (.mp4, .gif)   one a sample; of a walk the real frames above the predicted ones
 OUT/contact_sheet.png         the first of them
-OUT/samples.npz               arr_0, uint8 [N, (T,) H, W, 3]: what tools for FID read
+OUT/samples.npz               of pictures, arr_0, uint8 [N, H, W, 3]: what tools for FID read
 OUT/samples.json              settings, and what each sample was made from
 OUT/runs/                     with `record`, a TrajectoryStore of every sampling step
 """
@@ -37,7 +37,7 @@ from halfstep.generate.outputs import (
     write_video,
 )
 from halfstep.models import About, Checkpoint, EqM, read_checkpoint
-from halfstep.precision import PrecisionPolicy, open_device, prepare
+from halfstep.precision import PrecisionPolicy, open_device, prepare, usable
 from halfstep.sampling import NullRecorder, Recorder, StoreRecorder
 from halfstep.store import TrajectoryStore
 from halfstep.store.commit import FileLock, store_errors, write_durably
@@ -45,6 +45,7 @@ from halfstep.team import Team
 
 _SHEET = 64  # samples on the contact sheet
 _FORMATS = ("png", "mp4", "gif", "npy")
+_PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # of the published checkpoints, which do not say it
 # What may differ when the same folder is filled further.
 _MAY_GROW = ("number", "device", "output")
 
@@ -71,9 +72,12 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
     """
     progress = progress or Progress()
     with Team.join() as team, ExitStack() as stack:
-        device = _device(options.device, team)
+        device = open_device(team.device(options.device))
         checkpoint = _read(options)
-        policy = team.on_leader(lambda: PrecisionPolicy.parse(options.precision).resolve(device, "sample"))
+        wanted_policy = PrecisionPolicy.parse(options.precision)
+        policy, line = team.on_leader(lambda: usable(wanted_policy.resolve(device, "sample"), device, "sample"))
+        if line is not None and not wanted_policy.is_auto and team.leads:
+            progress.note(line)
         writer = _Writer(options, _autoencoder(options, checkpoint.about, device))
         network = prepare(checkpoint.build(ema=options.ema).to(device), policy)
         make: type[EqMMaker] | type[WalkMaker] = EqMMaker if isinstance(network, EqM) else WalkMaker
@@ -82,10 +86,14 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
         store = TrajectoryStore.create(options.output / "runs") if options.record else None
         size = min(options.batch_size, options.number)
         batches = [range(first, first + size) for first in range(0, options.number, size)]
-        missing = [batch for batch in batches if not all(writer.is_there(n) for n in batch if n < options.number)]
+        # Process 0 looks for all: others may write already.
+        missing = team.on_leader(
+            lambda: [batch for batch in batches if not all(writer.is_there(n) for n in batch if n < options.number)]
+        )
+        there = team.on_leader(lambda: sum(map(writer.is_there, range(options.number))))
         mine = missing[team.rank :: team.size]
         progress.start(sum(map(len, mine)), maker.steps)
-        started, facts, updates = time.monotonic(), [], []
+        started, updates = time.monotonic(), []
         for batch in mine:
             # The last batch is as full as all others: kernels for other sizes may round differently.
             wanted = [number for number in batch if number < options.number]
@@ -93,22 +101,19 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
                 made = maker.make(batch, recorders, progress)
                 _require_finite(made, batch, policy)
             writer.write(wanted, made)
-            facts += [{"sample": n, **fact} for n, fact in zip(wanted, made.facts, strict=False)]
             updates += [made.updates] * len(wanted)
+        everyone = [count for part in team.gather(lambda: updates) for count in part]
         seconds = time.monotonic() - started
-        everyone = team.gather(lambda: (facts, updates))
-        all_facts = [fact for part, _ in everyone for fact in part]
-        all_updates = [count for _, part in everyone for count in part]
         report = SampleReport(
             output=str(options.output),
             network=checkpoint.about.name,
             policy=str(policy),
-            made=len(all_facts),
-            there=options.number - len(all_facts),
-            samples_per_second=round(len(all_facts) / seconds, 3) if all_facts else None,
-            updates=round(float(np.mean(all_updates)), 1) if all_updates else None,
+            made=options.number - there,
+            there=there,
+            samples_per_second=round(len(everyone) / seconds, 3) if everyone else None,
+            updates=round(float(np.mean(everyone)), 1) if everyone else None,
         )
-        return team.on_leader(lambda: writer.finish(all_facts, report))
+        return team.on_leader(lambda: writer.finish(maker, report))
 
 
 class _Writer:
@@ -121,8 +126,10 @@ class _Writer:
         return any(self._path(number, suffix).exists() for suffix in _FORMATS)
 
     def write(self, numbers: list[int], made: Made) -> None:
-        """Decode and write the samples of a batch, which begins with `numbers`."""
+        """Decode and write the samples of a batch, which begins with `numbers`, but those that are there."""
         for place, number in enumerate(numbers):
+            if self.is_there(number):
+                continue
             latents = made.latents[place]
             if self._autoencoder is None:
                 write_npy(self._path(number, "npy"), latents.float().cpu().numpy())
@@ -136,21 +143,19 @@ class _Writer:
             else:
                 self._write_one(number, pixels)
 
-    def finish(self, facts: list[dict[str, Any]], report: SampleReport) -> SampleReport:
+    def finish(self, maker: Maker, report: SampleReport) -> SampleReport:
         """What is made of all samples together."""
-        path = self._folder / "samples.json"
+        path, numbers = self._folder / "samples.json", range(self._options.number)
         content = json.loads(path.read_text())
-        known = {fact["sample"]: fact for fact in [*content["samples"], *facts]}
-        content["samples"] = [known[number] for number in sorted(known)]
+        content["samples"] = [{"sample": number, **maker.facts(number)} for number in numbers]
         with store_errors(path):
             write_durably(path, json.dumps(content, indent=1).encode())
         if self._autoencoder is None:
             return report
-        numbers = range(self._options.number)
         shown = [self._shown(number) for number in numbers[:_SHEET]]
         write_picture(self._folder / "contact_sheet.png", contact_sheet(shown))
         report = replace(report, contact_sheet=str(self._folder / "contact_sheet.png"))
-        if not self._path(0, "png").exists() or "walk" in content["samples"][0]:
+        if not self._path(0, "png").exists() or maker.frames > 1:
             return report
         shape = np.asarray(Image.open(self._path(0, "png"))).shape
         rows = (np.asarray(Image.open(self._path(number, "png"))) for number in numbers)
@@ -214,7 +219,9 @@ def _autoencoder(options: SampleOptions, about: About, device: torch.device) -> 
     """That which the latents are of; None when they are not to be decoded."""
     if options.format == "npy":
         return None
-    loaded = load_for(about.latents, about.config["in_channels"], options.autoencoder)
+    channels = about.config["in_channels"]
+    published = _PUBLISHED_AUTOENCODER if about.latents is None and channels == 4 else None
+    loaded = load_for(about.latents, channels, options.autoencoder or published)
     return loaded.prepared(device, PrecisionPolicy())
 
 
@@ -280,9 +287,3 @@ def _require_finite(made: Made, batch: range, policy: PrecisionPolicy) -> None:
     bad = [n for n, latent in zip(batch, made.latents, strict=True) if not torch.isfinite(latent).all()]
     if bad:
         raise NumericsError(f"sample {bad[0]} is not finite in {policy}; use --precision fp32, or a smaller step")
-
-
-def _device(name: str, team: Team) -> torch.device:
-    if name == "auto":
-        name = f"cuda:{team.local_rank}" if torch.cuda.is_available() else "cpu"
-    return open_device(name)

@@ -78,8 +78,8 @@ class CDiT(nn.Module):
     published names. Raises InputError when sizes do not divide.
     """
 
-    # Position embeddings are added to tokens of many sizes, and sinusoids of a time need all its digits.
-    keep_in_fp32 = ("pos_embed", "t_embedder", "time_embedder")
+    # Sinusoids of a time need all its digits.
+    keep_in_fp32 = ("t_embedder", "time_embedder")
     recomputed_blocks = 0  # of the first blocks the activations are computed again in the backward pass
 
     def __init__(

@@ -6,13 +6,14 @@ Axes: N samples, C channels, T frames, H W latents, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import noop_context_fn
 
 from halfstep.errors import InputError
 from halfstep.models.layers import (
@@ -143,6 +144,8 @@ class EqM(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, 2 * in_channels)
         initialize(self)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        if energy == "l2":  # the gradient of |f|^2 is zero where f is, and nothing would ever be learned
+            nn.init.normal_(self.final_layer.linear.weight, std=0.02)
 
     @classmethod
     def named(cls, name: str, input_size: int | tuple[int, int], num_classes: int, **options: Any) -> EqM:
@@ -169,8 +172,8 @@ class EqM(nn.Module):
         with_energy: bool = False,
     ) -> Any:
         """The field at x [N, C, (T,) H, W] for times t [N] and labels y [N], of x's shape; `with_energy` as
-        `energy_and_field`. `modulations`: those of t and y, where they are known already. All use of the network goes
-        through this call, which a precision, a compiler or a distributed wrapper may stand before."""
+        `energy_and_field`. `modulations`: those of t and y, where they are known already. All that runs the blocks
+        goes through this call, which a precision, a compiler or a distributed wrapper may stand before."""
         parts = self.modulations(t, y) if modulations is None else modulations
         if self.energy == "none":
             return self._output(x, parts)
@@ -236,7 +239,8 @@ class EqM(nn.Module):
             tokens = (self.x_embedder(flat) + self.pos_embed).reshape(samples, frames, -1, self.pos_embed.shape[-1])
             tokens = (tokens + self.frame_embed[:, None]).flatten(1, 2)
         arguments = [(part,) for part in modulations[:-1]]  # the last belongs to the final layer
-        return run_blocks(self.blocks, self.recomputed_blocks, tokens.to(x.dtype), arguments)
+        again = noop_context_fn if self.energy == "none" else _second_derivatives
+        return run_blocks(self.blocks, self.recomputed_blocks, tokens.to(x.dtype), arguments, again)
 
     def _modulated(self) -> list[Any]:
         return [*self.blocks, self.final_layer]
@@ -256,8 +260,7 @@ class EqM(nn.Module):
         """-E and grad E. The gradient is taken whatever the caller's grad mode; it can be trained through when that is
         on."""
         training = torch.is_grad_enabled()
-        # The fused attentions have no second derivative, which training through a gradient needs.
-        attention = sdpa_kernel(SDPBackend.MATH) if training else nullcontext()
+        attention = _PlainAttention() if training else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), attention:
             # A tensor of inference mode cannot take part in a gradient, a clone of it can.
             at = x.clone() if training and x.requires_grad else x.detach().clone().requires_grad_()
@@ -267,3 +270,23 @@ class EqM(nn.Module):
             energy = terms.flatten(1).sum(dim=1)
             (field,) = torch.autograd.grad(energy.sum(), at, create_graph=training)
         return (-energy, field) if training else (-energy.detach(), field.detach())
+
+
+class _PlainAttention(AbstractContextManager[None]):
+    """The fused attentions have no second derivative, which training through a gradient needs. Unlike torch's own
+    context this one can be entered again, as each recomputation does."""
+
+    def __init__(self) -> None:
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(sdpa_kernel(SDPBackend.MATH))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
+
+
+def _second_derivatives() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around a block, where `_PlainAttention` is entered already, and around its recomputation."""
+    return nullcontext(), _PlainAttention()

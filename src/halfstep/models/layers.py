@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from halfstep.errors import InputError
 
@@ -105,13 +105,19 @@ def modulation(width: int, parts: int) -> nn.Sequential:
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], recomputed: int, x: torch.Tensor, arguments: Iterable[tuple[torch.Tensor, ...]]
+    blocks: Iterable[nn.Module],
+    recomputed: int,
+    x: torch.Tensor,
+    arguments: Iterable[tuple[torch.Tensor, ...]],
+    contexts: Any = noop_context_fn,
 ) -> torch.Tensor:
     """x through `blocks`, each with its arguments; in training the first `recomputed` of them keep no activations but
-    x and compute the others again (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost")."""
+    x and compute the others again (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    `contexts`: as torch's `context_fn`, what stands around a block and around its recomputation."""
     for number, (block, more) in enumerate(zip(blocks, arguments, strict=True)):
         if number < recomputed and torch.is_grad_enabled():
-            x = checkpoint(block, x, *more, use_reentrant=False)
+            # Blocks draw nothing at random, so there is no generator to be set back.
+            x = checkpoint(block, x, *more, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         else:
             x = block(x, *more)
     return x

@@ -7,7 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def read_checkpoint(path: Path, **known: Any) -> Checkpoint:
 
     `known` are arguments of the network that a published file does not hold (`num_frames`, `energy`, `uncond`,
     `num_heads`, `input_size`); None stands for what the file says. Published files are read without running what they
-    name. Raises InputError when the file cannot be read or is of neither network.
+    name. Raises InputError when the file cannot be read, is of neither network, or says otherwise itself.
     """
     known = {name: value for name, value in known.items() if value is not None}
     if path.is_dir():
@@ -118,7 +118,8 @@ def read_checkpoint(path: Path, **known: Any) -> Checkpoint:
         raise InputError(f"{path}: no such file or folder; expected a checkpoint")
     if path.suffix == ".safetensors":
         about, weights = _read_file(path)
-        return Checkpoint(path, _with(about, known), weights)
+        _require_as_written(about, known, path)
+        return Checkpoint(path, about, weights)
     return _read_published(path, known)
 
 
@@ -160,7 +161,8 @@ def _newest(folder: Path) -> Path:
 def _read_folder(folder: Path, known: dict[str, Any]) -> Checkpoint:
     about, weights = _read_file(folder / "model.safetensors")
     ema = _read_file(folder / "ema.safetensors")[1] if (folder / "ema.safetensors").exists() else None
-    return Checkpoint(folder, _with(about, known), weights, ema)
+    _require_as_written(about, known, folder)
+    return Checkpoint(folder, about, weights, ema)
 
 
 def _read_file(path: Path) -> tuple[About, State]:
@@ -173,8 +175,10 @@ def _read_file(path: Path) -> tuple[About, State]:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
 
 
-def _with(about: About, known: dict[str, Any]) -> About:
-    return replace(about, config={**about.config, **{k: v for k, v in known.items() if k in about.config}})
+def _require_as_written(about: About, known: dict[str, Any], path: Path) -> None:
+    for name, value in known.items():
+        if name in about.config and about.config[name] != value:
+            raise InputError(f"{path}: {name} is {about.config[name]}, not {value}")
 
 
 def _read_published(path: Path, known: dict[str, Any]) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 from halfstep.precision.apply import change_compute, prepare
 from halfstep.precision.policy import PRESETS, STORAGE_TYPES, PrecisionPolicy, torch_dtype
-from halfstep.precision.probe import ProbeResult, TypeReport, open_device, probe, slowness
+from halfstep.precision.probe import ProbeResult, TypeReport, open_device, probe, slowness, tf32, usable
 
 __all__ = [
     "PRESETS",
@@ -15,5 +15,7 @@ __all__ = [
     "prepare",
     "probe",
     "slowness",
+    "tf32",
     "torch_dtype",
+    "usable",
 ]

@@ -74,8 +74,10 @@ class ProbeResult:
         return 1 / sum(share * report.time_ms(op) / fp32.time_ms(op) for op, share in _TASKS[task].items())
 
     def products_per_second(self, type_name: str) -> float:
-        """Floating-point operations a second in the product of two square matrices."""
-        return 2 * self.matmul_size**3 / (self.types[type_name].matmul_ms / 1e3)
+        """Floating-point operations a second in the product of two square matrices. A device without tf32 computes it
+        as fp32."""
+        report = self.types.get(type_name, self.types["fp32"])
+        return 2 * self.matmul_size**3 / (report.matmul_ms / 1e3)
 
 
 def probe(device: str | torch.device = "cpu", *, refresh: bool = False) -> ProbeResult:
@@ -140,6 +142,14 @@ def slowness(policy: PrecisionPolicy, device: str | torch.device, task: str) -> 
             f"{policy.compute} is {1 / speedup:.1f} times as slow as fp32 on {result.device}; auto would not choose it"
         )
     return None
+
+
+def usable(policy: PrecisionPolicy, device: str | torch.device, task: str) -> tuple[PrecisionPolicy, str | None]:
+    """`policy`, or fp32 where `device` does not have its type, and a line that says so or that the type is slow."""
+    if policy.compute in ("fp32", "tf32") or probe(device).speedup(policy.compute, task) > 0:
+        return policy, slowness(policy, device, task)
+    plain = PrecisionPolicy(storage=policy.storage)
+    return plain, f"{probe(device).device} cannot compute in {policy.compute}; fp32 is used instead"
 
 
 @contextmanager

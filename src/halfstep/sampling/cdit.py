@@ -22,7 +22,7 @@ TIMESTEPS = 1000
 
 
 def make_scheduler(name: str, steps: int) -> Any:
-    """The library's scheduler for `steps` of the 1000 timesteps, spread evenly from the last to the first.
+    """The library's scheduler for `steps` of the 1000 timesteps, spread evenly from the last on.
 
     ancestral: Ho et al. 2020 with the learned range of variances (Nichol and Dhariwal 2021); ddim: Song et al. 2021,
     without noise; dpm++: Lu et al. 2022, second order, multistep. Raises InputError for another name.
@@ -39,7 +39,8 @@ def make_scheduler(name: str, steps: int) -> Any:
     if name == "ancestral":
         scheduler = DDPMScheduler(**common, variance_type="learned_range", clip_sample=False)
     elif name == "ddim":
-        scheduler = DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
+        # The library's DDIM goes back 1000 / steps timesteps each time; only "trailing" ones lie as far apart.
+        scheduler = DDIMScheduler(**{**common, "timestep_spacing": "trailing"}, clip_sample=False)
     elif name == "dpm++":
         scheduler = DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2)
     else:
@@ -78,10 +79,10 @@ def sample_cdit(
     more = {"generator": list(generators)} if scheduler == "ancestral" else {}
     with torch.no_grad():
         x = draw(model.latent_shape, generators).to(device)
-        timesteps = library.timesteps.to(device)
+        timesteps = library.timesteps  # on the host, where the schedulers look their coefficients up
         _record(recorders, library, 0, timesteps[0], x)
         for k, t in enumerate(timesteps, start=1):
-            output = model(x, t.expand(len(x)), y, x_cond, rel_t).float()
+            output = model(x, torch.full((len(x),), int(t), device=device), y, x_cond, rel_t).float()
             if scheduler != "ancestral":
                 output = output.chunk(2, dim=1)[0]  # the learned variance is for ancestral sampling alone
             x = library.step(output, t, x, **more).prev_sample

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from halfstep.errors import StoreError
@@ -60,9 +61,12 @@ def save(state: TrainState, about: About, run: Path, team: Team, facts: dict[str
         with store_errors(folder):
             temporary.mkdir(parents=True)
             try:
-                save_file(weights, temporary / "model.safetensors", about.to_metadata())
-                save_file(ema, temporary / "ema.safetensors", about.to_metadata())
-                save_file(moments, temporary / "optimizer.safetensors")
+                try:
+                    save_file(weights, temporary / "model.safetensors", about.to_metadata())
+                    save_file(ema, temporary / "ema.safetensors", about.to_metadata())
+                    save_file(moments, temporary / "optimizer.safetensors")
+                except SafetensorError as error:  # as which it reports a full disk
+                    raise StoreError(f"{folder}: cannot be written ({error}); older checkpoints are intact") from error
                 (temporary / "state.json").write_text(json.dumps(values, indent=1))
                 for path in [*temporary.iterdir(), temporary]:
                     fsync_path(path)
@@ -85,13 +89,18 @@ def newest(run: Path) -> Saved | None:
             raise ValueError(f"format {facts['format']!r}, version {facts['version']}")
         return Saved(read_checkpoint(folder), facts)
     except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{folder}: cannot be read ({error}); remove it to go on from an older one") from error
+        raise StoreError(f"{folder}: damaged ({error}); remove it to go on from an older one") from error
 
 
 def restore(state: TrainState, saved: Saved) -> None:
     """Put a state whose network has the saved weights back to where it was."""
     checkpoint, facts = saved.checkpoint, saved.facts
-    moments = load_file(checkpoint.path / "optimizer.safetensors")
+    try:
+        moments = load_file(checkpoint.path / "optimizer.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise StoreError(
+            f"{checkpoint.path}: cannot be read ({error}); remove it to go on from an older one"
+        ) from error
     state.restore(checkpoint.ema or checkpoint.weights, moments, facts["updates"])
     state.step = facts["step"]
     state.skipped.fill_(facts["skipped"])

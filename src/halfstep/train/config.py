@@ -44,8 +44,9 @@ class TrainConfig(Config):
     model: `EqM-{S,B,L,XL}/{2,4,8}`, `CDiT-{S,B,L,XL}/2`, or sizes. data_path: a latent store, a `.pt` tree, or pixels,
     which are then encoded in every step by `autoencoder` at `image_size`. EqM: `clip_len` above 1 trains on clips;
     `dispersive_weight` adds the dispersive loss. CDiT: `datasets` in place of data_path, each with its folder and
-    split. batch_size: a process's samples to a step, or `global_batch_size` those of all. activation_budget: the share
-    of blocks that keep their activations. ckpt: weights to start from. fsdp: shard the weights over the processes.
+    split. batch_size: a process's samples to a step, or `global_batch_size` those of all. accumulate: parts of a
+    step, whose gradients are summed in the type of the weights. activation_budget: the share of blocks that keep their
+    activations. ckpt: weights to start from. fsdp: shard the weights over the processes.
     """
 
     model: str | NetworkSizes
@@ -104,6 +105,8 @@ class TrainConfig(Config):
             raise ValueError(f"{foreign[0]} is not a setting of {network}")
         if (self.data_path is None) == (not self.datasets):
             raise ValueError("give data_path" + (", or datasets, not both" if network == "CDiT" else ""))
+        if self.fsdp and self.energy != "none":
+            raise ValueError("fsdp: sharded weights cannot take part in the gradient that an energy's field is")
         if self.batch_size is not None and self.global_batch_size is not None:
             raise ValueError("give batch_size (a process's) or global_batch_size (all processes'), not both")
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,19 +37,25 @@ class Movement:
         return _share((weights == self._weights) & pushed, pushed), _share((ema == self._ema) & apart, apart)
 
     def _sample(self, values: State) -> torch.Tensor:
-        local = [v.to_local() if isinstance(v := values[name], DTensor) else v for name in self._names]
-        return torch.cat([value.detach().flatten()[:_NUMBERS] for value in local])
+        return torch.cat([_local(values[name]).detach().flatten()[:_NUMBERS] for name in self._names])
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
     return float(part.sum()) / max(1, int(whole.sum()))
 
 
-def find_failure(state: TrainState, items: tuple[torch.Tensor, ...], losses: Callable[[Any], torch.Tensor]) -> str:
-    """What is not finite first when `losses(network)` of `items` is computed once more, and in which type."""
-    for number, item in enumerate(items):
+def not_finite_items(items: Sequence[torch.Tensor]) -> str | None:
+    """Which of the data's items is not finite, if any."""
+    for item in items:
         if item.is_floating_point() and not torch.isfinite(item).all():
-            return f"item {_first_bad(item)} of the data (tensor {number}) is not finite"
+            number = int((~torch.isfinite(item)).flatten(1).any(dim=1).nonzero()[0])
+            return f"item {number} of this step's data"
+    return None
+
+
+def find_failure(state: TrainState, parts: Sequence[Callable[[Any], torch.Tensor]]) -> str | None:
+    """What is not finite first, and in which type, when the losses of a step's parts are computed once more; None when
+    all is. Processes go through all of it together, because sharded weights are gathered from all."""
     found: list[str] = []
     names = {id(module): name for name, module in state.network.named_modules()}
 
@@ -61,25 +67,26 @@ def find_failure(state: TrainState, items: tuple[torch.Tensor, ...], losses: Cal
     hooks = [module.register_forward_hook(look) for module in [*leaves, state.network]]
     try:
         with torch.compiler.set_stance("force_eager"):
-            loss = losses(state.network).mean()
-            if found:
-                return f"{found[0]} is not finite"
-            if not torch.isfinite(loss):
-                return "the loss is not finite, though the network's output is"
-            loss.backward()  # type: ignore[no-untyped-call]
+            for losses in parts:
+                loss = losses(state.network).mean()
+                if not found and not torch.isfinite(loss):
+                    found.append("the loss, though not the network's output,")
+                loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()
+    if found:
+        return found[0]
     gradients = [(n, p.grad) for n, p in state.network.named_parameters() if p.grad is not None]
-    bad = [(name, gradient) for name, gradient in gradients if not torch.isfinite(gradient).all()]
+    bad = [(name, gradient) for name, gradient in gradients if not torch.isfinite(_local(gradient)).all()]
     if not bad:
-        return "nothing was found when the step was computed again; perhaps it was on another process"
+        return None
     name, gradient = bad[-1]  # the pass goes backwards, so the last layer broke first
-    return f"the gradient of {name} ({_type(gradient)}) is not finite"
+    return f"the gradient of {name} ({_type(gradient)})"
 
 
-def _first_bad(item: torch.Tensor) -> int:
-    return int((~torch.isfinite(item)).flatten(1).any(dim=1).nonzero()[0])
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _type(tensor: torch.Tensor) -> str:

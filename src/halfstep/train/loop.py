@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,13 +20,13 @@ import torch.distributed as dist
 from halfstep.errors import InputError, NumericsError, StoreBusyError
 from halfstep.models import About, Checkpoint, read_checkpoint
 from halfstep.models.weights import load_exactly
-from halfstep.precision import PrecisionPolicy, open_device, slowness
+from halfstep.precision import PrecisionPolicy, open_device, usable
 from halfstep.store.commit import FileLock, store_errors, write_durably
 from halfstep.team import Team
 from halfstep.train.checkpoint import Saved, newest, remove_unfinished, restore, save
 from halfstep.train.config import MAY_CHANGE, TrainConfig
-from halfstep.train.data import TrainingData, open_data, prepared_encoder
-from halfstep.train.health import Movement, find_failure
+from halfstep.train.data import Items, TrainingData, open_data, prepared_encoder
+from halfstep.train.health import Movement, find_failure, not_finite_items
 from halfstep.train.meter import Logs, Meter
 from halfstep.train.state import TrainState
 
@@ -69,7 +70,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
     """
     progress = progress or Progress()
     with Team.join() as team, ExitStack() as stack:
-        device = _device(config.device, team)
+        device = open_device(team.device(config.device))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         team.on_leader(lambda: stack.enter_context(_reserved(config.folder)))
         data = open_data(config)
         saved = newest(config.folder)
@@ -101,8 +104,7 @@ def _run(
             torch.manual_seed(_seed(config, state.step, team))
             logging = (state.step + 1) % config.log_every == 0 or state.step + 1 == last
             movement = Movement(state) if logging else None
-            moved = [item.to(state.device, non_blocking=True) for item in items]
-            parts = list(zip(*(item.chunk(config.accumulate) for item in moved), strict=True))
+            parts = _parts(items, config, state.device)
             for number, part in enumerate(parts):
                 with state.part(last=number + 1 == len(parts)):
                     loss = data.losses(state.model, part).mean() / config.accumulate
@@ -124,13 +126,14 @@ def _run(
                 if logs is not None:
                     logs.write(record)
                     progress.log(record)
-                stop.agree(team)
+            stop.agree()
             if state.step % config.ckpt_every == 0 and state.step < last:
                 _require_finite(config, data, state, team)
                 save(state, about, run, team, facts)
+    stop.hear()
     _require_finite(config, data, state, team)
     checkpoint = save(state, about, run, team, facts)
-    if stop:
+    if stop and state.step < last:
         progress.note(f"stopped after step {state.step}; the same command goes on from {checkpoint}")
         raise KeyboardInterrupt
     newest_record = meter.newest or {}
@@ -168,6 +171,8 @@ def _begin(
             f"{config.data_path or 'datasets'}: pixels, encoded again in every step; "
             "`halfstep encode -i PIXELS -o LATENTS` once and training on LATENTS is faster"
         )
+    if config.fsdp and team.size == 1:
+        progress.note("fsdp: has no effect in one process; run under torchrun")
     state = TrainState(network, policy, config, device)
     if saved is not None:
         restore(state, saved)
@@ -194,10 +199,11 @@ def _policy(
     if saved is not None:
         now = PrecisionPolicy.parse(saved.facts["policy"])
         if wanted.is_auto or wanted == PrecisionPolicy.parse(saved.facts["config"]["precision"]):
-            return now
-        progress.note(f"goes on in {wanted}; up to step {saved.facts['step']} it was {now}")
-    policy = team.on_leader(lambda: wanted.resolve(device, "train"))
-    if not wanted.is_auto and (line := slowness(policy, device, "train")) is not None:
+            wanted = now
+        else:
+            progress.note(f"goes on in {wanted}; up to step {saved.facts['step']} it was {now}")
+    policy, line = team.on_leader(lambda: usable(wanted.resolve(device, "train"), device, "train"))
+    if line is not None and not wanted.is_auto:
         progress.note(line)
     return policy
 
@@ -258,10 +264,13 @@ def _require_finite(config: TrainConfig, data: TrainingData, state: TrainState, 
     if bad < 0:
         return
     items = next(data.batches(bad, team.rank, team.size, state.device))
-    torch.manual_seed(_seed(config, bad, team))
-    moved = tuple(item.to(state.device) for item in items)
-    found = team.gather(lambda: find_failure(state, moved, lambda network: data.losses(network, moved)))
-    where = next((line for line in found if not line.startswith("nothing")), found[0])
+    found = team.gather(lambda: not_finite_items(items))
+    if not any(found):
+        torch.manual_seed(_seed(config, bad, team))
+        parts = _parts(items, config, state.device)
+        failure = find_failure(state, [partial(_losses_of, data, part) for part in parts])
+        found = team.gather(lambda: failure)
+    where = next((line for line in found if line), "something, not found again,") + " is not finite"
     kept = newest(config.folder)
     advice = f"the last good checkpoint is {kept.checkpoint.path}" if kept else "there is no checkpoint yet"
     raise NumericsError(
@@ -269,18 +278,19 @@ def _require_finite(config: TrainConfig, data: TrainingData, state: TrainState, 
     )
 
 
+def _losses_of(data: TrainingData, part: Items, network: Any) -> torch.Tensor:
+    return data.losses(network, part)
+
+
+def _parts(items: Items, config: TrainConfig, device: torch.device) -> list[Items]:
+    """A step's items on the device, in the parts that go through the network one after the other."""
+    moved = [item.to(device, non_blocking=True) for item in items]
+    return list(zip(*(item.chunk(config.accumulate) for item in moved), strict=True))
+
+
 def _seed(config: TrainConfig, step: int, team: Team) -> int:
     """Noise depends on (seed, step, process) alone: any step can be computed again."""
     return int(np.random.SeedSequence((config.global_seed, step, team.rank)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _device(name: str, team: Team) -> torch.device:
-    if name == "auto":
-        name = f"cuda:{team.local_rank}" if torch.cuda.is_available() else "cpu"
-    device = open_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 @contextmanager
@@ -299,19 +309,33 @@ def _reserved(run: Path) -> Iterator[None]:
 
 
 class _StopRequest:
-    """True once this process was asked to stop; several processes agree on it where they wait for each other."""
+    """True once this process was asked to stop. Several processes agree on it, one step later, so that none waits for
+    the others' word."""
 
     def __init__(self) -> None:
         self._asked = False
         self._agreed = False
+        self._told: tuple[torch.Tensor, Any] | None = None
 
     def ask(self, number: int, _: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: at once
         self._asked = True
 
-    def agree(self, team: Team) -> None:
-        self._agreed = any(team.gather(lambda: self._asked))
+    def agree(self) -> None:
+        """Tell the others, and hear what they told a step ago."""
+        if not dist.is_initialized():
+            return
+        self.hear()
+        asked = torch.tensor(int(self._asked))
+        self._told = asked, dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
+
+    def hear(self) -> None:
+        """Wait for what was told last."""
+        if self._told is not None:
+            heard, work = self._told
+            work.wait()
+            self._agreed, self._told = bool(heard), None
 
     def __bool__(self) -> bool:
         return self._agreed or (self._asked and not dist.is_initialized())

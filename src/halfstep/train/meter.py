@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
+import uuid
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +37,7 @@ class Meter:
         self._operations = _forward_operations(about) * (1 + _BACKWARD) * self._samples
         self._loss = torch.zeros((), device=state.device)
         self._norm = torch.zeros((), device=state.device)
+        self._norms = torch.zeros((), device=state.device)
         self._steps = 0
         self._since = time.perf_counter()
         self.newest: dict[str, Any] | None = None
@@ -45,7 +48,10 @@ class Meter:
 
     def count(self) -> None:
         """A step is done."""
-        self._norm += self._state.grad_norm
+        norm = self._state.grad_norm
+        finite = torch.isfinite(norm)  # it is not where an update was skipped
+        self._norm += torch.where(finite, norm, 0)
+        self._norms += finite
         self._steps += 1
 
     def record(self, data: TrainingData, movement: Movement, team: Team) -> dict[str, Any]:
@@ -55,16 +61,16 @@ class Meter:
         if team.size > 1:
             dist.all_reduce(loss)
             loss /= team.size
-        value, norm = float(loss), float(self._norm / self._steps)
+        value, norms = float(loss), int(self._norms)
         seconds = (time.perf_counter() - self._since) / self._steps
         stalled_weights, stalled_ema = movement.stalled(state)
         compute = state.policy.compute
         rate = self._operations / team.size / seconds
         self.newest = {
             "step": state.step,
-            "epoch": state.step * self._items // len(data),
-            "loss": value,
-            "grad_norm": norm,
+            "epoch": state.step // (len(data) // self._items),
+            "loss": value if math.isfinite(value) else None,
+            "grad_norm": float(self._norm) / norms if norms else None,
             "lr": state.optimizer.param_groups[0]["lr"],
             "policy": str(state.policy),
             "loss_scale": state.scaler.get_scale() if state.scaler.is_enabled() else None,
@@ -79,6 +85,7 @@ class Meter:
         }
         self._loss.zero_()
         self._norm.zero_()
+        self._norms.zero_()
         self._steps, self._since = 0, time.perf_counter()
         return self.newest
 
@@ -91,7 +98,7 @@ class Logs:
         self._path = config.folder / "log.jsonl"
         self._writers: list[Any] = []
         if config.tensorboard:
-            self._writers.append(_TensorBoard(config))
+            self._writers.append(_TensorBoard(config, step))
         if config.wandb:
             self._writers.append(_WandB(config, name))
         lines = self._path.read_text().splitlines() if self._path.exists() else []
@@ -118,12 +125,12 @@ class Logs:
 
 
 class _TensorBoard:
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError("tensorboard: is not installed; pip install 'halfstep[tensorboard]'") from error
-        self._writer = SummaryWriter(str(config.folder / "tensorboard"))
+        self._writer = SummaryWriter(str(config.folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
@@ -140,10 +147,13 @@ class _WandB:
             import wandb
         except ImportError as error:
             raise InputError("wandb: is not installed; pip install 'halfstep[wandb]'") from error
+        identity = config.folder / "wandb-id"  # names of runs repeat in other folders
+        if not identity.exists():
+            write_durably(identity, uuid.uuid4().hex.encode())
         self._run = wandb.init(
             project="halfstep",
             name=config.folder.name,
-            id=config.folder.name,
+            id=identity.read_text(),
             resume="allow",
             dir=str(config.folder),
             config={**json.loads(config.model_dump_json()), "network": name},

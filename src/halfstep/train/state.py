@@ -6,7 +6,7 @@ Nothing here waits for the device; numbers that tell how it went stay there unti
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from halfstep.models import Network
-from halfstep.precision import PrecisionPolicy, change_compute, prepare, torch_dtype
+from halfstep.precision import PrecisionPolicy, change_compute, prepare, tf32, torch_dtype
 from halfstep.train.config import TrainConfig
 
 State = dict[str, torch.Tensor]
@@ -78,13 +78,13 @@ class TrainState:
     @contextmanager
     def part(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward pass of one part of a step: gradients travel between processes with the last."""
-        if isinstance(self.model, DistributedDataParallel):
-            with nullcontext() if last else self.model.no_sync():
-                yield
-            return
+        synced: AbstractContextManager[None] = nullcontext()
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            synced = self.model.no_sync()
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
-        yield
+        with synced, tf32(self.policy.compute == "tf32"):  # the backward pass is outside the network's own call
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add to the gradients."""
@@ -199,7 +199,7 @@ class TrainState:
 
 def _data_parallel(network: nn.Module, policy: PrecisionPolicy, device: torch.device) -> DistributedDataParallel:
     devices = [device.index] if device.type == "cuda" else None
-    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
     if policy.reduce != policy.params:
         reduce, size = torch_dtype(policy.reduce), dist.get_world_size()
         model.register_comm_hook(None, lambda _, bucket: _mean(bucket, reduce, size))
