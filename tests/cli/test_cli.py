@@ -192,7 +192,7 @@ def test_demo_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
     assert result.stdout.strip().endswith(str(report.resolve()))
     page = report.read_text()
     assert "http" not in page
-    assert page.count("data:image/png;base64,") == 10
+    assert page.count("data:image/png;base64,") == 27
     assert {"fp16", "bf16", "fp32"} <= {cell for cell in ("fp16", "bf16", "fp32") if f"<td>{cell}</td>" in page}
     run_cli("demo", "-o", tmp_path / "demo", "--train-seconds", 1)  # a demo replaces a demo, and nothing else
     (tmp_path / "mine").mkdir()
@@ -209,6 +209,22 @@ def test_benchmarks_run(tmp_path: Path) -> None:
     assert encode["images"] == 32
     assert encode["relative_error_against_fp32"] < 0.01
     assert {"device", "cores", "torch"} <= encode["machine"].keys()
+
+
+@pytest.mark.slow
+def test_the_training_benchmarks_run(tmp_path: Path) -> None:
+    small = ["--model", "EqM-S/8", "--size", 64, "--rounds", 1, "--json"]
+    train = json.loads(run_cli("bench", "train", *small, "--batch", 2, "--steps", 1, "--no-memory").stdout)
+    assert len(train["seconds"]) == 6
+    assert train["speedup_over_encoder_in_the_loop"] > 0
+    sample = json.loads(run_cli("bench", "sample", *small, "--batch", 1, "--updates", 3).stdout)
+    assert sample["difference"]["halfstep, fp32"] < 1e-4  # the same arithmetic, but for the condition computed once
+    assert sample["difference"]["halfstep, auto"] < 0.05
+    plot = tmp_path / "curves.png"
+    precision = json.loads(run_cli("bench", "precision", "--seeds", 2, "--steps", 40, "--plot", plot, "--json").stdout)
+    assert precision["largest_difference_of_means"].keys() == {"bf16-mixed", "bf16-true"}
+    assert max(precision["largest_difference_of_means"].values()) < 0.02
+    assert plot.stat().st_size > 10_000
 
 
 @pytest.mark.slow

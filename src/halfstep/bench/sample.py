@@ -12,7 +12,7 @@ from halfstep.models import EqM
 from halfstep.precision import PrecisionPolicy, prepare
 from halfstep.sampling import sample_eqm
 
-_PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16-true")
+_PRECISIONS = ("auto", "fp32")
 _STEP, _MOMENTUM = 0.0017, 0.3
 
 
