@@ -54,7 +54,8 @@ def validate(content: Any, kind: type[T], path: Path | str) -> T:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key explains one that is missing; the deepest fault is of the kind that was meant.
+        first = min(error.errors(), key=lambda found: (found["type"] != "extra_forbidden", -len(found["loc"])))
         place = ".".join(map(str, first["loc"])) or "top level"
         if first["type"] == "extra_forbidden":
             known = _known_keys(kind, first["loc"][:-1])
@@ -63,6 +64,8 @@ def validate(content: Any, kind: type[T], path: Path | str) -> T:
             raise InputError(f"{path}: {place}: unknown key; {hint}") from error
         if first["type"] == "value_error" and not first["loc"]:  # of several keys together
             raise InputError(f"{path}: {first['ctx']['error']}") from error
+        if first["type"] == "missing":
+            raise InputError(f"{path}: {place}: is not given") from error
         raise InputError(f"{path}: {place}: got {first['input']!r}; {first['msg'].lower()}") from error
 
 

@@ -490,6 +490,9 @@ datasets:
         ({"model": SMALL_CDIT, **WALKS, "metric_waypoint_spacing": None}, "metric_waypoint_spacing: not given"),
         ({"model": SMALL_CDIT, **WALKS, "len_traj_pred": 40}, "use a shorter context or horizon"),
         ({"batch_size": 4}, "not both"),
+        ({"data_path": None}, "data_path: is not given"),
+        ({"modle": "EqM-S/2"}, "modle: unknown key; did you mean 'model'"),
+        ({"model": {"network": "EqM"}}, "hidden_size: is not given"),
         ({"fsdp": True, "energy": "dot"}, "fsdp: sharded weights cannot take part"),
     ],
 )

@@ -124,8 +124,9 @@ class TrainProgress(TrainingProgress):
         self._bar.update(self._task, completed=step)
 
     def log(self, record: dict[str, Any]) -> None:
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         line = (
-            f"loss {record['loss']:.4f}  {record['samples_per_second']:.1f} samples/s  "
+            f"loss {loss}  {record['samples_per_second']:.1f} samples/s  "
             f"{record['memory_mb']:.0f} MB  {record['mfu']:.0%} of peak"
         )
         self._bar.update(self._task, description=line)

@@ -139,6 +139,6 @@ def _read(path: Path | None, given: dict[str, Any], settings: list[str]) -> Trai
     if "data_path" in given:
         content.pop("datasets", None)
     content = with_settings({**content, **given}, settings)
-    if "model" not in content:
+    if "model" not in content and path is None:
         raise InputError("train: nothing to train; name eqm or cdit, a --model or a --config")
     return validate(content, TrainConfig, path or "train")

@@ -104,7 +104,9 @@ class TrainConfig(Config):
         if foreign:
             raise ValueError(f"{foreign[0]} is not a setting of {network}")
         if (self.data_path is None) == (not self.datasets):
-            raise ValueError("give data_path" + (", or datasets, not both" if network == "CDiT" else ""))
+            raise ValueError(
+                "data_path: is not given" if self.data_path is None else "give data_path or datasets, not both"
+            )
         if self.fsdp and self.energy != "none":
             raise ValueError("fsdp: sharded weights cannot take part in the gradient that an energy's field is")
         if self.batch_size is not None and self.global_batch_size is not None:

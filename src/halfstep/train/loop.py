@@ -75,8 +75,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
             torch.cuda.set_device(device)
         team.on_leader(lambda: stack.enter_context(_reserved(config.folder)))
         data = open_data(config)
-        saved = newest(config.folder)
-        state, about = _begin(config, data, saved, device, team, progress if team.leads else Progress())
+        state, about = _begin(config, data, device, team, progress if team.leads else Progress())
         data = prepared_encoder(data, device, state.policy)
         logs = stack.enter_context(Logs(config, state.step, about.name)) if team.leads else None
         return _run(config, data, state, about, team, progress, logs)
@@ -150,9 +149,10 @@ def _run(
 
 
 def _begin(
-    config: TrainConfig, data: TrainingData, saved: Saved | None, device: torch.device, team: Team, progress: Progress
+    config: TrainConfig, data: TrainingData, device: torch.device, team: Team, progress: Progress
 ) -> tuple[TrainState, About]:
     """The state to go on from: the run's newest checkpoint, the weights that `ckpt` names, or a new network."""
+    saved = newest(config.folder)
     policy = _policy(config, saved, device, team, progress)
     about = _about(config, data)
     start: Checkpoint | None = None
