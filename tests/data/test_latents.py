@@ -351,7 +351,7 @@ def test_clips_of_an_autoencoder_over_time_are_refused(tmp_path: Path) -> None:
     ("change", "named"),
     [
         (("context_size: 2", "context_size: two"), "context_size: got 'two'"),
-        (("max_dist_cat: 4", "maximum: 4"), "distance.max_dist_cat"),
+        (("max_dist_cat: 4", "maximum: 4"), "distance.maximum: unknown key; did you mean 'max_dist_cat'"),
         (("recon:", "elsewhere:"), "datasets.elsewhere.metric_waypoint_spacing"),
         (("data_folder: here", "goals_per_obs: 1"), "neither latent_folder nor data_folder"),
         (("data_folder: here", "train: nowhere, latent_folder: LATENTS"), "no such file; a split is a folder"),
