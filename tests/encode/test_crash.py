@@ -108,7 +108,7 @@ def test_control_c_keeps_what_was_complete(tmp_path: Path, toy_world: Path) -> N
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip().startswith("halfstep: interrupted; what was complete is kept (encode goes on when run again")
+    assert errors.strip().startswith("halfstep: interrupted; what was complete is kept (encode, train and sample go on")
     assert "\n" not in errors.strip()
     assert verify(tmp_path / "s").ok
     kept = len(DatasetStore.open(tmp_path / "s"))

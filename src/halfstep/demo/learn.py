@@ -38,15 +38,15 @@ EQM: dict[str, Any] = {
     "warmup_steps": 20,
 }
 CDIT: dict[str, Any] = {
-    "model": {"network": "CDiT", "hidden_size": 128, "depth": 4, "num_heads": 4},
-    "context_size": 3,
+    "model": {"network": "CDiT", "hidden_size": 96, "depth": 3, "num_heads": 4},
+    "context_size": 2,
     "len_traj_pred": 8,
     "distance": {"min_dist_cat": -2, "max_dist_cat": 4},
-    "goals_per_obs": 2,
+    "goals_per_obs": 1,
     "metric_waypoint_spacing": 0.25,
     "batch_size": 16,
-    "lr": 1e-3,
-    "ema_decay": 0.98,
+    "lr": 2e-3,
+    "ema_decay": 0.99,
     "warmup_steps": 20,
 }
 

@@ -125,7 +125,7 @@ def _learned(learned: Learned) -> list[str]:
         "not a world.</p>",
         *_rows(learned.clips, "clip"),
         "<h2>Walks: what happened, and what the CDiT expected</h2>",
-        "<p>Above, the real frames; below, those predicted one after the other from three context frames and the "
+        "<p>Above, the real frames; below, those predicted one after the other from two context frames and the "
         "actions alone. After two minutes of training a copy of the last frame is still hard to beat.</p>",
         *_rows(learned.walks, "walk"),
         f"<table><tr><th>PSNR (dB), frames ahead</th>{ahead}</tr>{scores}</table>",
