@@ -69,8 +69,8 @@ def test_the_command_makes_a_batch_and_goes_on_with_it(small_wan_pipeline: Path,
         with av.open(str(tmp_path / "b" / "runs" / key / "video.mp4")) as video:
             assert [(f.width, f.height) for f in video.decode(video=0)] == [(32, 48)] * 5
     first, other, third = (runs[f"prompt_00{p}_vid00{v}"].latents for p, v in ((0, 1), (1, 1), (0, 2)))
-    assert np.abs(first[0] - other[0]).max() < 0.01  # the same seed, within what the codec may change
-    assert np.abs(first[-1] - other[-1]).max() > 0.03
+    assert np.abs(first[0] - other[0]).max() < 0.002  # the same seed, within what the codec may change
+    assert np.abs(first[-1] - other[-1]).max() > 0.005  # in bf16 more than in fp32, whichever is faster here
     assert np.abs(first[0] - third[0]).max() > 0.1
 
     again = run_cli(*command, check=2)
