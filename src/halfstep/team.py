@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,8 @@ from halfstep.errors import HalfstepError
 
 T = TypeVar("T")
 
-# Never dropped: the destructor of a group waits for its threads, which may wait for the interpreter that it holds.
+# Never dropped: the destructor of a group waits for its threads, which may wait for the interpreter that it holds. See
+# also `leave`.
 _GROUPS: list[Any] = []
 
 
@@ -97,3 +100,15 @@ class Team:
             if line is not None:
                 raise HalfstepError(f"stopped with process {rank}: {line}")
         return [value for value, _ in outcomes]  # type: ignore[misc]
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, one of a team's, with `code`, after its exit handlers and without undoing the interpreter.
+
+    A thread of gloo may still be about to drop the tensors of the last exchange; it needs the interpreter for that, and
+    aborts the process when that is on its way out.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

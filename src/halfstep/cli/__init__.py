@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 import typer
@@ -51,30 +52,43 @@ def _options(
         os.environ["HALFSTEP_DEBUG"] = "1"
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, exit code 2 for the user's input and 1 for failed work."""
+    code = _run()
+    if "WORLD_SIZE" in os.environ:  # one of torchrun's processes
+        from halfstep.team import leave
+
+        leave(code)
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0
     except HalfstepError as error:
-        _stop(error, str(error), error.exit_code)
+        return _failed(error, str(error), error.exit_code)
     except TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group without a verb: its message is its help
             typer.echo(error.format_message())
-            sys.exit(error.exit_code)
-        _stop(error, f"{error.format_message().rstrip('.')}; `halfstep ... --help` lists the options", error.exit_code)
+            return error.exit_code
+        line = f"{error.format_message().rstrip('.')}; `halfstep ... --help` lists the options"
+        return _failed(error, line, error.exit_code)
     except Exception as error:  # noqa: BLE001 - the last line of defence, it exits with the error's name
-        _stop(error, f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback", 1)
+        return _failed(
+            error, f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback", 1
+        )
     if code == _INTERRUPTED:
         typer.echo(
             "halfstep: interrupted; what was complete is kept (encode, train and sample go on when run "
             "again, generate with --resume)",
             err=True,
         )
-    sys.exit(code)
+    return code
 
 
-def _stop(error: Exception, line: str, code: int) -> NoReturn:
+def _failed(error: Exception, line: str, code: int) -> int:
     if os.environ.get("HALFSTEP_DEBUG"):
-        raise error
-    typer.echo(f"halfstep: {' '.join(line.split())}", err=True)
-    sys.exit(code)
+        traceback.print_exception(error)
+    else:
+        typer.echo(f"halfstep: {' '.join(line.split())}", err=True)
+    return code
