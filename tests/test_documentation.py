@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-EXAMPLES = {"roundtrip.py": ["picture.png"], "navigation_loader.py": [], "record_and_analyse.py": ["recorded"]}
+EXAMPLES = {
+    "roundtrip.py": ["picture.png"],
+    "own_training_loop.py": ["auto"],
+    "navigation_loader.py": [],
+    "record_and_analyse.py": ["recorded"],
+}
 
 
 def blocks() -> list[tuple[str, str]]:

@@ -56,9 +56,9 @@ class Team:
         return int(os.environ.get("LOCAL_RANK", "0"))
 
     def device(self, name: str) -> str:
-        """The device of this process: of `auto` and `cuda` the GPU that is its own."""
+        """The device of this process: of `auto` and `cuda` the GPU that is its turn."""
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-            return f"cuda:{self.local_rank}"
+            return f"cuda:{self.local_rank % max(1, torch.cuda.device_count())}"
         return "cpu" if name == "auto" else name
 
     def on_leader(self, work: Callable[[], T]) -> T:

@@ -217,7 +217,7 @@ def test_one_batch_is_made_by_one_process(small_wan_pipeline: Path, tmp_path: Pa
     (tmp_path / "b").mkdir()
     lock = FileLock(tmp_path / "b" / ".lock")
     assert lock.try_exclusive()
-    with pytest.raises(StoreBusyError, match="another process is making this batch"):
+    with pytest.raises(StoreBusyError, match="is being written by another process"):
         generate(config(small_wan_pipeline), "a cat", tmp_path / "b")
     lock.release()
 

@@ -80,9 +80,7 @@ def nwm(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """A navigation world model: error over time, rollouts, and planning by the cross-entropy method."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from halfstep.cli.progress import EvaluateBar
     from halfstep.evaluate.walks import WalkOptions, evaluate_walks
 
     if not all(part.strip().isdecimal() for part in horizons.split(",")):
@@ -105,10 +103,8 @@ def nwm(
         precision=precision,
         device=device,
     )
-    console = Console(stderr=True)
-    with Progress(console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("evaluating", total=None)
-        report = evaluate_walks(options, lambda done, parts: bar.update(task, completed=done, total=parts))
+    with EvaluateBar(hidden=quiet) as bar:
+        report = evaluate_walks(options, bar.part)
     if json:
         typer.echo(json_module.dumps(asdict(report)))
         return

@@ -33,7 +33,7 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Make videos or pictures from prompts with a diffusers pipeline, recording the sampling when asked to."""
-    from halfstep.cli.progress import StepProgress
+    from halfstep.cli.progress import GenerateBar
     from halfstep.config import load_yaml, validate, with_settings
     from halfstep.generate import GenerateConfig
     from halfstep.generate import generate as run_generate
@@ -51,7 +51,7 @@ def generate(
     if store_latents:
         chosen = chosen.with_latents()
     folder = output or _default_folder(chosen)
-    with StepProgress(len(plan(chosen, template)), hidden=quiet) as progress:
+    with GenerateBar(len(plan(chosen, template)), hidden=quiet) as progress:
         report = run_generate(chosen, template, folder, resume=resume, say=progress.note, on_step=progress.step)
     if json:
         typer.echo(json_module.dumps(asdict(report)))

@@ -66,7 +66,7 @@ def sample(
     """Make pictures or clips with a trained EqM, or walks with a CDiT; the same command makes what is missing."""
     if (use_bf16 and use_amp) or (precision is not None and (use_bf16 or use_amp)):
         raise InputError("sample: --precision, --use-bf16 and --use-amp say the same thing; give one of them")
-    from halfstep.cli.progress import SampleProgress
+    from halfstep.cli.progress import SampleBar
     from halfstep.generate.makers import SampleOptions
     from halfstep.generate.samples import sample as run_sample
 
@@ -100,7 +100,7 @@ def sample(
         fps=fps,
         record=record,
     )
-    with SampleProgress(hidden=quiet) as progress:
+    with SampleBar(hidden=quiet) as progress:
         report = run_sample(options, progress)
     if not progress.speaks:
         return

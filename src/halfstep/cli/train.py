@@ -114,10 +114,10 @@ def train(
     if family is not None and chosen.network.lower() != family:
         raise InputError(f"train: got {family.value} and a model of {chosen.network}; they do not go together")
 
-    from halfstep.cli.progress import TrainProgress
+    from halfstep.cli.progress import TrainBar
     from halfstep.train.loop import train as run_train
 
-    with TrainProgress(hidden=quiet) as progress:
+    with TrainBar(hidden=quiet) as progress:
         report = run_train(chosen, progress)
     if not progress.speaks:
         return

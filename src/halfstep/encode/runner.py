@@ -10,17 +10,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from halfstep.autoencoders import Autoencoder
 from halfstep.data.base import FrameSequence
 from halfstep.data.sources import SourceConfig, find_sources
 from halfstep.encode.job import EncodeJob, EncodeOptions, list_sequences, settle
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.pipeline import Counts, Failure, StoppedError, plan_only, run
-from halfstep.errors import InputError, StoreBusyError
+from halfstep.errors import InputError
 from halfstep.precision import open_device, slowness
-from halfstep.store.commit import FileLock, store_errors, write_durably
+from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.store.dataset import DatasetStore
 from halfstep.store.index import Index
 from halfstep.store.maintenance import compact
@@ -117,7 +115,7 @@ def prepare_run(
     """Settle the job on the leader, the same for all, and list what there is to do. Reads the store, writes nothing."""
     found = find_sources(sources)
     manifest = read_manifest(options.output) if (options.output / MANIFEST_NAME).exists() else None
-    device = _choose_device(options.device, team)
+    device = str(open_device(team.device(options.device)))
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     job, autoencoder = settle(options, found, manifest, device, options.workers or max(1, min(cores, 16)))
     settled = job
@@ -212,26 +210,8 @@ def reserved(output: Path) -> Iterator[None]:
     out."""
     with store_errors(output):
         require_store_or_empty(output)
-        created = not output.exists()
-        output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / ".encode.lock")
-    try:
-        if not lock.try_exclusive():
-            raise StoreBusyError(f"{output}: another run is encoding into it; wait for it, or name another folder")
+    with alone(output, ".encode.lock"):
         yield
-    finally:
-        if created and list(output.iterdir()) == [lock.path]:  # the run ended before there was a store
-            lock.path.unlink()
-            output.rmdir()
-        lock.release()
-
-
-def _choose_device(name: str, team: Team) -> str:
-    if name not in ("auto", "cuda"):
-        return str(open_device(name))
-    if name == "cuda":
-        open_device(name)
-    return f"cuda:{team.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def missing_keys(options: EncodeOptions, sequences: list[FrameSequence], existing: Index) -> list[str]:

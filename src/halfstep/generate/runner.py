@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import halfstep
-from halfstep.errors import HalfstepError, InputError, NumericsError, StoreBusyError, StoreError
+from halfstep.errors import HalfstepError, InputError, NumericsError, StoreError
 from halfstep.generate.config import GenerateConfig, VideoSettings
 from halfstep.generate.outputs import write_picture, write_video
 from halfstep.generate.pipeline import Generator, load_generator
@@ -28,7 +28,7 @@ from halfstep.generate.template import expand_template
 from halfstep.precision import PrecisionPolicy
 from halfstep.sampling import record
 from halfstep.store import TrajectoryStore
-from halfstep.store.commit import FileLock, store_errors, write_durably
+from halfstep.store.commit import alone, store_errors, write_durably
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,8 @@ def generate(
     holds a batch already (without `resume`) or another one.
     """
     runs = plan(config, template)
-    with store_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / ".lock")
-    try:
-        if not lock.try_exclusive():
-            raise StoreBusyError(f"{output}: another process is making this batch; wait for it to end")
+    with alone(output):
         return _generate(config, template, output, runs, resume, say, on_step)
-    finally:
-        lock.release()
 
 
 def _generate(

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from halfstep.autoencoders import Autoencoder, load_for
-from halfstep.errors import InputError, NumericsError, StoreBusyError
+from halfstep.errors import InputError, NumericsError
 from halfstep.generate.makers import EqMMaker, Made, Maker, Progress, Recorders, SampleOptions, WalkMaker
 from halfstep.generate.outputs import (
     Pixels,
@@ -40,7 +40,7 @@ from halfstep.models import About, Checkpoint, EqM, read_checkpoint
 from halfstep.precision import PrecisionPolicy, open_device, prepare, usable
 from halfstep.sampling import NullRecorder, Recorder, StoreRecorder
 from halfstep.store import TrajectoryStore
-from halfstep.store.commit import FileLock, store_errors, write_durably
+from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.team import Team
 
 _SHEET = 64  # samples on the contact sheet
@@ -50,18 +50,19 @@ _PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # of the published checkpo
 _MAY_GROW = ("number", "device", "output")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleReport:
-    """What was made. `updates`: mean number of network evaluations' steps a sample took; None when nothing was new."""
+    """What was `made`, and what was `there` from an earlier call. `updates`: mean number of sampling steps a sample
+    took; None, as the rate is, when nothing was new."""
 
     output: str
     network: str
     policy: str
-    made: int = 0
-    there: int = 0
-    samples_per_second: float | None = None
-    updates: float | None = None
-    contact_sheet: str = ""
+    made: int
+    there: int
+    samples_per_second: float | None
+    updates: float | None
+    contact_sheet: str | None = None
     npz: str | None = None
 
 
@@ -82,7 +83,8 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
         network = prepare(checkpoint.build(ema=options.ema).to(device), policy)
         make: type[EqMMaker] | type[WalkMaker] = EqMMaker if isinstance(network, EqM) else WalkMaker
         maker: Maker = make(options, network, checkpoint.about, device)  # type: ignore[arg-type]
-        team.on_leader(lambda: stack.enter_context(_claimed(options, checkpoint, policy)))
+        team.on_leader(lambda: stack.enter_context(alone(options.output)))
+        team.on_leader(lambda: _claim(options, checkpoint, policy))
         store = TrajectoryStore.create(options.output / "runs") if options.record else None
         size = min(options.batch_size, options.number)
         batches = [range(first, first + size) for first in range(0, options.number, size)]
@@ -225,34 +227,24 @@ def _autoencoder(options: SampleOptions, about: About, device: torch.device) -> 
     return loaded.prepared(device, PrecisionPolicy())
 
 
-@contextmanager
-def _claimed(options: SampleOptions, checkpoint: Checkpoint, policy: PrecisionPolicy) -> Iterator[None]:
-    """Hold the folder, new or of the same settings, and write them there."""
+def _claim(options: SampleOptions, checkpoint: Checkpoint, policy: PrecisionPolicy) -> None:
+    """Hold the folder's settings against these, or write them into one that is new."""
     folder = options.output
     wanted = {name: value for name, value in asdict(options).items() if name not in _MAY_GROW}
     # A run may have been trained on since: its samples would be of two networks.
     resolved = {**wanted, "ckpt": checkpoint.path, "policy": str(policy)}
     wanted = json.loads(json.dumps(resolved, default=str))
-    with store_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-    try:
-        if not lock.try_exclusive():
-            raise StoreBusyError(f"{folder}: another process is sampling there; wait for it, or name a new folder")
-        path = folder / "samples.json"
-        if path.exists():
-            there = json.loads(path.read_text())["settings"]
-            changed = [f"{n} {there.get(n)!r}, not {wanted[n]!r}" for n in wanted if there.get(n) != wanted[n]]
-            if changed:
-                raise InputError(f"{folder}: holds samples of other settings ({'; '.join(changed)}); name a new folder")
-        elif any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise InputError(f"{folder}: holds something that is not samples; name a new folder")
-        else:
-            with store_errors(path):
-                write_durably(path, json.dumps({"settings": wanted, "samples": []}, indent=1).encode())
-        yield
-    finally:
-        lock.release()
+    path = folder / "samples.json"
+    if path.exists():
+        there = json.loads(path.read_text())["settings"]
+        changed = [f"{n} {there.get(n)!r}, not {wanted[n]!r}" for n in wanted if there.get(n) != wanted[n]]
+        if changed:
+            raise InputError(f"{folder}: holds samples of other settings ({'; '.join(changed)}); name a new folder")
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"{folder}: holds something that is not samples; name a new folder")
+    else:
+        with store_errors(path):
+            write_durably(path, json.dumps({"settings": wanted, "samples": []}, indent=1).encode())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from halfstep.errors import StoreError
+from halfstep.errors import StoreBusyError, StoreError
 
 _CHUNK_BYTES = 1 << 20
 
@@ -101,3 +101,27 @@ class FileLock:
 
     def release(self) -> None:
         os.close(self._descriptor)
+
+
+@contextmanager
+def alone(folder: Path, lock_name: str = ".lock") -> Iterator[FileLock]:
+    """Hold a folder, so that no other process writes there within the block. One that is new is made, and is gone again
+    when nothing was written.
+
+    Raises StoreBusyError when another process holds it.
+    """
+    with store_errors(folder):
+        created = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / lock_name)
+    try:
+        if not lock.try_exclusive():
+            raise StoreBusyError(
+                f"{folder}: is being written by another process; wait for it to end, then run the same command again"
+            )
+        yield lock
+    finally:
+        if created and list(folder.iterdir()) == [lock.path]:
+            lock.path.unlink()
+            folder.rmdir()
+        lock.release()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from halfstep.errors import HalfstepError, StoreBusyError, StoreError
-from halfstep.store.commit import FileLock, fsync_path, sha256_of, store_errors, write_durably
+from halfstep.errors import HalfstepError, StoreError
+from halfstep.store.commit import FileLock, alone, fsync_path, sha256_of, store_errors, write_durably
 from halfstep.store.formats import Array, storage_of
 from halfstep.store.index import (
     REMOVED_MARK,
@@ -101,7 +101,7 @@ def repair(root: Path | str) -> RepairReport:
     """
     root = Path(root)
     _require_store(root)
-    with store_errors(root), _alone(root) as lock:
+    with store_errors(root), alone(root, ".writers.lock") as lock:
         remove_leftovers(root)
         rebuilt = _rebuild_manifest(root)
         on_disk = {int(path.stem) for path in (root / "shards").glob("[0-9]*.safetensors")}
@@ -135,7 +135,7 @@ def compact(root: Path | str, drop: Collection[str] = (), shard_bytes: int = SHA
     StoreBusyError while another process writes the store.
     """
     root = Path(root)
-    with store_errors(root), _alone(root) as lock:
+    with store_errors(root), alone(root, ".writers.lock") as lock:
         remove_leftovers(root)
         index = Index.read(root)
         dropped = {key for key in drop if key in index}
@@ -170,20 +170,6 @@ def _arrays_of(shard: MappedShard) -> str:
     """What must agree for sequences to share a shard: names, types and shapes of the arrays."""
     layouts = {name: (entry.type_name, entry.shape[1:]) for name, entry in shard.layouts.items() if name != INDEX_ARRAY}
     return repr(sorted(layouts.items()))
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[FileLock]:
-    """Hold the writers' lock so that nobody else writes the store within the block."""
-    lock = FileLock(root / ".writers.lock")
-    try:
-        if not lock.try_exclusive():
-            raise StoreBusyError(
-                f"{root}: is being written by another process; wait for it to end, then run the same command again"
-            )
-        yield lock
-    finally:
-        lock.release()
 
 
 def _move_rows(root: Path, rows: Iterable[Row], lock: FileLock, shard_bytes: int = SHARD_BYTES) -> None:

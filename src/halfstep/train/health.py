@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from halfstep.train.state import State, TrainState
+from halfstep.train.state import State, TrainState, own_part
 
 _TENSORS, _NUMBERS = 16, 4096  # looked at of all weights: enough to tell shares of one percent
 _APART = 1e-3  # relative; an average that is nearer to the weights than this has arrived
@@ -37,7 +36,7 @@ class Movement:
         return _share((weights == self._weights) & pushed, pushed), _share((ema == self._ema) & apart, apart)
 
     def _sample(self, values: State) -> torch.Tensor:
-        return torch.cat([_local(values[name]).detach().flatten()[:_NUMBERS] for name in self._names])
+        return torch.cat([own_part(values[name]).flatten()[:_NUMBERS] for name in self._names])
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
@@ -78,15 +77,11 @@ def find_failure(state: TrainState, parts: Sequence[Callable[[Any], torch.Tensor
     if found:
         return found[0]
     gradients = [(n, p.grad) for n, p in state.network.named_parameters() if p.grad is not None]
-    bad = [(name, gradient) for name, gradient in gradients if not torch.isfinite(_local(gradient)).all()]
+    bad = [(name, gradient) for name, gradient in gradients if not torch.isfinite(own_part(gradient)).all()]
     if not bad:
         return None
     name, gradient = bad[-1]  # the pass goes backwards, so the last layer broke first
     return f"the gradient of {name} ({_type(gradient)})"
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _type(tensor: torch.Tensor) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,11 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from halfstep.errors import InputError, NumericsError, StoreBusyError
+from halfstep.errors import InputError, NumericsError
 from halfstep.models import About, Checkpoint, read_checkpoint
 from halfstep.models.weights import load_exactly
 from halfstep.precision import PrecisionPolicy, open_device, usable
-from halfstep.store.commit import FileLock, store_errors, write_durably
+from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.team import Team
 from halfstep.train.checkpoint import Saved, newest, remove_unfinished, restore, save
 from halfstep.train.config import MAY_CHANGE, TrainConfig
@@ -73,7 +72,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
         device = open_device(team.device(config.device))
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        team.on_leader(lambda: stack.enter_context(_reserved(config.folder)))
+        team.on_leader(lambda: stack.enter_context(alone(config.folder)))
+        team.on_leader(lambda: remove_unfinished(config.folder))
         data = open_data(config)
         state, about = _begin(config, data, device, team, progress if team.leads else Progress())
         data = prepared_encoder(data, device, state.policy)
@@ -291,21 +291,6 @@ def _parts(items: Items, config: TrainConfig, device: torch.device) -> list[Item
 def _seed(config: TrainConfig, step: int, team: Team) -> int:
     """Noise depends on (seed, step, process) alone: any step can be computed again."""
     return int(np.random.SeedSequence((config.global_seed, step, team.rank)).generate_state(1, np.uint64)[0] >> 1)
-
-
-@contextmanager
-def _reserved(run: Path) -> Iterator[None]:
-    """Hold the run's folder, which may be new, against other processes."""
-    with store_errors(run):
-        run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / ".lock")
-    try:
-        if not lock.try_exclusive():
-            raise StoreBusyError(f"{run}: another process is training there; wait for it, or give another run_name")
-        remove_unfinished(run)
-        yield
-    finally:
-        lock.release()
 
 
 class _StopRequest:

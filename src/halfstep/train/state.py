@@ -182,7 +182,7 @@ class TrainState:
     def _write_copies(self) -> None:
         if not self._copied:
             return
-        own, weights = ([_local(values[name]) for name in self._copied] for values in (self._own, self.weights))
+        own, weights = ([own_part(values[name]) for name in self._copied] for values in (self._own, self.weights))
         with torch.no_grad():
             torch._foreach_copy_(own, weights)
 
@@ -220,8 +220,8 @@ def _like(full: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
     return value.clone()
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part."""
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that may be sharded."""
     part: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return part.detach()
 
