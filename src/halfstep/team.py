@@ -59,7 +59,7 @@ class Team:
         """The device of this process: of `auto` and `cuda` the GPU that is its turn."""
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
             return f"cuda:{self.local_rank % max(1, torch.cuda.device_count())}"
-        return "cpu" if name == "auto" else name
+        return name
 
     def on_leader(self, work: Callable[[], T]) -> T:
         """The result of `work`, done by the leader, on every process; its error too, as one line."""

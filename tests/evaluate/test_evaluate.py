@@ -1,6 +1,7 @@
 """Evaluation against plain oracles: Gaussians, pictures with known noise, planners with known goals."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 from torch import nn
 
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
-from halfstep.errors import InputError
+from halfstep.errors import InputError, NumericsError
 from halfstep.evaluate.energy import compare_energies
 from halfstep.evaluate.fid import fid
 from halfstep.evaluate.pictures import PictureMetrics
 from halfstep.evaluate.planning import cross_entropy_method
 from halfstep.evaluate.walks import WalkOptions, evaluate_walks
 from halfstep.generate.outputs import write_npz
-from halfstep.sampling import cdit
+from halfstep.models import EqM, read_checkpoint
+from halfstep.sampling import cdit, energy_score
+from halfstep.store import DatasetStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
 from tests.conftest import run_cli
@@ -67,11 +71,22 @@ def test_fid_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds 1 pictures; a covariance needs two"):
         fid(tmp_path / "one", tmp_path / "one", features=Corners())
     Image.new("RGB", (9, 8)).save(tmp_path / "one" / "1.png")
-    with pytest.raises(InputError, match="have several sizes"):
+    with pytest.raises(InputError, match=r"1.png: is 9x8, others are 8x8"):
         fid(tmp_path / "one", tmp_path / "one", features=Corners())
-    np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, 4)))
-    with pytest.raises(InputError, match="expected arr_0, uint8"):
-        fid(tmp_path / "x.npz", tmp_path / "one", features=Corners())
+    for bad in (np.zeros((3, 4)), np.zeros((3, 8, 8, 4), np.uint8), np.zeros((3, 3, 8, 8), np.uint8)):
+        np.savez(tmp_path / "x.npz", arr_0=bad)
+        with pytest.raises(InputError, match=r"arr_0: got .*; expected uint8 \[N, H, W, 3\]"):
+            fid(tmp_path / "x.npz", tmp_path / "one", features=Corners())
+    for content in (b"", b"no zip", (tmp_path / "x.npz").read_bytes()[:100]):
+        (tmp_path / "y.npz").write_bytes(content)
+        with pytest.raises(InputError, match=r"cannot be read as an \.npz"):
+            fid(tmp_path / "y.npz", tmp_path / "one", features=Corners())
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(40):
+        Image.new("RGB", (8, 8) if number < 32 else (9, 9)).save(many / f"{number:02d}.png")
+    with pytest.raises(InputError, match=r"32.png: is 9x9, others are 8x8"):
+        fid(many, many, features=Corners())
     write_npz(tmp_path / "b.npz", iter(np.zeros((3, 8, 8, 3), np.uint8)), (3, 8, 8, 3))
     # Neither the network's package nor its weights are part of this package, and nothing is downloaded in a test.
     missing = tmp_path / "inception.pth"
@@ -87,7 +102,7 @@ def test_pictures_are_measured_by_their_definitions() -> None:
     b[2] = rng.integers(40, 200, b[2].shape, dtype=np.uint8)
     metrics = PictureMetrics(torch.device("cpu"))
     same, brighter, other = metrics(a, b)
-    assert same["psnr"] > 100 and same["ssim"] == pytest.approx(1)
+    assert same["psnr"] == 100 and same["ssim"] == pytest.approx(1)
     assert brighter["psnr"] == pytest.approx(20 * np.log10(255 / 10), abs=1e-3)
     assert other["ssim"] < 0.1 < brighter["ssim"]
     assert set(metrics.not_measured) | set(same) == {"psnr", "ssim", "lpips", "dreamsim"}
@@ -132,7 +147,6 @@ def test_a_model_that_knows_the_way_is_right(world: Path, monkeypatch: pytest.Mo
     can only be when context, actions and horizons belong together."""
     from halfstep.data.navigation import goal_actions
     from halfstep.evaluate import walks as module
-    from halfstep.store import DatasetStore
 
     store = DatasetStore.open(world / "latents")
     known: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -157,8 +171,39 @@ def test_a_model_that_knows_the_way_is_right(world: Path, monkeypatch: pytest.Mo
     for scores in (report.direct, report.rollout):
         assert all(values["psnr"] > 90 for values in scores.values())
     assert report.copy["4"]["psnr"] < report.copy["1"]["psnr"] < 40
+    assert report.walks == 6
     assert report.plan is not None
-    assert report.plan.end < 0.15 < 0.25
+    assert report.plan.end <= report.plan.mean_step_end
+
+
+def test_plans_are_scored_by_their_definitions(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planner that stays where it is, against the poses of every walk that can be asked about."""
+    from halfstep.evaluate import walks as module
+
+    monkeypatch.setattr(module, "cross_entropy_method", lambda _, mean, *__, **___: np.zeros_like(mean))
+    options = WalkOptions(world / "cdit", world / "latents", horizons=(2,), walks=99, plans=99, plan_steps=2, steps=1,
+                          precision="fp32", device="cpu")  # fmt: skip
+    plan = evaluate_walks(options).plan
+    store = DatasetStore.open(world / "latents")
+    paths, every = [], []
+    for key in store.keys():
+        position, yaw = (store.read_array(key, name).astype(np.float64) for name in ("position", "yaw"))
+        place, turn = position @ [1, 1j], yaw.reshape(-1)
+        every += [((place[n + 1] - place[n]) * np.exp(-1j * turn[n]), turn[n + 1] - turn[n]) for n in range(11)]
+        paths += [
+            ((place[n + 1 : n + 3] - place[n]) * np.exp(-1j * turn[n]), np.diff(turn[n : n + 3])) for n in range(1, 10)
+        ]
+    step, angle = np.mean([s for s, _ in every]), np.mean([a for _, a in every])
+    mean = np.array([step, step + step * np.exp(1j * angle)])
+    expected = {
+        "end": [abs(path[-1]) for path, _ in paths],
+        "path": [abs(path) for path, _ in paths],
+        "step": [abs(np.diff(path, prepend=0)) for path, _ in paths],
+        "turn": [abs(turns) for _, turns in paths],
+        "mean_step_end": [abs(path[-1] - mean[-1]) for path, _ in paths],
+        "mean_step_path": [abs(path - mean) for path, _ in paths],
+    }
+    assert asdict(plan) == {name: pytest.approx(np.mean(values), rel=1e-3) for name, values in expected.items()}
 
 
 def test_the_command_evaluates_a_real_model(world: Path) -> None:
@@ -171,22 +216,65 @@ def test_the_command_evaluates_a_real_model(world: Path) -> None:
     assert "planned: ends" in run_cli(*command, *options).stdout
 
 
-def test_energies_tell_sets_apart(world: Path) -> None:
-    report = compare_energies(world / "eqm", world / "latents", world / "latents")
-    assert report.items == 24
-    assert report.auroc == pytest.approx(0.5)
-    assert report.mean == report.other_mean
+def test_there_are_no_more_walks_than_there_are(world: Path) -> None:
+    options = WalkOptions(world / "cdit", world / "latents", horizons=(8,), walks=50, steps=2, plans=0,
+                          precision="fp32", device="cpu")  # fmt: skip
+    assert evaluate_walks(options).walks == 6  # two walks of 12 frames, two of context and eight ahead
+
+
+def test_a_broken_network_gets_no_scores(world: Path, tmp_path: Path) -> None:
+    for kind in ("cdit", "eqm"):
+        checkpoint = read_checkpoint(world / kind)
+        weights = {name: tensor.clone() for name, tensor in checkpoint.weights.items()}
+        weights["final_layer.linear.bias"][0] = torch.nan
+        save_file(weights, tmp_path / f"{kind}.safetensors", checkpoint.about.to_metadata())
+    with pytest.raises(NumericsError, match="frames 1 ahead are not finite in fp32"):
+        evaluate_walks(WalkOptions(tmp_path / "cdit.safetensors", world / "latents", precision="fp32", device="cpu"))
+    with pytest.raises(NumericsError, match=r"energies of .* are not finite"):
+        compare_energies(tmp_path / "eqm.safetensors", world / "latents", device="cpu")
+
+
+def test_energies_tell_sets_apart(world: Path, tmp_path: Path) -> None:
+    """What is stored, each frame once and without noise, beside what no walk looks like."""
+    network = read_checkpoint(world / "eqm").build()
+    assert isinstance(network, EqM)
+    store = DatasetStore.open(world / "latents")
+    ours = torch.cat([energy_score(network, torch.from_numpy(store.read(key))) for key in store.keys()])
+    write_noise(tmp_path / "noise")
+    encode([SourceConfig(path=tmp_path / "noise")], EncodeOptions(tmp_path / "store", size=(32, 32), precision="fp32"))
+    noise = DatasetStore.open(tmp_path / "store")
+    theirs = torch.cat([energy_score(network, torch.from_numpy(noise.read(key))) for key in noise.keys()])
+    report = compare_energies(world / "eqm", world / "latents", tmp_path / "store", device="cpu")
+    assert (report.items, report.other_items) == (24, 20)
+    assert report.mean == pytest.approx(float(ours.mean()), rel=1e-3)
+    assert report.deviation == pytest.approx(float(ours.std(correction=0)), rel=1e-3)
+    assert report.other_mean == pytest.approx(float(theirs.mean()), rel=1e-3)
+    higher = (theirs[:, None] > ours).double() + 0.5 * (theirs[:, None] == ours)
+    assert report.auroc == pytest.approx(float(higher.mean()), abs=1e-3)
+    assert abs(report.auroc - 0.5) > 0.2  # so that it is seen which way round it is counted
     result = run_cli("eval", "energy", "--ckpt", world / "eqm", "--data-path", world / "latents")
     assert "24 items" in result.stdout
     with pytest.raises(InputError, match="is of a CDiT"):
         compare_energies(world / "cdit", world / "latents")
+    with pytest.raises(InputError, match="holds other latents than the model was trained on: pixels"):
+        encode([SourceConfig(path=tmp_path / "noise")], EncodeOptions(tmp_path / "large", size=(64, 64)))
+        compare_energies(world / "eqm", tmp_path / "large")
+
+
+def write_noise(folder: Path) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(4)
+    for number in range(20):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number:02d}.png")
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"ckpt": "eqm"}, "expected a CDiT"),
-        ({"horizons": (11,)}, "none has 13 frames in a row"),
+        ({"horizons": (11,)}, "no sequence has 13 frames in a row"),
+        ({"spacing": -1.0}, "spacing: got -1.0"),
+        ({"sampler": "ancestral", "plan_sampling_steps": 1}, "steps: got 1; expected 2 to 1000"),
         ({"horizons": ()}, "at least 1"),
         ({"elites": 50}, "elites: got 50 of 32"),
         ({"sampler": "euler"}, "got 'euler'; expected one of ancestral"),

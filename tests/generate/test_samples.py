@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from halfstep.autoencoders import load_autoencoder
 from halfstep.data.sources import SourceConfig
 from halfstep.encode import EncodeOptions, encode
-from halfstep.errors import InputError, NumericsError
-from halfstep.generate.makers import SampleOptions, own_generator
+from halfstep.errors import InputError, NumericsError, StoreError
+from halfstep.generate.makers import Progress, SampleOptions
 from halfstep.generate.samples import sample
-from halfstep.models import About, EqM, read_checkpoint
+from halfstep.models import About, CDiT, EqM, read_checkpoint
 from halfstep.sampling import rollout, sample_eqm
+from halfstep.sampling.noise import own_generator
 from halfstep.store import DatasetStore, TrajectoryStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
@@ -125,7 +128,8 @@ def test_what_is_there_is_left_alone(runs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
 def test_clips(runs: Path, tmp_path: Path, suffix: str) -> None:
-    sample(options(runs, tmp_path, "clips", number=2, format=suffix))
+    report = sample(options(runs, tmp_path, "clips", number=2, format=suffix))
+    assert report.npz is None and not (tmp_path / "samples.npz").exists()  # which is of pictures
     path = tmp_path / f"000001.{suffix}"
     if suffix == "png":
         assert Image.open(path).size == (3 * 32 + 2, 32)
@@ -211,17 +215,34 @@ def test_a_published_checkpoint(tmp_path: Path) -> None:
         ("pictures", {"sampler": "heun", "stop_below": 0.1}, "is of gd and ngd"),
         ("pictures", {"model": "EqM-B/2"}, "holds EqM of depth 2.*, not EqM-B/2"),
         ("pictures", {"format": "jpg"}, "format: got 'jpg'; expected one of png, mp4, gif, npy"),
-        ("clips", {"clip_len": 16}, "num_frames is 3, not 16"),
+        ("clips", {"video": True, "clip_len": 16}, "num_frames is 3, not 16"),
+        ("clips", {"clip_len": 3}, "is of video"),
+        ("pictures", {"data_path": "LATENTS"}, "data_path: is not an option of an EqM"),
+        ("pictures", {"frames": 9}, "frames: is not an option of an EqM"),
+        ("pictures", {"start_gamma": 0.5}, "give start_from too"),
+        ("pictures", {"start_from": "LATENTS", "start_gamma": 1.0, "sampler": "heun"}, "below 1 for the flow's ODE"),
+        (
+            "pictures",
+            {"start_from": "POSELESS"},
+            "holds other latents than the model was trained on: pixels: .*48.*, not .*32",
+        ),
         ("walks", {}, "data_path: not given"),
-        ("walks", {"data_path": "LATENTS", "frames": 20}, "none has 22 frames in a row"),
+        ("walks", {"data_path": "LATENTS", "frames": 20}, "no sequence has 22 frames in a row"),
+        ("walks", {"data_path": "LATENTS", "guidance_scale": 9.0}, "guidance_scale: is not an option of a CDiT"),
+        ("walks", {"data_path": "LATENTS", "spacing": 0.0}, "spacing: got 0.0; expected metres above 0"),
+        ("walks", {"data_path": "LATENTS", "steps": 1001}, "steps: got 1001; expected 2 to 1000"),
         ("nothing", {}, "no such file or folder; expected a checkpoint"),
     ],
 )
 def test_mistakes_are_named(
     runs: Path, latents: Path, tmp_path: Path, kind: str, changes: dict[str, Any], told: str
 ) -> None:
-    if changes.get("data_path") == "LATENTS":
-        changes = {**changes, "data_path": latents}
+    if "POSELESS" in changes.values():
+        (tmp_path / "photos").mkdir()
+        Image.new("RGB", (60, 60)).save(tmp_path / "photos" / "0.png")
+        encode([SourceConfig(path=tmp_path / "photos")], EncodeOptions(tmp_path / "poseless", size=(48, 48)))
+    places = {"LATENTS": latents, "POSELESS": tmp_path / "poseless"}
+    changes = {name: places.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
     with pytest.raises(InputError, match=told):
         sample(options(runs, tmp_path / "out", kind, **changes))
     assert not (tmp_path / "out").exists()
@@ -231,6 +252,68 @@ def test_what_is_not_finite_is_no_sample(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(NumericsError, match="sample 0 is not finite in fp32"):
         sample(options(runs, tmp_path / "out", step_size=1e30, record=True))
     assert not list((tmp_path / "out").glob("*.png"))
+    assert sample(options(runs, tmp_path / "out", record=True)).made == 5  # as the error says: no sample, so no claim
+
+
+def test_a_folder_goes_on_in_its_own_precision(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the machine is measured later, and however the checkpoint is called."""
+    assert sample(options(runs, tmp_path / "out", number=2, precision="bf16-mixed")).policy.startswith("bf16-mixed")
+    monkeypatch.chdir(runs)
+    report = sample(replace(options(runs, tmp_path / "out", precision="auto"), ckpt=Path("pictures")))
+    assert (report.made, report.there) == (3, 2)
+    assert report.policy.startswith("bf16-mixed")
+    with pytest.raises(InputError, match=r"policy 'bf16-mixed.*', not 'fp32"):
+        sample(options(runs, tmp_path / "out", precision="fp32"))
+
+
+def test_a_foreign_list_of_samples_is_left_alone(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text("[]")
+    with pytest.raises(InputError, match="does not tell the settings of samples"):
+        sample(options(runs, tmp_path))
+    assert (tmp_path / "samples.json").read_text() == "[]"
+
+
+def test_a_sample_whose_recording_failed_is_made_again(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(StoreError, match="000000: was not recorded whole"):
+        disk.setattr(os, "fdatasync", full)
+        sample(options(runs, tmp_path, number=2, record=True))
+    assert sample(options(runs, tmp_path, number=2, record=True)).made == 2
+    assert all(run.attributes["complete"] for run in TrajectoryStore.open(tmp_path / "runs").values())
+
+
+def test_recordings_of_one_frame_are_open_at_a_time(runs: Path, latents: Path, tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"number": 2, "data_path": latents, "frames": 4, "sampler": "ddim", "steps": 2}
+    together = []
+
+    class Watching(Progress):
+        def step(self, samples: int) -> None:
+            held = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+            together.append({path.parts[-2] for path in held if "/runs/" in str(path)} & keys)
+
+    keys = {f"{n:06d}-{s:03d}" for n in range(2) for s in range(4)}
+    sample(options(runs, tmp_path / "out", "walks", **chosen, record=True), Watching())
+    assert set(TrajectoryStore.open(tmp_path / "out" / "runs")) == keys == set().union(*together)
+    assert max(map(len, together)) == 2
+
+
+def test_walks_are_decoded_as_their_store_says(latents: Path, tmp_path: Path) -> None:
+    """By a published checkpoint, which says nothing of its latents."""
+    network = CDiT((4, 4), 2, 2, 384, 12, 6, in_channels=16)
+    torch.save({"model": network.state_dict()}, tmp_path / "cdit.pt")
+    walks = {"data_path": latents, "frames": 2, "spacing": 0.25, "sampler": "ddim"}
+    made = sample(SampleOptions(tmp_path / "cdit.pt", tmp_path / "out", number=1, steps=2, device="cpu", **walks))
+    assert made.network == "CDiT-S/2"
+    store = DatasetStore.open(latents)
+    fact = json.loads((tmp_path / "out" / "samples.json").read_text())["samples"][0]
+    real = load_autoencoder("dct8").pictures(
+        torch.from_numpy(store.read(fact["walk"], fact["frame"] + 1, fact["frame"] + 2))
+    )
+    assert np.array_equal(pictures(tmp_path / "out")[0][:32, :32], real[0])
 
 
 def test_a_name_says_the_size() -> None:

@@ -11,6 +11,7 @@ from halfstep.errors import InputError
 from halfstep.models import CDiT
 from halfstep.sampling import MemoryRecorder, rollout, sample_cdit
 from halfstep.sampling.cdit import make_scheduler
+from halfstep.sampling.noise import draw
 from tests.models.test_cdit import CONFIG, INPUTS, NUMBERS, STATE
 
 _, _, Y, CONTEXT, REL_T = INPUTS
@@ -75,6 +76,25 @@ def test_the_exact_denoiser_is_followed_home(scheduler: Any) -> None:
     assert torch.equal(steps[-1].latent, sample[0])
 
 
+@pytest.mark.parametrize(("scheduler", "steps"), [("ddim", 250), ("ddim", 300), ("ddim", 501), ("ddim", 1000),
+                                                  ("dpm++", 25), ("dpm++", 300), ("dpm++", 1000)])  # fmt: skip
+def test_a_gaussian_comes_out_as_wide_as_it_is(scheduler: Any, steps: int) -> None:
+    """Data of one Gaussian, whose denoiser is known: nothing corrects a state that lost its timestep on the way."""
+    width = 0.5
+    bars = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))).float()
+
+    class Gaussian(CDiT):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, *_: Any) -> torch.Tensor:
+            bar = bars[t].reshape(-1, 1, 1, 1)
+            return torch.cat([x * (1 - bar).sqrt() / (bar * width**2 + 1 - bar), torch.zeros_like(x)], dim=1)
+
+    sample = sample_cdit(
+        Gaussian(**CONFIG, patch_size=2), CONTEXT, Y, REL_T, scheduler=scheduler, steps=steps, generators=generators(3)
+    )
+    noise = draw(sample.shape[1:], generators(3))
+    assert sample.std() / noise.std() == pytest.approx(width, rel=0.03)
+
+
 def test_a_rollout_feeds_on_itself() -> None:
     model = golden_model()
     actions = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(2))
@@ -106,7 +126,9 @@ def test_mistakes_are_named() -> None:
     model = golden_model()
     with pytest.raises(InputError, match="got 'plms'; expected one of ancestral, ddim, dpm"):
         sample_cdit(model, CONTEXT, Y, REL_T, scheduler="plms", generators=generators(3))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="steps: got 1; expected 2 to 1000"):  # one would leave all the noise
+        sample_cdit(model, CONTEXT, Y, REL_T, steps=1, generators=generators(3))
     with pytest.raises(InputError, match="generators: got 2 for 3 samples"):
         sample_cdit(model, CONTEXT, Y, REL_T, generators=generators(2))
-    with pytest.raises(InputError, match="steps: got 1001; expected 1 to 1000"):
+    with pytest.raises(InputError, match="steps: got 1001; expected 2 to 1000"):
         sample_cdit(model, CONTEXT, Y, REL_T, steps=1001, generators=generators(3))

@@ -14,7 +14,7 @@ from halfstep.errors import InputError
 app = typer.Typer(help="Measure how good samples and predictions are.", no_args_is_help=True)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-_Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
 @app.command()
@@ -22,7 +22,7 @@ def fid(
     a: Annotated[Path, typer.Argument(metavar="A", help="Folder of pictures, or .npz with arr_0.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The same; real pictures on either side.")],
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Inception weights, without a network.")] = None,
-    device: _Device = "cpu",
+    device: _Device = "auto",
     json: _Json = False,
 ) -> None:
     """Frechet inception distance between two sets of pictures."""
@@ -41,7 +41,7 @@ def energy(
     data_path: Annotated[Path, typer.Option(metavar="STORE", help="Latents like those it was trained on.")],
     against: Annotated[Path | None, typer.Option(metavar="STORE", help="Others: can they be told apart?")] = None,
     precision: Annotated[str, typer.Option(metavar="P")] = "fp32",
-    device: _Device = "cpu",
+    device: _Device = "auto",
     json: _Json = False,
 ) -> None:
     """Energies of latents: high for what is unlike the training data."""

@@ -36,12 +36,14 @@ def sample(
     start_from: Annotated[
         Path | None, typer.Option(metavar="STORE", help="Begin at these latents, noised, instead of noise.")
     ] = None,
-    start_gamma: Annotated[float, typer.Option(min=0, max=1, help="Their share, 0 to 1.")] = 0.5,
+    start_gamma: Annotated[float | None, typer.Option(min=0, max=1, help="Their share, 0 to 1 (0.5).")] = None,
     data_path: Annotated[Path | None, typer.Option(metavar="STORE", help="CDiT: walks that give the context.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="CDiT: frames to predict, one after the other.")] = 8,
     spacing: Annotated[float | None, typer.Option(help="CDiT: metres a waypoint; the training's by default.")] = None,
     video: Annotated[bool, typer.Option("--video", help="A published checkpoint is of video.")] = False,
-    clip_len: Annotated[int | None, typer.Option(min=1, help="Frames to its clips (16).")] = None,
+    clip_len: Annotated[
+        int | None, typer.Option(min=1, help="Frames to its clips, where it does not say (16).")
+    ] = None,
     energy: Annotated[str | None, typer.Option("--energy", "--ebm", help="Of a published checkpoint.")] = None,
     autoencoder: Annotated[
         str | None, typer.Option("--autoencoder", "--vae", metavar="ID", help="Where the checkpoint does not say.")
@@ -69,6 +71,7 @@ def sample(
     from halfstep.cli.progress import SampleBar
     from halfstep.generate.makers import SampleOptions
     from halfstep.generate.samples import sample as run_sample
+    from halfstep.models.eqm import ENERGY_NAMES
 
     options = SampleOptions(
         ckpt=ckpt,
@@ -85,12 +88,13 @@ def sample(
         labels=_parse_labels(labels),
         stop_below=stop_below,
         start_from=start_from,
-        start_gamma=start_gamma if start_from is not None else 0.0,
+        start_gamma=start_gamma,
         data_path=data_path,
         frames=frames,
         spacing=spacing,
-        clip_len=(clip_len or 16) if video else None,
-        energy=energy,
+        video=video,
+        clip_len=clip_len,
+        energy=None if energy is None else ENERGY_NAMES.get(energy, energy),
         ema=ema,
         batch_size=batch_size,
         seed=seed,

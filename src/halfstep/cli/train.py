@@ -82,6 +82,8 @@ def train(
         raise InputError("train: --precision, --use-bf16 and --use-amp say the same thing; give one of them")
     if clip_len is not None and not video:
         raise InputError("--clip-len: is of video; add --video")
+    from halfstep.models.eqm import ENERGY_NAMES
+
     given: dict[str, Any] = {
         "model": model or (_DEFAULT_MODELS[family] if family is not None and config is None else None),
         "data_path": data_path,
@@ -91,7 +93,7 @@ def train(
         "autoencoder": autoencoder,
         "num_classes": num_classes,
         "uncond": uncond,
-        "energy": energy,
+        "energy": None if energy is None else ENERGY_NAMES.get(energy, energy),
         "dispersive_weight": 0.5 if disp else None,
         "epochs": epochs,
         "steps": steps,

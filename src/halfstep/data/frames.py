@@ -88,7 +88,10 @@ class StoreFrames:
         return np.arange(self.frames(key))
 
     def poses(self, key: str) -> tuple[Array, Array]:
-        return tuple(self.store.read_array(self.prefix + key, name) for name in ("position", "yaw"))  # type: ignore[return-value]
+        stored = self.prefix + key
+        if "position" not in self.store.arrays(stored):
+            raise InputError(f"{self.store.location}: {stored} has no poses; navigation needs encoded trajectories")
+        return self.store.read_array(stored, "position"), self.store.read_array(stored, "yaw")
 
 
 class FolderFrames:
@@ -190,16 +193,38 @@ def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameRea
     return SequenceFrames(source.sequences(pixels))
 
 
-def windows(reader: FrameReader, length: int) -> list[tuple[str, int]]:
-    """Key and first frame of every stretch of `length` frames without a gap. Raises InputError when there is none."""
+def open_latents(folder: Path, channels: int, known: LatentSpec | None) -> tuple[FrameReader, LatentSpec]:
+    """Latents for a network of `channels` channels that was trained on latents `known`, None where nobody knows.
+
+    Raises InputError when they are of other channels or another kind.
+    """
+    reader = open_frames(folder)
+    if not reader.keys():
+        raise InputError(f"{folder}: holds no latents; encode something into it first")
+    spec = latents_spec(reader)
+    assert spec is not None  # without pixels only latents are found
+    if spec.channels != channels:
+        raise InputError(
+            f"{folder}: has latents of {spec.channels} channels ({spec.autoencoder}); the model has {channels}"
+        )
+    if known is not None and (differences := spec.differences(known)):
+        raise InputError(f"{folder}: holds other latents than the model was trained on: {'; '.join(differences)}")
+    return reader, spec
+
+
+def windows(reader: FrameReader, length: int, *, step: int = 1) -> list[tuple[str, int]]:
+    """Key and first frame of the stretches of `length` frames without a gap, `step` frames apart.
+
+    Raises InputError when there is none.
+    """
     found = [
         (key, first)
         for key in reader.keys()
         for start, stop in contiguous_runs(reader.numbers(key))
-        for first in range(start, stop - length + 1)
+        for first in range(start, stop - length + 1, step)
     ]
     if not found:
-        raise InputError(f"walks: none has {length} frames in a row; use less context or fewer frames")
+        raise InputError(f"latents: no sequence has {length} frames in a row; use less context or fewer frames")
     return found
 
 

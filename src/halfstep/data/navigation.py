@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from halfstep.errors import InputError
+
 # Action limits in waypoints, x forward and y to the left, that map to [-1, 1].
 ACTION_MIN = np.array([-2.5, -4.0])
 ACTION_MAX = np.array([5.0, 4.0])
@@ -81,6 +83,16 @@ def follow(steps: Float) -> Float:
     x = np.cumsum(steps[..., 0] * np.cos(before) - steps[..., 1] * np.sin(before), axis=-1)
     y = np.cumsum(steps[..., 0] * np.sin(before) + steps[..., 1] * np.cos(before), axis=-1)
     return np.stack([x, y, after], axis=-1)
+
+
+def waypoint_spacing(given: float | None, trained: float | None) -> float:
+    """Metres a waypoint: those that are given, or else those of the training. Raises InputError when nobody says it."""
+    spacing = trained if given is None else given
+    if spacing is None:
+        raise InputError("spacing: the checkpoint does not say the metres of a waypoint; give it")
+    if not spacing > 0:
+        raise InputError(f"spacing: got {spacing}; expected metres above 0")
+    return spacing
 
 
 def to_actions(steps: Float, spacing: float) -> Float:

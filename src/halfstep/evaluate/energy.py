@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import numpy.typing as npt
 import torch
 from sklearn.metrics import roc_auc_score
 
-from halfstep.data.latents import ClipLatents, ImageLatents
-from halfstep.errors import InputError
+from halfstep.data.frames import FrameReader, open_latents, windows
+from halfstep.errors import InputError, NumericsError
 from halfstep.models import EqM, read_checkpoint
 from halfstep.precision import PrecisionPolicy, open_device, prepare
 from halfstep.sampling import energy_score
+from halfstep.spec import LatentSpec
 
 _BATCH = 32
 
@@ -34,32 +36,55 @@ class EnergyReport:
 
 
 def compare_energies(
-    ckpt: Path, data: Path, against: Path | None = None, *, precision: str = "fp32", device: str = "cpu"
+    ckpt: Path, data: Path, against: Path | None = None, *, precision: str = "fp32", device: str = "auto"
 ) -> EnergyReport:
-    """Energies of the latents in store `data`, like those that the model was trained on, and of others in `against`.
-    Raises InputError when the checkpoint is of a model without an energy, or the latents are of another shape."""
-    network = read_checkpoint(ckpt).build()
+    """Energies of the latents in store `data`, like those that the model was trained on, and of others in `against`,
+    of the same number of channels; of an autoencoder's posterior the means.
+
+    Raises InputError when the checkpoint is of a model without an energy, or the latents do not fit it, NumericsError
+    when an energy is not finite.
+    """
+    checkpoint = read_checkpoint(ckpt)
+    network = checkpoint.build()
     if not isinstance(network, EqM):
         raise InputError(f"{ckpt}: is of a CDiT; an EqM trained with an energy has one")
     place = open_device(device)
-    prepare(network.to(place), PrecisionPolicy.parse(precision).resolve(place, "sample"))
-    ours = _energies(network, data, place)
+    policy = PrecisionPolicy.parse(precision).resolve(place, "sample")
+    prepare(network.to(place), policy)
+
+    def energies(path: Path, known: LatentSpec | None) -> npt.NDArray[np.float64]:
+        reader, spec = open_latents(path, network.in_channels, known)
+        found = np.concatenate(
+            [energy_score(network, batch.to(place)).cpu().double().numpy() for batch in _batches(network, reader, spec)]
+        )
+        if not np.isfinite(found).all():
+            raise NumericsError(f"{ckpt}: energies of {path} are not finite in {policy}; try --precision fp32")
+        return found
+
+    ours = energies(data, checkpoint.about.latents)
     report = EnergyReport(len(ours), float(ours.mean()), float(ours.std()))
     if against is None:
         return report
-    others = _energies(network, against, place)
+    others = energies(against, None)
     known = np.concatenate([np.zeros(len(ours)), np.ones(len(others))])
     auroc = float(roc_auc_score(known, np.concatenate([ours, others])))
-    return EnergyReport(
-        report.items, report.mean, report.deviation, len(others), float(others.mean()), float(others.std()), auroc
+    return replace(
+        report,
+        other_items=len(others),
+        other_mean=float(others.mean()),
+        other_deviation=float(others.std()),
+        auroc=auroc,
     )
 
 
-def _energies(network: EqM, path: Path, device: torch.device) -> npt.NDArray[np.float64]:
-    frames = network.num_frames
-    dataset = ImageLatents(path) if frames == 1 else ClipLatents(path, frames)
-    found = []
-    for first in range(0, len(dataset), _BATCH):
-        latents = torch.stack([dataset[i][0] for i in range(first, min(first + _BATCH, len(dataset)))])
-        found.append(energy_score(network, latents.to(device)).cpu().double().numpy())
-    return np.concatenate(found)
+def _batches(network: EqM, reader: FrameReader, spec: LatentSpec) -> Iterator[torch.Tensor]:
+    """Everything that is stored, as the network takes it: [n, C, H, W], or clips [n, C, T, H, W], one after the
+    other. Of a video autoencoder each stored item is a clip already."""
+    frames = network.num_frames if spec.temporal_factor == 1 else 1
+    places = windows(reader, frames, step=frames)
+    for first in range(0, len(places), _BATCH):
+        read = [torch.from_numpy(reader.read(key, n, n + frames)) for key, n in places[first : first + _BATCH]]
+        items = torch.stack([item[0] if frames == 1 else item.transpose(0, 1) for item in read])
+        if items.shape[1:] != network.latent_shape:
+            raise InputError(f"latents: are {list(items.shape[1:])}; the model has {list(network.latent_shape)}")
+        yield items

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from halfstep.data.base import Array
 from halfstep.data.pictures import EXTENSIONS, load_picture
 from halfstep.errors import InputError
+from halfstep.precision import open_device
 
 _BATCH = 32
 _FEATURES = 2048
@@ -30,7 +31,7 @@ class FidReport:
 
 
 def fid(
-    a: Path, b: Path, *, weights: Path | None = None, device: str = "cpu", features: nn.Module | None = None
+    a: Path, b: Path, *, weights: Path | None = None, device: str = "auto", features: nn.Module | None = None
 ) -> FidReport:
     """FID between the pictures of `a` and `b`, each a folder of pictures or an `.npz` with uint8 `arr_0` [N, H, W, 3].
 
@@ -40,10 +41,11 @@ def fid(
     are not there.
     """
     sides = {path: _Pictures(path) for path in (a, b)}
-    metric = _metric(weights, features).to(device)
+    place = open_device(device)
+    metric = _metric(weights, features).to(place)
     for path, real in ((a, True), (b, False)):
         for batch in sides[path]:
-            metric.update(torch.from_numpy(batch).permute(0, 3, 1, 2).to(device), real=real)
+            metric.update(torch.from_numpy(batch).permute(0, 3, 1, 2).to(place), real=real)
     return FidReport(float(metric.compute()), len(sides[a]), len(sides[b]))
 
 
@@ -58,10 +60,10 @@ class _Pictures:
             named = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in EXTENSIONS)
             self._files = [p for p in named if p.name != "contact_sheet.png"]
         elif path.suffix == ".npz" and path.exists():
-            with np.load(path) as arrays:
-                array = arrays.get("arr_0")
-            if array is None or array.dtype != np.uint8 or array.ndim != 4:
-                raise InputError(f"{path}: expected arr_0, uint8 [N, H, W, 3]")
+            array = _array_of(path)
+            if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+                found = "nothing of that name" if array is None else f"{array.dtype} {list(array.shape)}"
+                raise InputError(f"{path}: arr_0: got {found}; expected uint8 [N, H, W, 3]")
             self._array = array
         else:
             raise InputError(f"{path}: expected a folder of pictures or an .npz with arr_0")
@@ -72,14 +74,26 @@ class _Pictures:
         return len(self._files) if self._array is None else len(self._array)
 
     def __iter__(self) -> Iterator[Array]:
-        for first in range(0, len(self), _BATCH):
-            if self._array is not None:
+        if self._array is not None:
+            for first in range(0, len(self), _BATCH):
                 yield self._array[first : first + _BATCH]
-                continue
+            return
+        shape = np.asarray(load_picture(self._files[0])).shape
+        for first in range(0, len(self), _BATCH):
             pictures = [np.asarray(load_picture(path)) for path in self._files[first : first + _BATCH]]
-            if len({picture.shape for picture in pictures}) > 1:
-                raise InputError(f"{self._files[first].parent}: pictures have several sizes; resize them to one")
+            for path, picture in zip(self._files[first:], pictures, strict=False):
+                if picture.shape != shape:
+                    (height, width), (other, wide) = shape[:2], picture.shape[:2]
+                    raise InputError(f"{path}: is {wide}x{other}, others are {width}x{height}; resize them to one size")
             yield np.stack(pictures)
+
+
+def _array_of(path: Path) -> Array | None:
+    try:
+        with np.load(path) as arrays:
+            return arrays.get("arr_0")  # type: ignore[no-any-return]
+    except (OSError, EOFError, ValueError, TypeError, BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read as an .npz ({error})") from error
 
 
 def _metric(weights: Path | None, features: nn.Module | None) -> Any:
@@ -93,9 +107,9 @@ def _metric(weights: Path | None, features: nn.Module | None) -> Any:
         return FrechetInceptionDistance(
             _FEATURES, feature_extractor_weights_path=None if weights is None else str(weights)
         )
-    except (ModuleNotFoundError, ImportError) as error:
+    except ImportError as error:
         raise InputError("fid: needs torch-fidelity beside torchmetrics; pip install torch-fidelity") from error
-    except (URLError, OSError) as error:
+    except OSError as error:
         raise InputError(
             f"fid: the Inception weights are not there and cannot be downloaded ({error}); fetch "
             "pt_inception-2015-12-05-6726825d.pth from torch-fidelity's releases and name it with --weights"

@@ -10,11 +10,14 @@ import torch
 from halfstep.data.base import Array
 from halfstep.errors import InputError
 
+_MOST_DB = 100.0  # so that a mean over frames is finite where nothing moved in one
+
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class PictureMetrics:
-    """Metrics of pairs of pictures, uint8 [N, H, W, 3]: psnr (dB) and ssim, by torchmetrics; lpips (Zhang et al. 2018,
+    """Metrics of pairs of pictures, uint8 [N, H, W, 3]: psnr (dB, at most 100, which equal pictures have) and ssim, by
+    torchmetrics; lpips (Zhang et al. 2018,
     by the package lpips) and dreamsim (Fu et al. 2023, by the package dreamsim) where they are installed, else
     `not_measured` says why not. Raises InputError without torchmetrics."""
 
@@ -27,7 +30,8 @@ class PictureMetrics:
         self.not_measured: dict[str, str] = {}
 
         def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return torch.stack([peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in zip(a, b, strict=True)])
+            each = [peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in zip(a, b, strict=True)]
+            return torch.stack(each).clamp(max=_MOST_DB)
 
         def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             value: Any = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")

@@ -16,14 +16,16 @@ import torch
 
 from halfstep.autoencoders import Autoencoder, load_for
 from halfstep.data.base import contiguous_runs
-from halfstep.data.frames import FrameReader, latents_spec, open_frames, windows
-from halfstep.data.navigation import REL_T_FRAMES, follow, goal_actions, local_steps, to_actions
-from halfstep.errors import InputError
+from halfstep.data.frames import FrameReader, open_latents, windows
+from halfstep.data.navigation import REL_T_FRAMES, follow, goal_actions, local_steps, to_actions, waypoint_spacing
+from halfstep.errors import InputError, NumericsError
 from halfstep.evaluate.pictures import PictureMetrics
 from halfstep.evaluate.planning import cross_entropy_method
 from halfstep.models import CDiT, read_checkpoint
 from halfstep.precision import PrecisionPolicy, open_device, prepare
 from halfstep.sampling import rollout, sample_cdit
+from halfstep.sampling.cdit import make_scheduler
+from halfstep.sampling.noise import own_generator
 
 Float = npt.NDArray[np.float64]
 Scores = dict[str, dict[str, float]]
@@ -33,9 +35,9 @@ _PLANNING = 10**6  # in place of a horizon, for noise that no prediction has
 
 @dataclass(frozen=True)
 class WalkOptions:
-    """What to evaluate. `horizons`: frames ahead; `walks`: how many beginnings, drawn by `seed`. `plans`: of how many
-    of them the way to the frame `plan_steps` ahead is planned, with `candidates` paths in each of `iterations` rounds
-    of the cross-entropy method, the best `elites` of which shape the next."""
+    """What to evaluate. `horizons`: frames ahead; `walks`: how many beginnings, drawn by `seed`, or all where there are
+    fewer. `plans`: of how many of them the way to the frame `plan_steps` ahead is planned, with `candidates` paths in
+    each of `iterations` rounds of the cross-entropy method, the best `elites` of which shape the next."""
 
     ckpt: Path
     data_path: Path
@@ -98,6 +100,7 @@ class _World:
     starts: list[tuple[str, int]]
     steps: Float
     device: torch.device
+    policy: PrecisionPolicy
 
     @property
     def context_size(self) -> int:
@@ -116,20 +119,27 @@ class _World:
         return np.asarray(position[part], np.float64), np.asarray(yaw[part], np.float64).reshape(-1)
 
     def generators(self, numbers: Sequence[int], what: int) -> list[torch.Generator]:
-        seeds = [np.random.SeedSequence((self.options.seed, what, n)).generate_state(1, np.uint64)[0] for n in numbers]
-        return [torch.Generator().manual_seed(int(seed >> 1)) for seed in seeds]
+        return [own_generator(self.options.seed, what, number) for number in numbers]
+
+    def require_finite(self, latents: torch.Tensor, what: str) -> torch.Tensor:
+        """The latents themselves. Raises NumericsError when they are not numbers."""
+        if not bool(torch.isfinite(latents).all()):
+            advice = "the checkpoint is broken" if self.policy.compute == "fp32" else "try --precision fp32"
+            raise NumericsError(f"{self.options.ckpt}: {what} are not finite in {self.policy}; {advice}")
+        return latents
 
 
 def evaluate_walks(options: WalkOptions, on_part: Callable[[int, int], None] = lambda *_: None) -> WalkReport:
     """Evaluate the CDiT of `options.ckpt` on walks of a store with poses; pictures are compared with the decoded real
-    latents. `on_part` hears how many parts of how many are done. Raises InputError when they do not fit together."""
-    world, policy, name = _open(options)
+    latents. `on_part` hears how many parts of how many are done. Raises InputError when they do not fit together,
+    NumericsError when a prediction is not finite."""
+    world, name = _open(options)
     metrics = PictureMetrics(world.device)
     direct: dict[int, list[list[dict[str, float]]]] = {h: [] for h in options.horizons}
     rolled, copied = copy.deepcopy(direct), copy.deepcopy(direct)
-    numbers = list(range(options.walks))
+    numbers = list(range(len(world.starts)))
     batches = [numbers[i : i + options.batch_size] for i in range(0, len(numbers), options.batch_size)]
-    plans = min(options.plans, options.walks)
+    plans = min(options.plans, len(numbers))
     parts = len(batches) * (len(options.horizons) + 1) + plans
     done = 0
     for batch in batches:
@@ -150,6 +160,7 @@ def evaluate_walks(options: WalkOptions, on_part: Callable[[int, int], None] = l
                 steps=options.steps,
                 generators=world.generators(batch, h),
             )
+            world.require_finite(predicted, f"frames {h} ahead")
             direct[h].append(metrics(world.autoencoder.pictures(predicted), real[h]))
             copied[h].append(metrics(last, real[h]))
             on_part(done := done + 1, parts)
@@ -163,6 +174,7 @@ def evaluate_walks(options: WalkOptions, on_part: Callable[[int, int], None] = l
             steps=options.steps,
             generators=world.generators(batch, 0),
         )
+        world.require_finite(walked, "frames of a rollout")
         for h in options.horizons:
             rolled[h].append(metrics(world.autoencoder.pictures(walked[:, h - 1]), real[h]))
         on_part(done := done + 1, parts)
@@ -173,8 +185,8 @@ def evaluate_walks(options: WalkOptions, on_part: Callable[[int, int], None] = l
     plan = PlanScores(*np.mean(scored, axis=0).tolist()) if scored else None
     return WalkReport(
         network=name,
-        policy=str(policy),
-        walks=options.walks,
+        policy=str(world.policy),
+        walks=len(numbers),
         direct=_means(direct),
         rollout=_means(rolled),
         copy=_means(copied),
@@ -203,6 +215,7 @@ def _plan_scores(world: _World, number: int) -> tuple[float, ...]:
                 steps=options.plan_sampling_steps,
                 generators=world.generators([number] * len(part), _PLANNING),
             )
+            world.require_finite(imagined, "imagined frames")
             costs.append((imagined[:, -1] - goal).square().flatten(1).mean(dim=1).double().cpu().numpy())
         return np.concatenate(costs)
 
@@ -222,13 +235,19 @@ def _plan_scores(world: _World, number: int) -> tuple[float, ...]:
         float(np.linalg.norm(ours[-1] - there[-1])),
         float(np.linalg.norm(ours - there, axis=1).mean()),
         float(np.linalg.norm(planned[:, :2] - real[:, :2], axis=1).mean()),
-        float(np.abs(planned[:, 2] - real[:, 2]).mean()),
+        float(np.abs(_wrapped(planned[:, 2] - real[:, 2])).mean()),
         float(np.linalg.norm(simple[-1] - there[-1])),
         float(np.linalg.norm(simple - there, axis=1).mean()),
     )
 
 
-def _open(options: WalkOptions) -> tuple[_World, PrecisionPolicy, str]:
+def _wrapped(angles: Float) -> Float:
+    """The same angles in radians from -pi to pi."""
+    turned: Float = (angles + np.pi) % (2 * np.pi) - np.pi
+    return turned
+
+
+def _open(options: WalkOptions) -> tuple[_World, str]:
     if not options.horizons or min(options.horizons) < 1 or min(options.walks, options.plan_steps) < 1:
         raise InputError("eval nwm: horizons, walks and plan steps are at least 1")
     if not 1 <= options.elites <= options.candidates:
@@ -237,27 +256,20 @@ def _open(options: WalkOptions) -> tuple[_World, PrecisionPolicy, str]:
     network = checkpoint.build()
     if not isinstance(network, CDiT):
         raise InputError(f"{options.ckpt}: is of {checkpoint.about.name}; expected a CDiT")
-    reader = open_frames(options.data_path)
-    spec = latents_spec(reader)
-    assert spec is not None  # without pixels only latents are found
-    known = checkpoint.about.latents
-    if known is not None and (differences := known.differences(spec)):
-        raise InputError(f"{options.data_path}: holds other latents than the model's: {'; '.join(differences)}")
-    spacing = options.spacing or checkpoint.about.spacing
-    if spacing is None:
-        raise InputError("spacing: the checkpoint does not say the metres of a waypoint; give it")
+    reader, spec = open_latents(options.data_path, network.in_channels, checkpoint.about.latents)
+    spacing = waypoint_spacing(options.spacing, checkpoint.about.spacing)
+    make_scheduler(options.sampler, min(options.steps, options.plan_sampling_steps))  # refuse before any work
     longest = max(*options.horizons, options.plan_steps)
     found = windows(reader, network.context_size + longest)
     order = np.random.default_rng(options.seed).permutation(len(found))
-    starts = [found[order[n % len(order)]] for n in range(options.walks)]
-    name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = open_device(name)
+    starts = [found[place] for place in order[: options.walks]]
+    device = open_device(options.device)
     policy = PrecisionPolicy.parse(options.precision).resolve(device, "sample")
     prepare(network.to(device), policy)
     autoencoder = load_for(spec, network.in_channels, options.autoencoder).prepared(device, PrecisionPolicy())
     steps = np.concatenate([local_steps(*(part[a:b] for part in reader.poses(key))) for key, a, b in _runs(reader)])
-    world = _World(options, network, reader, spacing, autoencoder, starts, steps, device)
-    return world, policy, checkpoint.about.name
+    world = _World(options, network, reader, spacing, autoencoder, starts, steps, device, policy)
+    return world, checkpoint.about.name
 
 
 def _runs(reader: FrameReader) -> list[tuple[str, int, int]]:

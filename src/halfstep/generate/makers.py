@@ -13,14 +13,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from halfstep.data.frames import latents_spec, open_frames, windows
-from halfstep.data.navigation import REL_T_FRAMES, local_steps, to_actions
+from halfstep.data.frames import FrameReader, open_latents, windows
+from halfstep.data.navigation import REL_T_FRAMES, local_steps, to_actions, waypoint_spacing
 from halfstep.errors import InputError
 from halfstep.models import About, CDiT, EqM
 from halfstep.sampling import Recorder, rollout, sample_eqm, sample_eqm_ode
-from halfstep.sampling.cdit import SCHEDULERS
+from halfstep.sampling.cdit import SCHEDULERS, make_scheduler
+from halfstep.sampling.noise import own_generator
+from halfstep.spec import LatentSpec
 
 EQM_SAMPLERS = ("gd", "ngd", "euler", "heun")
+_EQM_SAMPLING = ("step_size", "momentum", "guidance_scale", "guidance_channels", "labels", "stop_below")
+_EQM_ONLY = (*_EQM_SAMPLING, "start_from", "start_gamma", "video", "clip_len", "energy")
+_CDIT_ONLY = ("data_path", "frames", "spacing")
 
 Recorders = Callable[[int], Sequence[Recorder]]
 
@@ -31,9 +36,10 @@ class SampleOptions:
 
     `sampler`: gd, ngd (default), euler or heun for EqM; ancestral (default), ddim or dpm++ for CDiT, with `steps` as
     published, 250; gd and ngd make one update less. EqM: `labels` in turn, each a class or several to be composed;
-    `stop_below`, `start_from` (a store or `.pt` tree whose latents are noised to `start_gamma`) as in
-    `halfstep.sampling`. CDiT: `data_path` with walks whose beginnings are context, `frames` to predict. `format`: png,
-    mp4, gif, or npy for latents that are not decoded. Samples depend on `seed` and their number alone.
+    `stop_below` as in `halfstep.sampling`; `start_from`, a store or `.pt` tree whose latents are noised, so that
+    `start_gamma` (0.5) is their share; `video` and `clip_len` of a published checkpoint that does not say it. CDiT:
+    `data_path` with walks whose beginnings are context, `frames` to predict. `format`: png, mp4, gif, or npy for
+    latents that are not decoded. Samples depend on `seed` and their number alone.
     """
 
     ckpt: Path
@@ -50,10 +56,11 @@ class SampleOptions:
     labels: tuple[tuple[int, ...], ...] = ()
     stop_below: float | None = None
     start_from: Path | None = None
-    start_gamma: float = 0.0
+    start_gamma: float | None = None
     data_path: Path | None = None
     frames: int = 8
     spacing: float | None = None
+    video: bool = False
     clip_len: int | None = None
     energy: str | None = None
     ema: bool = True
@@ -92,10 +99,11 @@ class Made:
 class Maker(Protocol):
     """Makes samples by number: sample i is the same in whatever batch it is, but for the last digits, because kernels
     for batches of other sizes round differently. `frames`: of a walk, 1 for EqM; `steps`: of the sampler for all of
-    them."""
+    them; `spec`: of the latents, None when nobody knows."""
 
     frames: int
     steps: int
+    spec: LatentSpec | None
 
     def make(self, numbers: Sequence[int], recorders: Recorders | None, progress: Progress) -> Made:
         """`recorders(s)`: of the s-th frames, one a sample."""
@@ -110,6 +118,7 @@ class EqMMaker:
     frames = 1
 
     def __init__(self, options: SampleOptions, network: EqM, about: About, device: torch.device) -> None:
+        _require_own(options, _CDIT_ONLY, "an EqM")
         self._options, self._network, self._classes, self._device = options, network, about.classes, device
         self._sampler: Any = options.sampler or "ngd"
         if self._sampler not in EQM_SAMPLERS:
@@ -123,15 +132,15 @@ class EqMMaker:
                 raise InputError(f"labels: got {label}; the model has classes 0 to {network.num_classes - 1}")
         if len({len(labels) for labels in options.labels}) > 1:
             raise InputError("labels: some samples have more labels than others; compose the same number in all")
-        self._starts = None if options.start_from is None else _Frames(options.start_from, about)
+        self._starts = _open_starts(options, network, about, below_one=self._ode)
+        self.spec = about.latents if self._starts is None else self._starts.spec
 
     def make(self, numbers: Sequence[int], recorders: Recorders | None, progress: Progress) -> Made:
         options, moving = self._options, [len(numbers)]
         drawn = [self._draw(number) for number in numbers]
         x, y = torch.stack([noise for noise, _ in drawn]), torch.tensor([labels for _, labels in drawn])
         if self._starts is not None:
-            starts = [self._starts.latent(number, self._network.latent_shape) for number in numbers]
-            x = torch.lerp(x, torch.stack(starts), options.start_gamma)
+            x = torch.lerp(x, torch.stack([self._starts.latent(number) for number in numbers]), self._starts.gamma)
 
         def on_update(_: int, still: int) -> None:
             progress.step(len(numbers))
@@ -146,7 +155,8 @@ class EqMMaker:
         }
         x, y = x.to(self._device), (y if y.shape[1] > 1 else y[:, 0]).to(self._device)
         if self._ode:
-            latents = sample_eqm_ode(self._network, x, y, method=self._sampler, start=options.start_gamma, **common)
+            start = 0.0 if self._starts is None else self._starts.gamma
+            latents = sample_eqm_ode(self._network, x, y, method=self._sampler, start=start, **common)
         else:
             latents = sample_eqm(
                 self._network,
@@ -170,27 +180,67 @@ class EqMMaker:
         """Noise and labels of a sample."""
         generator = own_generator(self._options.seed, number)
         noise = torch.randn(self._network.latent_shape, generator=generator)
-        drawn = int(torch.randint(self._network.num_classes, (), generator=generator))
-        given = self._options.labels
-        return noise, list(given[number % len(given)]) if given else [drawn]
+        given, classes = self._options.labels, self._network.num_classes
+        if given:
+            return noise, list(given[number % len(given)])
+        return noise, [int(torch.randint(classes, (), generator=generator)) if classes else 0]
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """Latents of `shape` to start from, and their share `gamma`, the rest being noise."""
+
+    path: Path
+    reader: FrameReader
+    spec: LatentSpec
+    keys: list[str]
+    shape: tuple[int, ...]
+    gamma: float
+
+    def key(self, number: int) -> str:
+        """The sequence that a sample starts from, beginning again after the last."""
+        return self.keys[number % len(self.keys)]
+
+    def latent(self, number: int) -> torch.Tensor:
+        """The sequence's first frame [C, H, W], or for a model of video as many as it has [C, T, H, W]."""
+        key, frames = self.key(number), self.shape[1] if len(self.shape) == 4 else 1
+        values = self.reader.read(key, 0, min(frames, self.reader.frames(key)))
+        latent = values[0] if values.ndim == 5 or len(self.shape) == 3 else values.swapaxes(0, 1)
+        if latent.shape != self.shape:
+            raise InputError(f"{self.path}: {key} gives {list(latent.shape)}; the model needs {list(self.shape)}")
+        return torch.from_numpy(np.ascontiguousarray(latent))
+
+
+def _open_starts(options: SampleOptions, network: EqM, about: About, *, below_one: bool) -> _Starts | None:
+    if options.start_from is None:
+        if options.start_gamma is not None:
+            raise InputError("start_gamma: is the share of latents to start from; give start_from too")
+        return None
+    gamma = 0.5 if options.start_gamma is None else options.start_gamma
+    if not 0 <= gamma <= 1 or (below_one and gamma == 1):
+        raise InputError(f"start_gamma: got {gamma}; expected 0 to 1, and below 1 for the flow's ODE")
+    reader, spec = open_latents(options.start_from, network.in_channels, about.latents)
+    return _Starts(options.start_from, reader, spec, reader.keys(), network.latent_shape, gamma)
 
 
 class WalkMaker:
     """Walks from real context frames, along the real actions."""
 
     def __init__(self, options: SampleOptions, network: CDiT, about: About, device: torch.device) -> None:
+        _require_own(options, _EQM_ONLY, "a CDiT")
         self._options, self._network, self._device = options, network, device
         self._scheduler: Any = options.sampler or "ancestral"
         if self._scheduler not in SCHEDULERS:
             raise InputError(f"sampler: got {self._scheduler!r}; CDiT has {', '.join(SCHEDULERS)}")
         if options.data_path is None:
             raise InputError("data_path: not given; a CDiT walks on from the frames of a store with poses")
-        spacing = options.spacing or about.spacing
-        if spacing is None:
-            raise InputError("spacing: the checkpoint does not say the metres of a waypoint; give it")
-        self._spacing, self.frames, self.steps = spacing, options.frames, options.steps * options.frames
-        self._walks = _Frames(options.data_path, about)
-        self._starts = windows(self._walks.reader, network.context_size + options.frames)
+        make_scheduler(self._scheduler, options.steps)  # which refuses what it cannot do
+        self._spacing = waypoint_spacing(options.spacing, about.spacing)
+        self.frames, self.steps = options.frames, options.steps * options.frames
+        self.spec: LatentSpec | None
+        self._walks, self.spec = open_latents(options.data_path, network.in_channels, about.latents)
+        self._starts = windows(self._walks, network.context_size + options.frames)
+        self._walks.poses(self._starts[0][0])
         order = np.random.default_rng(options.seed).permutation(len(self._starts))
         self._order = [int(place) for place in order]
 
@@ -199,8 +249,8 @@ class WalkMaker:
         context_size = self._network.context_size
         for number in numbers:
             key, first = self._start(number)
-            found.append(torch.from_numpy(self._walks.reader.read(key, first, first + context_size + self.frames)))
-            position, yaw = self._walks.reader.poses(key)
+            found.append(torch.from_numpy(self._walks.read(key, first, first + context_size + self.frames)))
+            position, yaw = self._walks.poses(key)
             path = slice(first + context_size - 1, first + context_size + self.frames)
             steps = local_steps(position[path], yaw[path])
             actions.append(torch.from_numpy(to_actions(steps, self._spacing)).float())
@@ -220,45 +270,16 @@ class WalkMaker:
 
     def facts(self, number: int) -> dict[str, Any]:
         key, first = self._start(number)
-        return {"walk": key, "frame": int(self._walks.reader.numbers(key)[first + self._network.context_size - 1])}
+        return {"walk": key, "frame": int(self._walks.numbers(key)[first + self._network.context_size - 1])}
 
     def _start(self, number: int) -> tuple[str, int]:
         """The walk and its first context frame that a sample begins with."""
         return self._starts[self._order[number % len(self._order)]]
 
 
-class _Frames:
-    """Frames to start from, of the latents that the network knows."""
-
-    def __init__(self, path: Path, about: About) -> None:
-        self.path, self.reader = path, open_frames(path)
-        spec = latents_spec(self.reader)
-        assert spec is not None  # without pixels only latents are found
-        if spec.channels != about.config["in_channels"]:
-            raise InputError(
-                f"{path}: has latents of {spec.channels} channels ({spec.autoencoder}); the model is of "
-                f"{about.config['in_channels']}"
-            )
-        if about.latents is not None and (differences := about.latents.differences(spec)):
-            raise InputError(f"{path}: holds other latents than the model was trained on: {'; '.join(differences)}")
-        self._keys = self.reader.keys()
-
-    def key(self, number: int) -> str:
-        """The sequence `number`, beginning again after the last."""
-        return self._keys[number % len(self._keys)]
-
-    def latent(self, number: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """The sequence's first frame [C, H, W], or for a model of video as many as it has [C, T, H, W]."""
-        key = self.key(number)
-        frames = shape[1] if len(shape) == 4 else 1
-        values = self.reader.read(key, 0, min(frames, self.reader.frames(key)))
-        latent = values[0] if values.ndim == 5 or len(shape) == 3 else values.swapaxes(0, 1)
-        if latent.shape != shape:
-            raise InputError(f"{self.path}: {key} gives {list(latent.shape)}; the model needs {list(shape)}")
-        return torch.from_numpy(np.ascontiguousarray(latent))
-
-
-def own_generator(seed: int, number: int) -> torch.Generator:
-    """On the CPU, so that every device starts from the same noise."""
-    state = np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))
+def _require_own(options: SampleOptions, foreign: tuple[str, ...], network: str) -> None:
+    """Raise InputError for an option that is of the other network."""
+    silent = SampleOptions(options.ckpt, options.output)
+    for name in foreign:
+        if getattr(options, name) != getattr(silent, name):
+            raise InputError(f"{name}: is not an option of {network}")

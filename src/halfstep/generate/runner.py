@@ -25,7 +25,7 @@ from halfstep.generate.config import GenerateConfig, VideoSettings
 from halfstep.generate.outputs import write_picture, write_video
 from halfstep.generate.pipeline import Generator, load_generator
 from halfstep.generate.template import expand_template
-from halfstep.precision import PrecisionPolicy
+from halfstep.precision import PrecisionPolicy, open_device
 from halfstep.sampling import record
 from halfstep.store import TrajectoryStore
 from halfstep.store.commit import alone, store_errors, write_durably
@@ -94,8 +94,7 @@ def _generate(
     on_step: Callable[[str, int, int], None],
 ) -> GenerateReport:
     started = time.monotonic()
-    device = config.model_settings.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = str(open_device(config.model_settings.device))
     policy = _claim(output, config, template, runs, resume, device)
     done = {run.key for run in runs if _status(output, run) == "complete"}
     report = GenerateReport(str(output), str(policy), skipped=[run.key for run in runs if run.key in done])

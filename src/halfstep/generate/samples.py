@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from halfstep.autoencoders import Autoencoder, load_for
-from halfstep.errors import InputError, NumericsError
+from halfstep.errors import InputError, NumericsError, StoreError
 from halfstep.generate.makers import EqMMaker, Made, Maker, Progress, Recorders, SampleOptions, WalkMaker
 from halfstep.generate.outputs import (
     Pixels,
@@ -36,9 +36,10 @@ from halfstep.generate.outputs import (
     write_picture,
     write_video,
 )
-from halfstep.models import About, Checkpoint, EqM, read_checkpoint
+from halfstep.models import Checkpoint, EqM, read_checkpoint
 from halfstep.precision import PrecisionPolicy, open_device, prepare, usable
 from halfstep.sampling import NullRecorder, Recorder, StoreRecorder
+from halfstep.spec import LatentSpec
 from halfstep.store import TrajectoryStore
 from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.team import Team
@@ -46,8 +47,10 @@ from halfstep.team import Team
 _SHEET = 64  # samples on the contact sheet
 _FORMATS = ("png", "mp4", "gif", "npy")
 _PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # of the published checkpoints, which do not say it
-# What may differ when the same folder is filled further.
-_MAY_GROW = ("number", "device", "output")
+_PUBLISHED_CLIP = 16  # frames, as the published commands have it
+# What may differ when the same folder is filled further; instead of the precision the policy is kept that it gave.
+_MAY_GROW = ("number", "device", "output", "precision")
+_OURS = ("samples.json", "samples.npz", "contact_sheet.png", "runs")
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,18 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
     with Team.join() as team, ExitStack() as stack:
         device = open_device(team.device(options.device))
         checkpoint = _read(options)
-        wanted_policy = PrecisionPolicy.parse(options.precision)
-        policy, line = team.on_leader(lambda: usable(wanted_policy.resolve(device, "sample"), device, "sample"))
-        if line is not None and not wanted_policy.is_auto and team.leads:
+        policy, line = team.on_leader(lambda: _policy(options, device))
+        if line is not None and team.leads:
             progress.note(line)
-        writer = _Writer(options, _autoencoder(options, checkpoint.about, device))
-        network = prepare(checkpoint.build(ema=options.ema).to(device), policy)
-        make: type[EqMMaker] | type[WalkMaker] = EqMMaker if isinstance(network, EqM) else WalkMaker
-        maker: Maker = make(options, network, checkpoint.about, device)  # type: ignore[arg-type]
+        network = checkpoint.build(ema=options.ema).to(device)
+        prepare(network, policy)
+        maker: Maker
+        if isinstance(network, EqM):
+            maker = EqMMaker(options, network, checkpoint.about, device)
+        else:
+            maker = WalkMaker(options, network, checkpoint.about, device)
+        autoencoder = _autoencoder(options, maker.spec, network.in_channels, progress if team.leads else Progress())
+        writer = _Writer(options, None if autoencoder is None else autoencoder.prepared(device, PrecisionPolicy()))
         team.on_leader(lambda: stack.enter_context(alone(options.output)))
         team.on_leader(lambda: _claim(options, checkpoint, policy))
         store = TrajectoryStore.create(options.output / "runs") if options.record else None
@@ -95,16 +102,22 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
         there = team.on_leader(lambda: sum(map(writer.is_there, range(options.number))))
         mine = missing[team.rank :: team.size]
         progress.start(sum(map(len, mine)), maker.steps)
-        started, updates = time.monotonic(), []
-        for batch in mine:
-            # The last batch is as full as all others: kernels for other sizes may round differently.
-            wanted = [number for number in batch if number < options.number]
-            with _recording(store, maker, batch, wanted, options, policy) as recorders:
-                made = maker.make(batch, recorders, progress)
-                _require_finite(made, batch, policy)
-            writer.write(wanted, made)
-            updates += [made.updates] * len(wanted)
-        everyone = [count for part in team.gather(lambda: updates) for count in part]
+
+        def make_mine() -> list[float]:
+            """The number of updates of each sample."""
+            updates: list[float] = []
+            for batch in mine:
+                # The last batch is as full as all others: kernels for other sizes may round differently.
+                wanted = [number for number in batch if number < options.number]
+                with _recording(store, maker, batch, wanted, options, policy) as recorders:
+                    made = maker.make(batch, recorders, progress)
+                    _require_finite(made, batch, policy)
+                writer.write(wanted, made)
+                updates += [made.updates] * len(wanted)
+            return updates
+
+        started = time.monotonic()
+        everyone = [count for part in team.gather(make_mine) for count in part]
         seconds = time.monotonic() - started
         report = SampleReport(
             output=str(options.output),
@@ -115,7 +128,8 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
             samples_per_second=round(len(everyone) / seconds, 3) if everyone else None,
             updates=round(float(np.mean(everyone)), 1) if everyone else None,
         )
-        return team.on_leader(lambda: writer.finish(maker, report))
+        pictures = isinstance(network, EqM) and len(network.latent_shape) == 3
+        return team.on_leader(lambda: writer.finish(maker, report, pictures=pictures))
 
 
 class _Writer:
@@ -145,8 +159,8 @@ class _Writer:
             else:
                 self._write_one(number, pixels)
 
-    def finish(self, maker: Maker, report: SampleReport) -> SampleReport:
-        """What is made of all samples together."""
+    def finish(self, maker: Maker, report: SampleReport, *, pictures: bool) -> SampleReport:
+        """What is made of all samples together; `pictures`: each is one, not a clip or a walk."""
         path, numbers = self._folder / "samples.json", range(self._options.number)
         content = json.loads(path.read_text())
         content["samples"] = [{"sample": number, **maker.facts(number)} for number in numbers]
@@ -157,7 +171,7 @@ class _Writer:
         shown = [self._shown(number) for number in numbers[:_SHEET]]
         write_picture(self._folder / "contact_sheet.png", contact_sheet(shown))
         report = replace(report, contact_sheet=str(self._folder / "contact_sheet.png"))
-        if not self._path(0, "png").exists() or maker.frames > 1:
+        if not (pictures and self._path(0, "png").exists()):
             return report
         shape = np.asarray(Image.open(self._path(0, "png"))).shape
         rows = (np.asarray(Image.open(self._path(number, "png"))) for number in numbers)
@@ -206,45 +220,77 @@ class _Writer:
 
 
 def _read(options: SampleOptions) -> Checkpoint:
-    known = {"num_frames": options.clip_len, "energy": options.energy}
     if options.format not in (None, *_FORMATS):
         raise InputError(f"format: got {options.format!r}; expected one of {', '.join(_FORMATS)}")
-    if options.number < 1 or options.batch_size < 1 or options.steps < 2:
-        raise InputError("sample: number and batch size are at least 1, steps at least 2")
-    checkpoint = read_checkpoint(options.ckpt, **known)
+    if options.number < 1 or options.batch_size < 1 or options.steps < 2 or options.frames < 1:
+        raise InputError("sample: number, batch size and frames are at least 1, steps at least 2")
+    if options.clip_len is not None and not options.video:
+        raise InputError("clip_len: is of video; add video")
+    checkpoint = read_checkpoint(options.ckpt, num_frames=options.clip_len, energy=options.energy)
+    if options.video and options.clip_len is None and checkpoint.about.config.get("num_frames") == 1:
+        checkpoint = read_checkpoint(options.ckpt, num_frames=_PUBLISHED_CLIP, energy=options.energy)
     if options.model is not None and options.model != checkpoint.about.name:
         raise InputError(f"{options.ckpt}: holds {checkpoint.about.name}, not {options.model}")
     return checkpoint
 
 
-def _autoencoder(options: SampleOptions, about: About, device: torch.device) -> Autoencoder | None:
+def _policy(options: SampleOptions, device: torch.device) -> tuple[PrecisionPolicy, str | None]:
+    """That which is asked for, or for `auto` that of the samples which are there; and what should be said of it."""
+    wanted = PrecisionPolicy.parse(options.precision)
+    before = _settings(options.output)
+    if wanted.is_auto and before is not None:
+        return usable(PrecisionPolicy.parse(before["policy"]), device, "sample")
+    policy, line = usable(wanted.resolve(device, "sample"), device, "sample")
+    return policy, None if wanted.is_auto else line
+
+
+def _autoencoder(
+    options: SampleOptions, spec: LatentSpec | None, channels: int, progress: Progress
+) -> Autoencoder | None:
     """That which the latents are of; None when they are not to be decoded."""
     if options.format == "npy":
         return None
-    channels = about.config["in_channels"]
-    published = _PUBLISHED_AUTOENCODER if about.latents is None and channels == 4 else None
-    loaded = load_for(about.latents, channels, options.autoencoder or published)
-    return loaded.prepared(device, PrecisionPolicy())
+    name = options.autoencoder
+    if name is None and spec is None and channels == 4:
+        name = _PUBLISHED_AUTOENCODER
+        progress.note(f"{options.ckpt}: does not say its autoencoder; {name} decodes, as published")
+    return load_for(spec, channels, name)
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """Settings of the samples in a folder; None where there is no sample yet.
+
+    Raises InputError when samples.json is not of this package.
+    """
+    path = folder / "samples.json"
+    if not path.exists():
+        return None
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not tell the settings of samples ({error}); name a new folder") from error
+    begun = any(found.stem.isdecimal() and found.suffix[1:] in _FORMATS for found in folder.iterdir())
+    return settings if begun else None
 
 
 def _claim(options: SampleOptions, checkpoint: Checkpoint, policy: PrecisionPolicy) -> None:
-    """Hold the folder's settings against these, or write them into one that is new."""
+    """Hold these settings against those of the samples that are there, or write them where there are none yet."""
     folder = options.output
-    wanted = {name: value for name, value in asdict(options).items() if name not in _MAY_GROW}
+    given = {name: value for name, value in asdict(options).items() if name not in _MAY_GROW}
     # A run may have been trained on since: its samples would be of two networks.
-    resolved = {**wanted, "ckpt": checkpoint.path, "policy": str(policy)}
-    wanted = json.loads(json.dumps(resolved, default=str))
-    path = folder / "samples.json"
-    if path.exists():
-        there = json.loads(path.read_text())["settings"]
+    given |= {"ckpt": checkpoint.path, "policy": str(policy)}
+    whole = {name: value.resolve() if isinstance(value, Path) else value for name, value in given.items()}
+    wanted = json.loads(json.dumps(whole, default=str))
+    there = _settings(folder)
+    if there is not None:
         changed = [f"{n} {there.get(n)!r}, not {wanted[n]!r}" for n in wanted if there.get(n) != wanted[n]]
         if changed:
             raise InputError(f"{folder}: holds samples of other settings ({'; '.join(changed)}); name a new folder")
-    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+        return
+    if any(path.name not in _OURS and not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"{folder}: holds something that is not samples; name a new folder")
-    else:
-        with store_errors(path):
-            write_durably(path, json.dumps({"settings": wanted, "samples": []}, indent=1).encode())
+    with store_errors(folder):
+        write_durably(folder / "samples.json", json.dumps({"settings": wanted, "samples": []}, indent=1).encode())
 
 
 @contextmanager
@@ -256,26 +302,38 @@ def _recording(
     options: SampleOptions,
     policy: PrecisionPolicy,
 ) -> Iterator[Recorders | None]:
-    """A recorder for each frame of each sample, finished when all went well; those that only fill the batch are not
-    kept."""
+    """Recorders of each frame of each sample, finished when all went well; samples that only fill the batch are not
+    kept. Raises StoreError when a recording is not whole."""
     if store is None:
         yield None
         return
+    keys: list[str] = []
     with ExitStack() as stack:
-        made: dict[tuple[int, int], Recorder] = {}
-        for number in wanted:
-            for frame in range(maker.frames):
+
+        def of_frame(frame: int) -> list[Recorder]:
+            stack.close()  # which finishes those of the frame before
+            made: dict[int, Recorder] = {}
+            for number in wanted:
                 key = f"{number:06d}" if maker.frames == 1 else f"{number:06d}-{frame:03d}"
                 if key in store:  # of a call that was interrupted; the same seed makes the same steps again
                     store.remove(key)
                 noted: dict[str, Any] = {"seed": options.seed, "sample": number, "guidance": options.guidance_scale}
                 recorder = StoreRecorder(store, key, model=str(options.ckpt), policy=str(policy), **noted)
-                made[number, frame] = stack.enter_context(recorder)
-        silent = NullRecorder()
-        yield lambda frame: [made.get((number, frame), silent) for number in batch]
+                made[number] = stack.enter_context(recorder)
+                keys.append(key)
+            return [made.get(number, NullRecorder()) for number in batch]
+
+        yield of_frame
+    for key in keys:
+        if not store[key].attributes["complete"]:
+            problems = "; ".join(store[key].problems)
+            raise StoreError(
+                f"{store.root}/{key}: was not recorded whole ({problems}); the same command makes its sample again"
+            )
 
 
 def _require_finite(made: Made, batch: range, policy: PrecisionPolicy) -> None:
     bad = [n for n, latent in zip(batch, made.latents, strict=True) if not torch.isfinite(latent).all()]
     if bad:
-        raise NumericsError(f"sample {bad[0]} is not finite in {policy}; use --precision fp32, or a smaller step")
+        advice = "smaller steps" if policy.compute == "fp32" else "--precision fp32"
+        raise NumericsError(f"sample {bad[0]} is not finite in {policy}; try {advice}")

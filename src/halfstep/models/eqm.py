@@ -34,6 +34,7 @@ from halfstep.models.layers import (
 )
 
 Energy = Literal["none", "l2", "dot"]
+ENERGY_NAMES: dict[str, Energy] = {"none": "none", "l2": "l2", "dot": "dot", "mean": "dot"}  # as published; two are one
 
 # The published sizes: depth, width, heads. A name is EqM-<size>/<patch>.
 EQM_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

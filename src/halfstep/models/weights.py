@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from halfstep.errors import InputError, some
 from halfstep.models.cdit import CDIT_SIZES, CDiT
-from halfstep.models.eqm import EQM_SIZES, EqM
+from halfstep.models.eqm import ENERGY_NAMES, EQM_SIZES, EqM
 from halfstep.spec import LatentSpec
 
 Network = EqM | CDiT
@@ -235,8 +235,8 @@ def _from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "uncond" in arguments:
         found["uncond"] = bool(arguments["uncond"])
-    if arguments.get("ebm") in ("none", "l2", "dot", "mean"):
-        found["energy"] = "dot" if arguments["ebm"] == "mean" else arguments["ebm"]  # they are the same
+    if arguments.get("ebm") in ENERGY_NAMES:
+        found["energy"] = ENERGY_NAMES[arguments["ebm"]]
     if arguments.get("video") and arguments.get("clip_len"):
         found["num_frames"] = int(arguments["clip_len"])
     return found

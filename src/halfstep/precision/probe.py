@@ -164,7 +164,10 @@ def tf32(enabled: bool) -> Iterator[None]:
 
 
 def open_device(device: str | torch.device) -> torch.device:
-    """The device, once torch has put a tensor on it. Raises InputError when it cannot."""
+    """The device, `auto` for a GPU where there is one, once torch has put a tensor on it. Raises InputError when it
+    cannot."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
         torch.empty(1, device=target)

@@ -14,7 +14,8 @@ import torch
 
 from halfstep.errors import InputError
 from halfstep.models import CDiT
-from halfstep.sampling.recorder import Recorder, Step
+from halfstep.sampling.noise import draw
+from halfstep.sampling.recorder import Recorder, Step, one_each
 
 Scheduler = Literal["ancestral", "ddim", "dpm++"]
 SCHEDULERS = ("ancestral", "ddim", "dpm++")
@@ -24,29 +25,31 @@ TIMESTEPS = 1000
 def make_scheduler(name: str, steps: int) -> Any:
     """The library's scheduler for `steps` of the 1000 timesteps, spread evenly from the last on.
 
-    ancestral: Ho et al. 2020 with the learned range of variances (Nichol and Dhariwal 2021); ddim: Song et al. 2021,
-    without noise; dpm++: Lu et al. 2022, second order, multistep. Raises InputError for another name.
+    ancestral: Ho et al. 2020 with the learned range of variances (Nichol and Dhariwal 2021), at least 2 steps; ddim:
+    Song et al. 2021, without noise; dpm++: Lu et al. 2022, second order, multistep. Raises InputError for another name
+    or number of steps.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
+    fewest = 2 if name == "ancestral" else 1
+    if name not in SCHEDULERS:
+        raise InputError(f"sampler: got {name!r}; expected one of {', '.join(SCHEDULERS)}")
+    if not fewest <= steps <= TIMESTEPS:
+        raise InputError(f"steps: got {steps}; expected {fewest} to {TIMESTEPS}")
     common = {
         "num_train_timesteps": TIMESTEPS,
         "beta_start": 1e-4,
         "beta_end": 0.02,
         "beta_schedule": "linear",
-        "timestep_spacing": "linspace",
     }
     if name == "ancestral":
-        scheduler = DDPMScheduler(**common, variance_type="learned_range", clip_sample=False)
-    elif name == "ddim":
-        # The library's DDIM goes back 1000 / steps timesteps each time; only "trailing" ones lie as far apart.
-        scheduler = DDIMScheduler(**{**common, "timestep_spacing": "trailing"}, clip_sample=False)
-    elif name == "dpm++":
-        scheduler = DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2)
+        library = {"variance_type": "learned_range", "clip_sample": False, "timestep_spacing": "linspace"}
+        scheduler = DDPMScheduler(**common, **library)
     else:
-        raise InputError(f"sampler: got {name!r}; expected one of {', '.join(SCHEDULERS)}")
-    if not 1 <= steps <= TIMESTEPS:
-        raise InputError(f"steps: got {steps}; expected 1 to {TIMESTEPS}")
+        # DDIM is DPM-Solver++ of first order (Lu et al. 2022, section 5). The library's own DDIM goes back a whole
+        # number of timesteps, 1000 // steps, and loses its way where 1000 is no multiple.
+        library = {"algorithm_type": "dpmsolver++", "solver_order": 1 if name == "ddim" else 2}
+        scheduler = DPMSolverMultistepScheduler(**common, **library, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -70,10 +73,9 @@ def sample_cdit(
     `on_step` hears the number of each step that is done. Raises InputError for an unknown scheduler, or when generators
     or recorders are not N.
     """
-    recorders = [] if recorder is None else list(recorder) if isinstance(recorder, Sequence) else [recorder]
-    for what, given in (("generators", generators), ("recorders", recorders)):
-        if len(given) != len(x_cond) and (what == "generators" or given):
-            raise InputError(f"{what}: got {len(given)} for {len(x_cond)} samples; give one each")
+    recorders = one_each(recorder, len(x_cond))
+    if len(generators) != len(x_cond):
+        raise InputError(f"generators: got {len(generators)} for {len(x_cond)} samples; give one each")
     library = make_scheduler(scheduler, steps)
     device = x_cond.device
     more = {"generator": list(generators)} if scheduler == "ancestral" else {}
@@ -131,11 +133,6 @@ def rollout(
 
 def _after(before: int, on_step: Callable[[int], None], step: int) -> None:
     on_step(before + step)
-
-
-def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Standard normal noise [N, *shape], fp32, each sample from its own generator."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def _record(recorders: Sequence[Recorder], library: Any, k: int, t: torch.Tensor | None, x: torch.Tensor) -> None:

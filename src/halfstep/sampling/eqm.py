@@ -15,7 +15,7 @@ import torch
 from halfstep.errors import InputError
 from halfstep.models import EqM
 from halfstep.models.eqm import gradient_magnitude
-from halfstep.sampling.recorder import Recorder, Step
+from halfstep.sampling.recorder import Recorder, Step, one_each
 
 Sampler = Literal["gd", "ngd"]
 OdeMethod = Literal["euler", "heun"]
@@ -45,11 +45,12 @@ def sample_eqm(
     sample is done when the root mean square of its field is below it, and costs nothing any more (section 4.3, adaptive
     compute). Without time the condition is computed once. `recorder` takes every state, one recorder a sample; as noise
     level it sees the share of updates still to make. `on_update` hears after each update its number and how many
-    samples still move. Raises InputError for an unknown sampler or a number of recorders that is not N.
+    samples still move. Raises InputError for an unknown sampler, no updates, or a number of recorders that is not N.
     """
     if sampler not in ("gd", "ngd"):
         raise InputError(f"sampler: got {sampler!r}; expected gd or ngd")
-    recorders = _recorders(recorder, len(x))
+    _require_updates(updates)
+    recorders = one_each(recorder, len(x))
     with torch.no_grad():
         x = x.float().clone()
         field_at = _Field(model, y, guidance_scale, guidance_channels)
@@ -95,9 +96,10 @@ def sample_eqm_ode(
     """
     if method not in ("euler", "heun"):
         raise InputError(f"sampler: got {method!r}; expected euler or heun")
+    _require_updates(updates)
     if not 0 <= start < 1:
         raise InputError(f"start: got {start}; expected a share of the way from noise to data, 0 or more, below 1")
-    recorders = _recorders(recorder, len(x))
+    recorders = one_each(recorder, len(x))
     gammas = [start + (1 - start) * k / updates for k in range(updates + 1)]
     with torch.no_grad():
         x = x.float()
@@ -153,11 +155,9 @@ class _Field:
         return field.float()
 
 
-def _recorders(recorder: Recorder | Sequence[Recorder] | None, samples: int) -> list[Recorder]:
-    recorders = [] if recorder is None else list(recorder) if isinstance(recorder, Sequence) else [recorder]
-    if recorders and len(recorders) != samples:
-        raise InputError(f"recorder: got {len(recorders)} for {samples} samples; give one each")
-    return recorders
+def _require_updates(updates: int) -> None:
+    if updates < 1:
+        raise InputError(f"updates: got {updates}; expected 1 or more")
 
 
 def _record(

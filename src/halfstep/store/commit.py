@@ -119,9 +119,11 @@ def alone(folder: Path, lock_name: str = ".lock") -> Iterator[FileLock]:
             raise StoreBusyError(
                 f"{folder}: is being written by another process; wait for it to end, then run the same command again"
             )
-        yield lock
+        try:
+            yield lock
+        finally:
+            if created and folder.exists() and list(folder.iterdir()) == [lock.path]:
+                lock.path.unlink()
+                folder.rmdir()
     finally:
-        if created and list(folder.iterdir()) == [lock.path]:
-            lock.path.unlink()
-            folder.rmdir()
         lock.release()
