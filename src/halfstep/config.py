@@ -27,8 +27,8 @@ def load_yaml(path: Path, kind: type[T], settings: Sequence[str] = ()) -> T:
     Raises InputError with the dotted path of the first fault."""
     try:
         content: Any = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
     return validate(with_settings(content, settings), kind, path)
@@ -56,9 +56,9 @@ def validate(content: Any, kind: type[T], path: Path | str) -> T:
     except ValidationError as error:
         # A misspelt key explains one that is missing; the deepest fault is of the kind that was meant.
         first = min(error.errors(), key=lambda found: (found["type"] != "extra_forbidden", -len(found["loc"])))
-        place = ".".join(map(str, first["loc"])) or "top level"
+        place = ".".join(map(str, _walk(kind, first["loc"])[1])) or "top level"
         if first["type"] == "extra_forbidden":
-            known = _known_keys(kind, first["loc"][:-1])
+            known, _ = _walk(kind, first["loc"][:-1])
             near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
             raise InputError(f"{path}: {place}: unknown key; {hint}") from error
@@ -66,7 +66,9 @@ def validate(content: Any, kind: type[T], path: Path | str) -> T:
             raise InputError(f"{path}: {first['ctx']['error']}") from error
         if first["type"] == "missing":
             raise InputError(f"{path}: {place}: is not given") from error
-        raise InputError(f"{path}: {place}: got {first['input']!r}; {first['msg'].lower()}") from error
+        raise InputError(
+            f"{path}: {place}: got {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}"
+        ) from error
 
 
 def _put(content: Any, names: list[str], value: Any) -> Any:
@@ -76,13 +78,21 @@ def _put(content: Any, names: list[str], value: Any) -> Any:
     return {**inner, names[0]: _put(inner.get(names[0]), names[1:], value)}
 
 
-def _known_keys(kind: Any, place: tuple[int | str, ...]) -> list[str]:
-    """The keys that `kind` has at `place`."""
+def _walk(kind: Any, place: tuple[int | str, ...]) -> tuple[list[str], list[int | str]]:
+    """The keys that `kind` has at `place`, and `place` without the names of the alternatives of a union, which pydantic
+    puts in and nobody wrote."""
     if get_origin(kind) in (Union, UnionType):
-        return [key for part in get_args(kind) for key in _known_keys(part, place)]
+        parts = get_args(kind)
+        if place and (chosen := [part for part in parts if getattr(part, "__name__", None) == place[0]]):
+            return _walk(chosen[0], place[1:])
+        return [key for part in parts for key in _walk(part, place)[0]], list(place)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         if not place:
-            return list(kind.model_fields)
+            return list(kind.model_fields), []
         field = kind.model_fields.get(str(place[0]))
-        return [] if field is None else _known_keys(field.annotation, place[1:])
-    return _known_keys(get_args(kind)[-1], place[1:]) if place and get_args(kind) else []
+        keys, names = ([], list(place[1:])) if field is None else _walk(field.annotation, place[1:])
+        return keys, [place[0], *names]
+    if place and get_args(kind):
+        keys, names = _walk(get_args(kind)[-1], place[1:])
+        return keys, [place[0], *names]
+    return [], list(place)

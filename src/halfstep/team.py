@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,6 @@ import torch.distributed as dist
 from halfstep.errors import HalfstepError
 
 T = TypeVar("T")
-
-# Never dropped: the destructor of a group waits for its threads, which may wait for the interpreter that it holds. See
-# also `leave`.
-_GROUPS: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -33,19 +29,17 @@ class Team:
     @classmethod
     @contextmanager
     def join(cls) -> Iterator[Team]:
-        """The team that torchrun's environment describes."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        """The team that torchrun's environment describes, for as long as the process lives: ask again and it is the
+        same. A program that was part of one ends with `leave`."""
+        size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
         if size == 1:
             yield cls()
             return
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # Ranks finish hours apart on an uneven load.
-        dist.init_process_group(backend, timeout=timedelta(days=7))
-        _GROUPS.append(dist.group.WORLD)
-        try:
-            yield cls(dist.get_rank(), size)
-        finally:
-            dist.destroy_process_group()
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            # Ranks finish hours apart on an uneven load.
+            dist.init_process_group(backend, timeout=timedelta(days=7))
+        yield cls(dist.get_rank(), size)
 
     @property
     def leads(self) -> bool:
@@ -55,10 +49,12 @@ class Team:
     def local_rank(self) -> int:
         return int(os.environ.get("LOCAL_RANK", "0"))
 
-    def device(self, name: str) -> str:
-        """The device of this process: of `auto` and `cuda` the GPU that is its turn."""
+    def device(self, name: str, *, shared: bool = False) -> str:
+        """The device of this process: of `auto` and `cuda` the GPU of its own; with `shared` others may have the same,
+        where there are fewer than processes."""
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-            return f"cuda:{self.local_rank % max(1, torch.cuda.device_count())}"
+            place = self.local_rank % max(1, torch.cuda.device_count()) if shared else self.local_rank
+            return f"cuda:{place}"
         return name
 
     def on_leader(self, work: Callable[[], T]) -> T:

@@ -1,10 +1,8 @@
-"""Training as its users run it: stop and go on, half against fp32, and everything that can be wrong."""
+"""Training as its users run it: stop and go on, half against fp32."""
 
 import argparse
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,77 +13,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from halfstep.config import validate
-from halfstep.data.sources import SourceConfig
-from halfstep.encode import EncodeOptions, encode
-from halfstep.errors import InputError, NumericsError
+from halfstep.errors import InputError
 from halfstep.models import EqM, read_checkpoint
-from halfstep.train.config import TrainConfig
 from halfstep.train.data import open_data
 from halfstep.train.loop import Progress, train
 from tests.conftest import run_cli
-
-SMALL = {"network": "EqM", "hidden_size": 32, "depth": 2, "num_heads": 2}
-SMALL_CDIT = {**SMALL, "network": "CDiT"}
-WALKS = {
-    "context_size": 2,
-    "len_traj_pred": 4,
-    "distance": {"min_dist_cat": -2, "max_dist_cat": 4},
-    "goals_per_obs": 2,
-    "metric_waypoint_spacing": 0.25,
-}
-
-
-@pytest.fixture(scope="module")
-def latents(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of 30 frames of three walks, [16, 4, 4]."""
-    output = tmp_path_factory.mktemp("latents") / "store"
-    encode([SourceConfig(path=toy_world)], EncodeOptions(output, size=(32, 32), precision="fp32", storage="fp32"))
-    return output
-
-
-def config(folder: Path, latents: Path, **changes: Any) -> TrainConfig:
-    values = {
-        "model": SMALL,
-        "data_path": str(latents),
-        "results_dir": str(folder),
-        "run_name": "run",
-        "precision": "fp32",
-        "global_batch_size": 8,
-        "lr": 1e-3,
-        "ema_decay": 0.9,
-        "log_every": 2,
-        "ckpt_every": 100,
-        "steps": 6,
-        "device": "cpu",
-    }
-    return validate({**values, **changes}, TrainConfig, "test")
-
-
-def run_folder(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    newest = max((folder / "run" / "checkpoints").iterdir())
-    return {path.name: load_file(path) for path in newest.glob("*.safetensors")}
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same(ours: dict[str, dict[str, torch.Tensor]], theirs: dict[str, dict[str, torch.Tensor]]) -> None:
-    assert ours.keys() == theirs.keys()
-    for file, tensors in ours.items():
-        assert tensors.keys() == theirs[file].keys()
-        for name, value in tensors.items():
-            assert torch.equal(value, theirs[file][name]), f"{file}: {name}"
+from tests.train.runs import (
+    SMALL,
+    SMALL_CDIT,
+    WALKS,
+    assert_same,
+    config,
+    log,
+    read_state,
+    run_folder,
+)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"precision": "bf16-true", "accumulate": 2, "grad_clip_val": 0.5, "warmup_steps": 4},
+        {"precision": "bf16-true", "gradient_accumulation_steps": 2, "grad_clip_val": 0.5, "warmup_steps": 4},
         {"precision": "bf16-mixed", "clip_len": 3, "global_batch_size": 2, "activation_budget": 0.5},
         {"precision": "fp32,loss_scale=dynamic", "dispersive_weight": 0.5, "energy": "dot", "num_workers": 1},
         {"model": SMALL_CDIT, "precision": "bf16-mixed", **WALKS},
@@ -181,6 +131,8 @@ def test_a_published_checkpoint_starts_a_run(tmp_path: Path, latents: Path) -> N
     assert read.updates == 1
     with pytest.raises(InputError, match="number of heads"):
         read_checkpoint(tmp_path / "0000100.pt")
+    train(config(tmp_path / "own", latents, ckpt=str(tmp_path / "0000100.pt"), steps=1))  # where the config says it
+    assert read_state(tmp_path / "own")["updates"] == 2
 
     # An EqM-S/2 has a published number of heads, so nothing needs saying.
     small = EqM.named("EqM-S/2", (4, 4), 1, in_channels=16)
@@ -232,41 +184,6 @@ def test_the_loss_scale_skips_and_collapses(tmp_path: Path, latents: Path, monke
     assert read_state(tmp_path)["updates"] == 10
     train(config(tmp_path, latents, precision="16-mixed", steps=32))  # it stays there
     assert read_state(tmp_path)["updates"] == 12
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    newest = max((folder / "run" / "checkpoints").iterdir())
-    return json.loads((newest / "state.json").read_text())
-
-
-def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path: Path, latents: Path) -> None:
-    """An overflow in the network at step 4 of 10: the checkpoint before it stays, its layer and type are named."""
-    train(config(tmp_path, latents, steps=3))
-    newest = tmp_path / "run" / "checkpoints" / "0000003"
-    weights = load_file(newest / "model.safetensors")
-    weights["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
-    rewrite(newest / "model.safetensors", weights)
-    with pytest.raises(NumericsError, match=r"step 4: the output of blocks.1.mlp.fc1 \(float32\).*0000003"):
-        train(config(tmp_path, latents, steps=10))
-    assert [path.name for path in newest.parent.iterdir()] == ["0000003"]
-
-
-def rewrite(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    save_file(weights, path, metadata)
-
-
-def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    for walk in range(2):
-        (tmp_path / "tree" / str(walk)).mkdir(parents=True)
-        for frame in range(8):
-            latent = torch.randn(4, 4, 4) * (float("nan") if (walk, frame) == (1, 7) else 1)
-            torch.save(latent, tmp_path / "tree" / str(walk) / f"{frame}.pt")
-    with pytest.raises(NumericsError, match=r"item \d of this step's data is not finite, in fp32.*no checkpoint yet"):
-        train(config(tmp_path, tmp_path / "tree", global_batch_size=4, steps=8))
 
 
 @pytest.mark.slow
@@ -353,67 +270,6 @@ def test_a_type_that_is_not_there_is_replaced_and_said(
     assert [line for line in notes if "cannot compute in bf16; fp32 is used instead" in line]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--fsdp"]])
-def test_processes_find_a_failure_together(tmp_path: Path, options: list[str]) -> None:
-    """Only one of them has the bad item; both stop, with the reason."""
-    for walk in range(2):
-        (tmp_path / "tree" / str(walk)).mkdir(parents=True)
-        for frame in range(4):
-            latent = torch.randn(4, 4, 4) * (float("nan") if (walk, frame) == (1, 2) else 1)
-            torch.save(latent, tmp_path / "tree" / str(walk) / f"{frame}.pt")
-    command = ["train", "eqm", "--data-path", tmp_path / "tree", "-o", tmp_path, "--precision", "fp32", "--steps", 4]
-    sizes = [f"--set=model.{name}={value}" for name, value in SMALL.items()]
-    result = torchrun(2, *command, *sizes, "--global-batch-size", 4, "--device", "cpu", *options, check=False)
-    assert result.returncode != 0
-    assert re.search(r"item \d of this step's data is not finite, in fp32", result.stderr)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--fsdp"]])
-@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
-def test_two_processes_learn_what_one_does(
-    tmp_path: Path, latents: Path, options: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each process's noise is its own, so the run is compared with the same two processes without sharding or
-    casts; and one process can go on with what two have done."""
-    command = [
-        *("--data-path", latents, "--run-name", "run", "--global-batch-size", 8, "--log-every", 2, "--lr", 1e-3),
-        *(f"--set=model.{name}={value}" for name, value in SMALL.items()),
-        *("--quiet", "--num-workers", 0, "--device", "cpu"),
-    ]
-    torchrun(2, "train", "eqm", *command, "-o", tmp_path / "two", "--steps", 4, "--precision", precision, *options)
-    torchrun(2, "train", "eqm", *command, "-o", tmp_path / "plain", "--steps", 4, "--precision", "fp32")
-    ours, theirs = log(tmp_path / "two"), log(tmp_path / "plain")
-    tolerance = 1e-5 if precision == "fp32" else 0.02
-    np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=tolerance)
-    np.testing.assert_allclose([r["grad_norm"] for r in ours], [r["grad_norm"] for r in theirs], rtol=10 * tolerance)
-    for file, tensors in run_folder(tmp_path / "two").items():
-        for name, value in tensors.items():
-            assert value.shape == run_folder(tmp_path / "plain")[file][name].shape, (file, name)
-    result = run_cli("train", "eqm", *command[:-2], "-o", tmp_path / "two", "--steps", 5, "--precision", precision)
-    assert "before with 2" in result.stderr
-    assert read_state(tmp_path / "two")["updates"] == 5
-
-
-@pytest.mark.slow
-def test_sharded_half_weights_of_a_cdit(tmp_path: Path, latents: Path) -> None:
-    settings = {**{f"model.{name}": value for name, value in SMALL_CDIT.items()}, **WALKS}
-    options = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
-    command = ["train", "cdit", "--data-path", latents, "-o", tmp_path, "--run-name", "run", "--steps", 2, "--fsdp"]
-    torchrun(2, *command, *options, "--global-batch-size", 4, "--precision", "bf16-true", "--device", "cpu")
-    assert read_state(tmp_path)["updates"] == 2
-
-
-def torchrun(processes: int, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    command += ["-m", "halfstep", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0 or not check, result.stderr
-    return result
-
-
 def test_the_command_line_stops_on_request_and_goes_on(tmp_path: Path, latents: Path) -> None:
     command = [sys.executable, "-m", "halfstep", "train", "eqm", "--data-path", str(latents), "-o", str(tmp_path)]
     command += [f"--set=model.{name}={value}" for name, value in SMALL.items()]
@@ -473,90 +329,3 @@ datasets:
     saved = read_checkpoint(tmp_path / "logs" / "nwm_cdit_latents")
     assert saved.about.spacing == 0.25
     assert saved.about.config["context_size"] == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"global_batch_size": 64}, "got 30 items .*a batch has 64: use a batch of 30 or less"),
-        ({"clip_len": 11}, "no sequence has 11 consecutive frames"),
-        ({"model": "EqM-M/2"}, "got 'EqM-M/2'; expected EqM-"),
-        ({"model": "CDiT-S/4", **WALKS}, "expected EqM-.*CDiT-"),
-        ({"context_size": 3}, "context_size is not a setting of EqM"),
-        ({"precision": "fp16"}, "fp16 weights cannot be trained"),
-        ({"accumulate": 3}, "got 8 for 1 processes and 3 parts"),
-        ({"data_path": "/nowhere"}, "/nowhere: no such file"),
-        ({"ckpt": "/nowhere.pt"}, "no such file or folder; expected a checkpoint"),
-        ({"model": SMALL_CDIT, **WALKS, "metric_waypoint_spacing": None}, "metric_waypoint_spacing: not given"),
-        ({"model": SMALL_CDIT, **WALKS, "len_traj_pred": 40}, "use a shorter context or horizon"),
-        ({"batch_size": 4}, "not both"),
-        ({"data_path": None}, "data_path: is not given"),
-        ({"modle": "EqM-S/2"}, "modle: unknown key; did you mean 'model'"),
-        ({"model": {"network": "EqM"}}, "hidden_size: is not given"),
-        ({"fsdp": True, "energy": "dot"}, "fsdp: sharded weights cannot take part"),
-    ],
-)
-def test_mistakes_are_named(tmp_path: Path, latents: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        train(config(tmp_path, latents, **changes))
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_labels_beyond_the_classes_are_named(tmp_path: Path, toy_world: Path) -> None:
-    for label in "abc":
-        shutil.copytree(toy_world / "walk_000", tmp_path / "data" / label)
-        (tmp_path / "data" / label / "traj_data.pkl").unlink()
-    with pytest.raises(InputError, match=r"num_classes: got 2; the data has 3 classes \(a, b, c\)"):
-        train(config(tmp_path, tmp_path / "data", image_size=32, num_classes=2))
-
-
-def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path, latents: Path) -> None:
-    train(config(tmp_path, latents, steps=1))
-    weights = load_file(tmp_path / "run" / "checkpoints" / "0000001" / "model.safetensors")
-    del weights["blocks.1.attn.qkv.weight"], weights["blocks.0.attn.proj.bias"]
-    wide = EqM.named("EqM-S/2", (4, 4), 1, in_channels=16)
-    cases = {
-        "missing": (wide.state_dict(), {"model": "EqM-S/2"}, r"missing are blocks.3.attn.qkv.weight"),
-        "other size": (wide.state_dict(), {"model": "EqM-B/2"}, r"holds EqM-S/2; EqM-B/2 was asked for"),
-        "channels": (
-            EqM.named("EqM-S/2", (4, 4), 1).state_dict(),
-            {"model": "EqM-S/2"},
-            "is of latents with 4 channels; the data has 16",
-        ),
-        "grid": (
-            EqM.named("EqM-S/2", (8, 8), 1, in_channels=16).state_dict(),
-            {"model": "EqM-S/2"},
-            r"pos_embed is \[1, 16, 384\], expected \[1, 4, 384\]",
-        ),
-        "classes": (
-            EqM.named("EqM-S/2", (4, 4), 7, in_channels=16).state_dict(),
-            {"model": "EqM-S/2"},
-            r"embedding_table.weight is \[8, 384\], expected \[2, 384\]",
-        ),
-        "something else": ({"a.weight": torch.ones(3)}, {}, "neither an EqM nor a CDiT"),
-        "not tensors": ({"model": 3, "args": 4}, {}, "model is a int; expected a state dict"),
-    }
-    for name, (state, changes, told) in cases.items():
-        path = tmp_path / f"{name}.pt"
-        if name == "missing":
-            del state["blocks.3.attn.qkv.weight"]
-        torch.save(state, path)
-        with pytest.raises(InputError, match=told):
-            train(config(tmp_path / "new", latents, ckpt=str(path), **changes))
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "grid.pt").read_bytes()[:5000])
-    torch.save(subprocess.Popen, tmp_path / "unsafe.pt")
-    for name in ("cut.pt", "unsafe.pt"):
-        with pytest.raises(InputError, match="cannot be read as a checkpoint of tensors alone"):
-            train(config(tmp_path / "new", latents, ckpt=str(tmp_path / name)))
-
-
-def test_another_run_in_the_folder_is_left_alone(tmp_path: Path, latents: Path) -> None:
-    train(config(tmp_path, latents, steps=2))
-    before = run_folder(tmp_path)
-    with pytest.raises(InputError, match=r"other settings \(lr was 0.001, not 0.01\); give the same, or another"):
-        train(config(tmp_path, latents, lr=0.01))
-    with pytest.raises(InputError, match="its steps have 8 items, not 4"):
-        train(config(tmp_path, latents, global_batch_size=4))
-    assert_same(run_folder(tmp_path), before)
-    report = train(config(tmp_path, latents, precision="bf16-mixed", log_every=1, steps=3))
-    assert report.policy.startswith("bf16-mixed")

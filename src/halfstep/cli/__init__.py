@@ -55,7 +55,7 @@ def _options(
 def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, exit code 2 for the user's input and 1 for failed work."""
     code = _run()
-    if "WORLD_SIZE" in os.environ:  # one of torchrun's processes
+    if "RANK" in os.environ:  # one of torchrun's processes
         from halfstep.team import leave
 
         leave(code)

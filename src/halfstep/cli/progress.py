@@ -107,7 +107,7 @@ class TrainBar(_Bar, TrainingProgress):
             return
         if not self._console.is_terminal:
             self._console.print(f"step {record['step']}: {line}", highlight=False, soft_wrap=True)
-        if record["stalled_ema"] > _STALLED:
+        if (record["stalled_ema"] or 0) > _STALLED:
             self.note(
                 f"step {record['step']}: {record['stalled_ema']:.0%} of the average's updates are lost to rounding"
             )

@@ -50,7 +50,7 @@ def train(
     disp: Annotated[bool, typer.Option("--disp", help="Add the dispersive loss, with the weight 0.5.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps instead.")] = None,
-    global_batch_size: Annotated[int | None, typer.Option(min=1, help="Samples to a step, of all processes.")] = None,
+    global_batch_size: Annotated[int | None, typer.Option(min=1, help="Items to a step, of all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     global_seed: Annotated[int | None, typer.Option(min=0)] = None,
     ckpt: Annotated[
@@ -88,7 +88,7 @@ def train(
         "model": model or (_DEFAULT_MODELS[family] if family is not None and config is None else None),
         "data_path": data_path,
         "precision": "bf16-mixed" if use_bf16 else "16-mixed" if use_amp else precision,
-        "clip_len": (clip_len or 16) if video else None,
+        "clip_len": clip_len,
         "image_size": image_size,
         "autoencoder": autoencoder,
         "num_classes": num_classes,
@@ -112,7 +112,8 @@ def train(
         "wandb": wandb or None,
         "device": device,
     }
-    chosen = _read(config, {name: value for name, value in given.items() if value is not None}, settings or [])
+    defaults = {"clip_len": 16} if video else {}
+    chosen = _read(config, defaults, {n: value for n, value in given.items() if value is not None}, settings or [])
     if family is not None and chosen.network.lower() != family:
         raise InputError(f"train: got {family.value} and a model of {chosen.network}; they do not go together")
 
@@ -131,7 +132,8 @@ def train(
     typer.echo(f"{report.checkpoint}: {report.network} after {report.step} steps in {report.policy}{loss}{skipped}")
 
 
-def _read(path: Path | None, given: dict[str, Any], settings: list[str]) -> TrainConfig:
+def _read(path: Path | None, defaults: dict[str, Any], given: dict[str, Any], settings: list[str]) -> TrainConfig:
+    """The YAML's settings, else `defaults`, and in place of them what is `given` and `settings`."""
     from halfstep.config import load_yaml, validate, with_settings
     from halfstep.train.config import TrainConfig
 
@@ -140,7 +142,7 @@ def _read(path: Path | None, given: dict[str, Any], settings: list[str]) -> Trai
         content.pop("batch_size", None)
     if "data_path" in given:
         content.pop("datasets", None)
-    content = with_settings({**content, **given}, settings)
+    content = with_settings({**defaults, **content, **given}, settings)
     if "model" not in content and path is None:
         raise InputError("train: nothing to train; name eqm or cdit, a --model or a --config")
     return validate(content, TrainConfig, path or "train")

@@ -11,10 +11,11 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch.utils.data import Dataset, Sampler
 
 from halfstep.config import Config, load_yaml, validate
@@ -36,6 +37,10 @@ class SeededDataset(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Draw other goals, flips and samples from now on. Not seen by workers that live on (`persistent_workers`)."""
         self.epoch = epoch
+
+    def key(self, index: int) -> str:
+        """The sequence that an item is of."""
+        raise NotImplementedError
 
     def generator(self, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, index))
@@ -79,13 +84,18 @@ class ImageLatents(SeededDataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        place = int(np.searchsorted(self._ends, index, side="right"))
-        key = self.keys[place]
+        place, key = self._place(index), self.key(index)
         frame = index - (int(self._ends[place - 1]) if place else 0)
         rng = self.generator(index)
         mirror = self.reader.has_mirror(key) and bool(rng.random() < 0.5)
         latent = self.reader.read(key, frame, frame + 1, noise=rng, mirror=mirror)[0]
         return torch.from_numpy(latent), _label_number(self.reader.label(key), self.classes)
+
+    def key(self, index: int) -> str:
+        return self.keys[self._place(index)]
+
+    def _place(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
 
 
 class ClipLatents(SeededDataset):
@@ -134,6 +144,9 @@ class ClipLatents(SeededDataset):
         latents = self.reader.read(key, start, stop, noise=rng, mirror=mirror)[:: self.stride]
         clip = torch.from_numpy(np.ascontiguousarray(latents)).transpose(0, 1)
         return clip, _label_number(self.reader.label(key), self.classes)
+
+    def key(self, index: int) -> str:
+        return self._starts[index][0]
 
 
 class NavigationLatents(SeededDataset):
@@ -191,10 +204,21 @@ class NavigationLatents(SeededDataset):
             torch.from_numpy(relative_time(current, goals)).float(),
         )
 
+    def key(self, index: int) -> str:
+        return self.runs[int(self.index[index, 0])][0]
+
 
 class Distance(Config):
+    """Offsets of goals from the current frame, in frames, both included."""
+
     min_dist_cat: int
     max_dist_cat: int
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min_dist_cat > self.max_dist_cat:
+            raise ValueError(f"min_dist_cat {self.min_dist_cat} is above max_dist_cat {self.max_dist_cat}")
+        return self
 
 
 class NavigationDatasetConfig(Config):
@@ -205,8 +229,8 @@ class NavigationDatasetConfig(Config):
     data_folder: Path | None = None
     train: Path | None = None
     test: Path | None = None
-    goals_per_obs: int = 1
-    metric_waypoint_spacing: float | None = None
+    goals_per_obs: Annotated[int, Field(ge=1)] = 1
+    metric_waypoint_spacing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class NavigationConfig(Config):

@@ -33,14 +33,15 @@ def sample_index(
 
     A current frame t has its context behind it and `len_traj_pred` frames ahead: context_size - 1 <= t < N -
     len_traj_pred. Goal offsets are frames in [max(min_dist_cat, -t), min(max_dist_cat, N - t - 1)], both included:
-    past, future and zero.
+    past, future and zero; a frame without such offsets is no sample.
     """
     rows = []
     for trajectory, length in enumerate(lengths):
         current = np.arange(context_size - 1, length - len_traj_pred, dtype=np.int64)
         smallest = np.maximum(min_dist_cat, -current)
         largest = np.minimum(max_dist_cat, length - current - 1)
-        rows.append(np.stack([np.full_like(current, trajectory), current, smallest, largest], axis=1))
+        found = np.stack([np.full_like(current, trajectory), current, smallest, largest], axis=1)
+        rows.append(found[smallest <= largest])
     return np.concatenate(rows) if rows else np.empty((0, 4), np.int64)
 
 

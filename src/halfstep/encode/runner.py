@@ -115,7 +115,7 @@ def prepare_run(
     """Settle the job on the leader, the same for all, and list what there is to do. Reads the store, writes nothing."""
     found = find_sources(sources)
     manifest = read_manifest(options.output) if (options.output / MANIFEST_NAME).exists() else None
-    device = str(open_device(team.device(options.device)))
+    device = str(open_device(team.device(options.device, shared=True)))
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     job, autoencoder = settle(options, found, manifest, device, options.workers or max(1, min(cores, 16)))
     settled = job

@@ -76,7 +76,7 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
     """
     progress = progress or Progress()
     with Team.join() as team, ExitStack() as stack:
-        device = open_device(team.device(options.device))
+        device = open_device(team.device(options.device, shared=True))
         checkpoint = _read(options)
         policy, line = team.on_leader(lambda: _policy(options, device))
         if line is not None and team.leads:

@@ -22,6 +22,7 @@ from halfstep.models.layers import (
     layer_norm,
     modulate,
     modulation,
+    named_sizes,
     run_blocks,
     token_grid,
     unpatchify,
@@ -29,6 +30,7 @@ from halfstep.models.layers import (
 
 # The published sizes: depth, width, heads. A name is CDiT-<size>/2.
 CDIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+CDIT_PATCHES = (2,)
 
 
 class ActionEmbedder(nn.Module):
@@ -95,6 +97,8 @@ class CDiT(nn.Module):
         super().__init__()
         if hidden_size % num_heads:
             raise InputError(f"CDiT: got a width of {hidden_size}; expected a multiple of {num_heads} heads")
+        if hidden_size < 6:
+            raise InputError(f"CDiT: got a width of {hidden_size}; the three parts of an action need 6 or more")
         self.grid = token_grid("CDiT", input_size, patch_size)
         self.patch_size, self.context_size, self.in_channels = patch_size, context_size, in_channels
         self.config: dict[str, Any] = {
@@ -120,11 +124,8 @@ class CDiT(nn.Module):
     @classmethod
     def named(cls, name: str, input_size: int | tuple[int, int], context_size: int, **options: Any) -> CDiT:
         """The published size `CDiT-{S,B,L,XL}/2`."""
-        size, _, patch = name.removeprefix("CDiT-").partition("/")
-        if size not in CDIT_SIZES or patch != "2":
-            raise InputError(f"model: got {name!r}; expected CDiT-{{{','.join(CDIT_SIZES)}}}/2")
-        depth, width, heads = CDIT_SIZES[size]
-        return cls(input_size, context_size, int(patch), width, depth, heads, **options)
+        sizes = named_sizes(name, "CDiT", CDIT_SIZES, CDIT_PATCHES)
+        return cls(input_size, context_size, **sizes, **options)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from halfstep.models.layers import (
     layer_norm,
     modulate,
     modulation,
+    named_sizes,
     run_blocks,
     sincos,
     sincos_grid,
@@ -38,6 +39,7 @@ ENERGY_NAMES: dict[str, Energy] = {"none": "none", "l2": "l2", "dot": "dot", "me
 
 # The published sizes: depth, width, heads. A name is EqM-<size>/<patch>.
 EQM_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+EQM_PATCHES = (2, 4, 8)
 LABEL_DROPOUT = 0.1
 
 
@@ -151,11 +153,7 @@ class EqM(nn.Module):
     @classmethod
     def named(cls, name: str, input_size: int | tuple[int, int], num_classes: int, **options: Any) -> EqM:
         """The published size `EqM-{S,B,L,XL}/{2,4,8}`."""
-        size, _, patch = name.removeprefix("EqM-").partition("/")
-        if size not in EQM_SIZES or patch not in ("2", "4", "8"):
-            raise InputError(f"model: got {name!r}; expected EqM-{{{','.join(EQM_SIZES)}}}/{{2,4,8}}")
-        depth, width, heads = EQM_SIZES[size]
-        return cls(input_size, int(patch), width, depth, heads, num_classes, **options)
+        return cls(input_size, num_classes=num_classes, **named_sizes(name, "EqM", EQM_SIZES, EQM_PATCHES), **options)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -104,12 +104,13 @@ class Checkpoint:
         return network.eval()
 
 
-def read_checkpoint(path: Path, **known: Any) -> Checkpoint:
+def read_checkpoint(path: Path, *, assumed: Mapping[str, Any] | None = None, **known: Any) -> Checkpoint:
     """Read a checkpoint: a folder or file of weights that halfstep wrote, or a published file.
 
-    `known` are arguments of the network that a published file does not hold (`num_frames`, `energy`, `uncond`,
-    `num_heads`, `input_size`); None stands for what the file says. Published files are read without running what they
-    name. Raises InputError when the file cannot be read, is of neither network, or says otherwise itself.
+    `known` are arguments of the network that a published file need not hold (`num_frames`, `energy`, `uncond`,
+    `num_heads`, `input_size`), `assumed` those that count where it says nothing; None stands for what the file says.
+    Published files are read without running what they name. Raises InputError when the file cannot be read, is of
+    neither network, or says otherwise than `known` itself.
     """
     known = {name: value for name, value in known.items() if value is not None}
     if path.is_dir():
@@ -120,11 +121,17 @@ def read_checkpoint(path: Path, **known: Any) -> Checkpoint:
         about, weights = _read_file(path)
         _require_as_written(about, known, path)
         return Checkpoint(path, about, weights)
-    return _read_published(path, known)
+    return _read_published(path, known, assumed or {})
 
 
 def load_exactly(network: torch.nn.Module, state: State, where: Path) -> None:
     """Load `state`, name by name. Raises InputError naming what is missing, unexpected or of another shape."""
+    require_fitting(network, state, where)
+    network.load_state_dict(state, strict=True)
+
+
+def require_fitting(network: torch.nn.Module, state: State, where: Path) -> None:
+    """Raise InputError when the names or shapes of `state` are not those of the network."""
     own = network.state_dict()
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
@@ -139,7 +146,6 @@ def load_exactly(network: torch.nn.Module, state: State, where: Path) -> None:
         problems.append(f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}{more}")
     if problems:
         raise InputError(f"{where}: does not fit the {type(network).__name__} asked for: {'; '.join(problems)}")
-    network.load_state_dict(state, strict=True)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -181,14 +187,16 @@ def _require_as_written(about: About, known: dict[str, Any], path: Path) -> None
             raise InputError(f"{path}: {name} is {about.config[name]}, not {value}")
 
 
-def _read_published(path: Path, known: dict[str, Any]) -> Checkpoint:
+def _read_published(path: Path, known: Mapping[str, Any], assumed: Mapping[str, Any]) -> Checkpoint:
     try:
         # The published trainers keep their parsed command line in the file.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be read as a checkpoint of tensors alone ({reason})") from error
+    # Whatever bytes that are no checkpoint lead an unpickler to.
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({type(error).__name__}); expected a file of torch.save with tensors alone"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; expected a state dict or a dict with 'model'")
     bare = not isinstance(content.get("model"), dict)
@@ -197,24 +205,27 @@ def _read_published(path: Path, known: dict[str, Any]) -> Checkpoint:
     ema = _plain_names(content["ema"], path) if has_ema else None
     arguments = content.get("args")
     told = _from_arguments(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
-    about = _recognize(weights, {**told, **known}, path)
+    about = _recognize(weights, {**told, **known}, assumed, path)
     moments, updates = ({}, 0) if bare else _moments(content.get("opt"), weights, path)
     return Checkpoint(path, about, weights, ema, moments, updates)
 
 
 def _moments(optimizer: Any, weights: State, path: Path) -> tuple[State, int]:
     """AdamW's state, which torch keeps by the parameter's number, by its name."""
-    if not isinstance(optimizer, dict) or not optimizer.get("state"):
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
         return {}, 0
     names = list(weights)  # in the order of the module's parameters, as the optimizer had them
     moments: State = {}
     updates = 0
     for number, kept in optimizer["state"].items():
-        name = names[number] if number < len(names) else "?"
+        name = names[number] if isinstance(number, int) and 0 <= number < len(names) else None
         for moment in ("exp_avg", "exp_avg_sq"):
-            if name == "?" or kept[moment].shape != weights[name].shape:
-                raise InputError(f"{path}: the optimizer's parameter {number} does not fit {name}; take 'opt' out")
-            moments[f"{moment}.{name}"] = kept[moment]
+            value = kept.get(moment) if isinstance(kept, dict) else None
+            if name is None or not isinstance(value, torch.Tensor) or value.shape != weights[name].shape:
+                raise InputError(
+                    f"{path}: opt: what it keeps of parameter {number} is not AdamW's of {name}; take 'opt' out"
+                )
+            moments[f"{moment}.{name}"] = value
         updates = int(kept["step"])
     return moments, updates
 
@@ -242,39 +253,46 @@ def _from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _recognize(state: State, known: dict[str, Any], path: Path) -> About:
-    """The network that a state dict is of, from its names and shapes."""
+def _recognize(state: State, known: Mapping[str, Any], assumed: Mapping[str, Any], path: Path) -> About:
+    """The network that a state dict is of, from its names and shapes, and from what is known otherwise."""
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        positions = state["pos_embed"]
+        frames, tokens, _ = state["pos_embed"].shape
     except (KeyError, ValueError):
         raise InputError(
             f"{path}: neither an EqM nor a CDiT: no x_embedder.proj.weight and pos_embed among {len(state)} tensors"
         ) from None
     network = "CDiT" if "time_embedder.mlp.0.weight" in state else "EqM"
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    heads = next((s[2] for s in _sizes(network).values() if s[:2] == (depth, width)), None)
-    tokens = positions.shape[1]
-    side = math.isqrt(tokens)
     config: dict[str, Any] = {
         "patch_size": patch,
         "hidden_size": width,
         "depth": depth,
-        "num_heads": heads,
+        "num_heads": next((s[2] for s in _sizes(network).values() if s[:2] == (depth, width)), None),
         "in_channels": channels,
-        "input_size": (side * patch, side * patch) if side**2 == tokens else None,
+        "input_size": _size(tokens, patch, assumed.get("input_size")),
     }
     if network == "CDiT":
-        config["context_size"] = positions.shape[0] - 1
+        config["context_size"] = frames - 1
     else:
         table = state.get("y_embedder.embedding_table.weight")
-        config |= {"num_classes": 0 if table is None else len(table) - 1, "uncond": True, "energy": "none"}
-        config["num_frames"] = 1
+        config["num_classes"] = 0 if table is None else len(table) - 1
+        silent = {"uncond": True, "energy": "none", "num_frames": 1}
+        config |= {name: assumed.get(name, value) for name, value in silent.items()}
     config |= {name: value for name, value in known.items() if name in config}
     for name, what in (("num_heads", "number of heads"), ("input_size", "size of the latents")):
+        config[name] = assumed.get(name) if config[name] is None else config[name]
         if config[name] is None:
             raise InputError(f"{path}: the {what} of depth {depth}, width {width} is not in the file; give it")
     return About(network, config)
+
+
+def _size(tokens: int, patch: int, assumed: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width of the latents that make so many tokens: those assumed where they do, else a square."""
+    if assumed is not None and assumed[0] * assumed[1] == tokens * patch**2:
+        return assumed
+    side = math.isqrt(tokens)
+    return (side * patch, side * patch) if side**2 == tokens else None
 
 
 def _sizes(network: str) -> dict[str, tuple[int, int, int]]:

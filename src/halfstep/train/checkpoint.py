@@ -17,17 +17,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from halfstep.errors import StoreError
+from halfstep.errors import InputError, NumericsError, StoreError, some
 from halfstep.models import About, Checkpoint, read_checkpoint
 from halfstep.models.weights import newest_checkpoint
 from halfstep.store.commit import fsync_path, rename_durably, store_errors
 from halfstep.team import Team
-from halfstep.train.state import TrainState
+from halfstep.train.state import State, TrainState
 
 _FORMAT, _VERSION = "halfstep-training", 1
+_FACTS = frozenset(
+    {
+        "step",
+        "updates",
+        "policy",
+        "scaler",
+        "skipped",
+        "skipped_in_row",
+        "config",
+        "items",
+        "items_per_step",
+        "processes",
+    }
+)
+_OLDER = "remove it to go on from an older one"
 
 
 @dataclass(frozen=True)
@@ -57,16 +73,17 @@ def save(state: TrainState, about: About, run: Path, team: Team, facts: dict[str
     }
 
     def write() -> None:
+        # A learning rate that is too high can leave numbers that no gradient has told of yet.
+        bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+        if bad:
+            raise NumericsError(f"{folder}: not written, {some(bad, 3)} are not finite; older checkpoints are intact")
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         with store_errors(folder):
             temporary.mkdir(parents=True)
             try:
-                try:
-                    save_file(weights, temporary / "model.safetensors", about.to_metadata())
-                    save_file(ema, temporary / "ema.safetensors", about.to_metadata())
-                    save_file(moments, temporary / "optimizer.safetensors")
-                except SafetensorError as error:  # as which it reports a full disk
-                    raise StoreError(f"{folder}: cannot be written ({error}); older checkpoints are intact") from error
+                _write(temporary / "model.safetensors", weights, about)
+                _write(temporary / "ema.safetensors", ema, about)
+                _write(temporary / "optimizer.safetensors", moments, None)
                 (temporary / "state.json").write_text(json.dumps(values, indent=1))
                 for path in [*temporary.iterdir(), temporary]:
                     fsync_path(path)
@@ -78,6 +95,13 @@ def save(state: TrainState, about: About, run: Path, team: Team, facts: dict[str
     return folder
 
 
+def _write(path: Path, tensors: State, about: About | None) -> None:
+    try:
+        save_file(tensors, path, None if about is None else about.to_metadata())
+    except SafetensorError as error:  # as which it reports a full disk
+        raise StoreError(f"{path}: cannot be written ({error}); older checkpoints are intact") from error
+
+
 def newest(run: Path) -> Saved | None:
     """The run's newest checkpoint, or None. Raises StoreError when it is damaged."""
     folder = newest_checkpoint(run)
@@ -85,23 +109,29 @@ def newest(run: Path) -> Saved | None:
         return None
     try:
         facts = json.loads((folder / "state.json").read_text())
-        if facts["format"] != _FORMAT or facts["version"] != _VERSION:
-            raise ValueError(f"format {facts['format']!r}, version {facts['version']}")
+        if not isinstance(facts, dict) or (facts.get("format"), facts.get("version")) != (_FORMAT, _VERSION):
+            raise ValueError(f"state.json is not {_FORMAT} {_VERSION}")
+        if absent := _FACTS - facts.keys():
+            raise ValueError(f"state.json lacks {some(sorted(absent), 3)}")
+        if not (folder / "ema.safetensors").exists():
+            raise ValueError("ema.safetensors is not there")
         return Saved(read_checkpoint(folder), facts)
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{folder}: damaged ({error}); remove it to go on from an older one") from error
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder}: damaged ({error}); {_OLDER}") from error
 
 
 def restore(state: TrainState, saved: Saved) -> None:
-    """Put a state whose network has the saved weights back to where it was."""
+    """Put a state whose network has the saved weights back to where it was. Raises StoreError when the checkpoint is
+    damaged."""
     checkpoint, facts = saved.checkpoint, saved.facts
+    assert checkpoint.ema is not None  # or it would not be one of a run
     try:
         moments = load_file(checkpoint.path / "optimizer.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise StoreError(
-            f"{checkpoint.path}: cannot be read ({error}); remove it to go on from an older one"
-        ) from error
-    state.restore(checkpoint.ema or checkpoint.weights, moments, facts["updates"])
+        if facts["updates"] and not moments:
+            raise InputError(f"{checkpoint.path}: the optimizer's moments are missing")
+        state.restore(checkpoint.ema, moments, facts["updates"], checkpoint.path)
+    except (SafetensorError, OSError, InputError) as error:
+        raise StoreError(f"{checkpoint.path}: damaged ({error}); {_OLDER}") from error
     state.step = facts["step"]
     state.skipped.fill_(facts["skipped"])
     state.skipped_in_row.fill_(facts["skipped_in_row"])
@@ -111,5 +141,6 @@ def restore(state: TrainState, saved: Saved) -> None:
 
 def remove_unfinished(run: Path) -> None:
     """Delete what a process that was killed left half written."""
-    for path in (run / "checkpoints").glob(".*.tmp"):
-        shutil.rmtree(path)
+    with store_errors(run):
+        for path in (run / "checkpoints").glob(".*.tmp"):
+            shutil.rmtree(path)

@@ -12,13 +12,14 @@ from halfstep.config import Config
 from halfstep.data.latents import Distance, NavigationDatasetConfig
 from halfstep.errors import InputError
 from halfstep.models import About
-from halfstep.models.cdit import CDIT_SIZES
-from halfstep.models.eqm import EQM_SIZES, Energy
+from halfstep.models.cdit import CDIT_PATCHES, CDIT_SIZES
+from halfstep.models.eqm import EQM_PATCHES, EQM_SIZES, Energy
+from halfstep.models.layers import named_sizes
 
 # Settings that a run may change when it goes on; all others are part of what it is.
 MAY_CHANGE = frozenset(
     {"epochs", "steps", "num_workers", "log_every", "ckpt_every", "compile", "tensorboard", "wandb", "results_dir"}
-    | {"run_name", "ckpt", "activation_budget", "batch_size", "global_batch_size", "fsdp", "precision", "device"}
+    | {"run_name", "activation_budget", "batch_size", "global_batch_size", "fsdp", "precision", "device"}
 )
 _EQM_ONLY = ("clip_len", "num_classes", "uncond", "energy", "dispersive_weight")
 _CDIT_ONLY = ("context_size", "len_traj_pred", "distance", "goals_per_obs", "metric_waypoint_spacing", "datasets")
@@ -44,9 +45,10 @@ class TrainConfig(Config):
     model: `EqM-{S,B,L,XL}/{2,4,8}`, `CDiT-{S,B,L,XL}/2`, or sizes. data_path: a latent store, a `.pt` tree, or pixels,
     which are then encoded in every step by `autoencoder` at `image_size`. EqM: `clip_len` above 1 trains on clips;
     `dispersive_weight` adds the dispersive loss. CDiT: `datasets` in place of data_path, each with its folder and
-    split. batch_size: a process's samples to a step, or `global_batch_size` those of all. accumulate: parts of a
-    step, whose gradients are summed in the type of the weights. activation_budget: the share of blocks that keep their
-    activations. ckpt: weights to start from. fsdp: shard the weights over the processes.
+    split; an item of a walk has `goals_per_obs` samples. batch_size: a process's items to a step, or
+    `global_batch_size` those of all. gradient_accumulation_steps: micro-batches of a step, whose gradients are summed
+    in the type of the weights. activation_budget: the share of blocks that keep their activations. ckpt: weights to
+    start from. fsdp: shard the weights over the processes.
     """
 
     model: str | NetworkSizes
@@ -65,19 +67,19 @@ class TrainConfig(Config):
     len_traj_pred: Positive = 64
     distance: Distance = Distance(min_dist_cat=-64, max_dist_cat=64)
     goals_per_obs: Positive = 4
-    metric_waypoint_spacing: Annotated[float, Field(gt=0)] | None = None
+    metric_waypoint_spacing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     datasets: dict[str, NavigationDatasetConfig] = Field(default_factory=dict)
     normalize: Literal[True] = True  # the published configs say it; actions are always normalized
 
-    precision: str = "auto"
+    precision: Annotated[str, Field(coerce_numbers_to_str=True)] = "auto"  # 16 and 32 are among the spellings
     epochs: Positive = 80
     steps: Positive | None = None
     batch_size: Positive | None = None
     global_batch_size: Positive | None = None
-    accumulate: Positive = 1
-    lr: Annotated[float, Field(gt=0)] | None = None
+    gradient_accumulation_steps: Positive = 1
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     weight_decay: NotNegative = 0.0
-    ema_decay: Share = 0.9999
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     grad_clip_val: NotNegative | None = None
     activation_budget: Share = 1.0
@@ -107,6 +109,10 @@ class TrainConfig(Config):
             raise ValueError(
                 "data_path: is not given" if self.data_path is None else "give data_path or datasets, not both"
             )
+        if self.datasets and (self.goals_per_obs, self.metric_waypoint_spacing) != (4, None):
+            raise ValueError("goals_per_obs and metric_waypoint_spacing: give those of each of the datasets")
+        if self.compile and self.energy != "none":
+            raise ValueError("compile: cannot see through the gradient that an energy's field is")
         if self.fsdp and self.energy != "none":
             raise ValueError("fsdp: sharded weights cannot take part in the gradient that an energy's field is")
         if self.batch_size is not None and self.global_batch_size is not None:
@@ -141,13 +147,14 @@ class TrainConfig(Config):
         return {"EqM": float("inf"), "CDiT": 10.0}[self.network]
 
     def local_batch(self, processes: int) -> int:
-        """Samples of one process to a step. Raises InputError when they cannot be shared out evenly."""
-        published = {"EqM": 256, "CDiT": 12 * processes}[self.network]
+        """Items of one process to a step; by default as published 256 of all for EqM, and 8 a process for CDiT-XL.
+        Raises InputError when they cannot be shared out evenly."""
+        published = {"EqM": 256, "CDiT": 8 * processes}[self.network]
         total = self.global_batch_size or (self.batch_size * processes if self.batch_size else published)
-        if total % (processes * self.accumulate):
+        if total % (processes * self.gradient_accumulation_steps):
             raise InputError(
-                f"global_batch_size: got {total} for {processes} processes and {self.accumulate} parts a step; "
-                "expected a multiple of their product"
+                f"batch: {total} items cannot be shared out to {processes} processes in "
+                f"{self.gradient_accumulation_steps} micro-batches each; give a multiple of their product"
             )
         return total // processes
 
@@ -171,13 +178,6 @@ class TrainConfig(Config):
     def _sizes(self) -> dict[str, int]:
         if isinstance(self.model, NetworkSizes):
             return self.model.model_dump(exclude={"network"})
-        sizes = EQM_SIZES if self.network == "EqM" else CDIT_SIZES
-        patches = ("2", "4", "8") if self.network == "EqM" else ("2",)
-        name, _, patch = self.model.removeprefix(f"{self.network}-").partition("/")
-        if not self.model.startswith(f"{self.network}-") or name not in sizes or patch not in patches:
-            raise InputError(
-                f"model: got {self.model!r}; expected EqM-{{{','.join(EQM_SIZES)}}}/{{2,4,8}} or "
-                f"CDiT-{{{','.join(CDIT_SIZES)}}}/2"
-            )
-        depth, width, heads = sizes[name]
-        return {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": int(patch)}
+        if self.network == "CDiT":
+            return named_sizes(self.model, "CDiT", CDIT_SIZES, CDIT_PATCHES)
+        return named_sizes(self.model, "EqM", EQM_SIZES, EQM_PATCHES)

@@ -66,38 +66,49 @@ class TrainingData:
         """All processes' items of one step. Raises InputError when the data does not fill one."""
         total = self.config.local_batch(processes) * processes
         if len(self) < total:
+            smallest = processes * self.config.gradient_accumulation_steps
+            most = len(self) // smallest * smallest
             raise InputError(
-                f"data: got {len(self)} items ({'sequences long enough' if self.config.clip_len > 1 else 'samples'}); "
-                f"a batch has {total}: use a batch of {len(self) // processes * processes} or less"
+                f"data: got {len(self)} items ({'sequences long enough' if self.config.clip_len > 1 else 'frames'}); "
+                f"a batch has {total}: use {f'a batch of {most} or less' if most else 'fewer processes, or more data'}"
             )
         return total
+
+    def sequence(self, step: int, rank: int, processes: int, number: int) -> str:
+        """The sequence of item `number` of what process `rank` gets in a step."""
+        index = list(islice(self._order(step, rank, processes), number + 1))[-1]
+        for dataset in self.datasets:
+            if index < len(dataset):  # type: ignore[arg-type]
+                return dataset.key(index)
+            index -= len(dataset)  # type: ignore[arg-type]
+        raise IndexError(number)
 
     def batches(self, step: int, rank: int, processes: int, device: torch.device) -> Iterator[Items]:
         """This process's share of the items of step `step` and all after it, epoch after epoch; what does not fill a
         step at the end of an epoch is left out. An item is drawn by (seed, epoch, index) alone."""
         total = self.items_per_step(processes)
         per_epoch = len(self) // total
-        epoch, within = divmod(step, per_epoch)
         while True:
+            epoch, within = divmod(step, per_epoch)
             for dataset in self.datasets:
                 dataset.set_epoch(epoch)
             loader: DataLoader[Items] = DataLoader(
                 ConcatDataset(self.datasets),
                 batch_size=total // processes,
-                sampler=SeededOrder(
-                    len(self),
-                    seed=self.config.global_seed,
-                    epoch=epoch,
-                    start=within * total,
-                    rank=rank,
-                    size=processes,
-                ),
+                sampler=self._order(step, rank, processes),
                 num_workers=self.config.workers(device.type),
                 pin_memory=device.type == "cuda",
                 collate_fn=_collate,
             )
             yield from islice(loader, per_epoch - within)
-            epoch, within = epoch + 1, 0
+            step += per_epoch - within
+
+    def _order(self, step: int, rank: int, processes: int) -> SeededOrder:
+        """Indices of a process's items from `step` to the end of its epoch."""
+        total = self.items_per_step(processes)
+        epoch, within = divmod(step, len(self) // total)
+        seed = self.config.global_seed
+        return SeededOrder(len(self), seed=seed, epoch=epoch, start=within * total, rank=rank, size=processes)
 
     def losses(self, network: Any, items: Items) -> torch.Tensor:
         """The loss of each sample, fp32: [B] for EqM, [B G] for CDiT."""
@@ -151,7 +162,9 @@ def open_data(config: TrainConfig) -> TrainingData:
     assert config.data_path is not None
     reader = open_frames(config.data_path, _pixels(config))
     seed = config.global_seed
-    over_time = config.clip_len > 1 and not _holds_clips(reader)
+    over_time = config.clip_len > 1
+    if over_time and _holds_clips(reader):
+        raise InputError("clip_len: the stored items are clips already; leave it out")
     dataset = ClipLatents(reader, config.clip_len, seed=seed) if over_time else ImageLatents(reader, seed=seed)
     return replace(_describe(config, (dataset,), [reader]), classes=tuple(dataset.classes))
 
@@ -159,7 +172,8 @@ def open_data(config: TrainConfig) -> TrainingData:
 def _describe(config: TrainConfig, datasets: tuple[SeededDataset, ...], readers: list[FrameReader]) -> TrainingData:
     specs = [latents_spec(reader) for reader in readers]
     if sum(map(len, datasets)) == 0:  # type: ignore[arg-type]
-        raise InputError("data: no sequence is long enough for a sample; use a shorter context or horizon")
+        needed = "use a shorter context or horizon" if config.network == "CDiT" else "encode something into it first"
+        raise InputError(f"data: no sequence is long enough for a sample; {needed}")
     encoder = load_autoencoder(config.autoencoder, config.revision) if None in specs else None
     if encoder is not None:
         specs = [spec or replace(encoder.spec, pixels=_pixels(config)) for spec in specs]

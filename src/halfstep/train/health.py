@@ -26,8 +26,11 @@ class Movement:
         self._names = names[:: max(1, len(names) // _TENSORS)]
         self._weights, self._ema = self._sample(state.weights), self._sample(state.ema)
 
-    def stalled(self, state: TrainState) -> tuple[float, float]:
-        """Shares of the weights, and of the average, that should have moved and did not. Waits for the device."""
+    def stalled(self, state: TrainState) -> tuple[float | None, float | None]:
+        """Shares of the weights, and of the average, that should have moved and did not; None when this update was
+        skipped. Waits for the device."""
+        if int(state.skipped_in_row) > 0:
+            return None, None
         weights, ema = self._sample(state.weights), self._sample(state.ema)
         kept = {name: state.optimizer.state[state.weights[name]] for name in self._names}
         zero = {name: torch.zeros_like(state.weights[name]) for name in self._names}
@@ -40,33 +43,34 @@ class Movement:
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
-    return float(part.sum()) / max(1, int(whole.sum()))
+    return round(float(part.sum()) / max(1, int(whole.sum())), 4)
 
 
-def not_finite_items(items: Sequence[torch.Tensor]) -> str | None:
-    """Which of the data's items is not finite, if any."""
+def not_finite_item(items: Sequence[torch.Tensor]) -> int | None:
+    """The number of the first of the data's items that is not finite, if any."""
     for item in items:
         if item.is_floating_point() and not torch.isfinite(item).all():
-            number = int((~torch.isfinite(item)).flatten(1).any(dim=1).nonzero()[0])
-            return f"item {number} of this step's data"
+            return int((~torch.isfinite(item)).flatten(1).any(dim=1).nonzero()[0])
     return None
 
 
-def find_failure(state: TrainState, parts: Sequence[Callable[[Any], torch.Tensor]]) -> str | None:
-    """What is not finite first, and in which type, when the losses of a step's parts are computed once more; None when
-    all is. Processes go through all of it together, because sharded weights are gathered from all."""
-    found: list[str] = []
+def find_failure(state: TrainState, microbatches: Sequence[Callable[[Any], torch.Tensor]]) -> str | None:
+    """What is not finite first, and in which type, when the losses of a step's micro-batches are computed once more;
+    None when all is. Processes go through all of it together, because sharded weights are gathered from all."""
+    bad_weights = [(n, p) for n, p in state.network.named_parameters() if not torch.isfinite(own_part(p)).all()]
+    found = [f"the weight {name} ({_type(weight)})" for name, weight in bad_weights[:1]]
     names = {id(module): name for name, module in state.network.named_modules()}
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
-        if not found and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
-            found.append(f"the output of {names[id(module)] or 'the network'} ({_type(output)})")
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if not found and isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
+                found.append(f"the output of {names[id(module)] or 'the network'} ({_type(tensor)})")
 
-    leaves = [module for module in state.network.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(look) for module in [*leaves, state.network]]
+    # A module is done after those within it, so the innermost is the first.
+    hooks = [module.register_forward_hook(look) for module in state.network.modules()]
     try:
         with torch.compiler.set_stance("force_eager"):
-            for losses in parts:
+            for losses in microbatches:
                 loss = losses(state.network).mean()
                 if not found and not torch.isfinite(loss):
                     found.append("the loss, though not the network's output,")

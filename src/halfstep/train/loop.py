@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,16 +17,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from halfstep.errors import InputError, NumericsError
+from halfstep.errors import InputError, NumericsError, some
 from halfstep.models import About, Checkpoint, read_checkpoint
-from halfstep.models.weights import load_exactly
+from halfstep.models.weights import load_exactly, require_fitting
 from halfstep.precision import PrecisionPolicy, open_device, usable
 from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.team import Team
 from halfstep.train.checkpoint import Saved, newest, remove_unfinished, restore, save
 from halfstep.train.config import MAY_CHANGE, TrainConfig
 from halfstep.train.data import Items, TrainingData, open_data, prepared_encoder
-from halfstep.train.health import Movement, find_failure, not_finite_items
+from halfstep.train.health import Movement, find_failure, not_finite_item
 from halfstep.train.meter import Logs, Meter
 from halfstep.train.state import TrainState
 
@@ -77,7 +78,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
         data = open_data(config)
         state, about = _begin(config, data, device, team, progress if team.leads else Progress())
         data = prepared_encoder(data, device, state.policy)
-        logs = stack.enter_context(Logs(config, state.step, about.name)) if team.leads else None
+        logs = Logs(config)
+        team.on_leader(lambda: stack.enter_context(logs).open(state.step, about.name))
         return _run(config, data, state, about, team, progress, logs)
 
 
@@ -88,7 +90,7 @@ def _run(
     about: About,
     team: Team,
     progress: Progress,
-    logs: Logs | None,
+    logs: Logs,
 ) -> TrainReport:
     run = config.folder
     per_step = data.items_per_step(team.size)
@@ -103,10 +105,10 @@ def _run(
             torch.manual_seed(_seed(config, state.step, team))
             logging = (state.step + 1) % config.log_every == 0 or state.step + 1 == last
             movement = Movement(state) if logging else None
-            parts = _parts(items, config, state.device)
-            for number, part in enumerate(parts):
-                with state.part(last=number + 1 == len(parts)):
-                    loss = data.losses(state.model, part).mean() / config.accumulate
+            microbatches = _microbatches(items, config, state.device)
+            for number, microbatch in enumerate(microbatches):
+                with state.microbatch(last=number + 1 == len(microbatches)):
+                    loss = data.losses(state.model, microbatch).mean() / len(microbatches)
                     state.backward(loss)
                 meter.add(loss)
             state.update()
@@ -116,13 +118,13 @@ def _run(
                 _require_finite(config, data, state, team)
                 record = meter.record(data, movement, team)
                 if state.collapsed:
-                    state.switch_to_bf16()
+                    _leave_fp16(state, run)
                     record["switched_to"] = str(state.policy)
                     progress.note(
                         f"step {state.step}: the loss scale collapsed (fp16 overflowed in 20 steps in a row); "
                         f"training goes on in {state.policy}"
                     )
-                if logs is not None:
+                if team.leads:
                     logs.write(record)
                     progress.log(record)
             stop.agree()
@@ -160,12 +162,14 @@ def _begin(
         _require_same_run(config, data, saved, team, progress)
         start = saved.checkpoint
     elif config.ckpt is not None:
-        start = read_checkpoint(config.ckpt)
+        start = read_checkpoint(config.ckpt, assumed=about.config)
         _require_fitting(start, about, data)
     torch.manual_seed(config.global_seed)
     network = about.build()
     if start is not None:
         load_exactly(network, start.weights, start.path)
+        if start.ema is not None:
+            require_fitting(network, start.ema, start.path)
     if data.encoder is not None:
         progress.note(
             f"{config.data_path or 'datasets'}: pixels, encoded again in every step; "
@@ -177,11 +181,14 @@ def _begin(
     if saved is not None:
         restore(state, saved)
     elif start is not None:
-        state.restore(start.ema or start.weights, start.moments, start.updates)
-    if team.leads:
-        with store_errors(config.folder):
-            write_durably(config.folder / "config.json", config.model_dump_json(indent=1).encode())
+        state.restore(start.ema or start.weights, start.moments, start.updates, start.path)
+    team.on_leader(lambda: _write_config(config))
     return state, about
+
+
+def _write_config(config: TrainConfig) -> None:
+    with store_errors(config.folder):
+        write_durably(config.folder / "config.json", config.model_dump_json(indent=1).encode())
 
 
 def _about(config: TrainConfig, data: TrainingData) -> About:
@@ -194,6 +201,8 @@ def _policy(
 ) -> PrecisionPolicy:
     """That of the config, resolved by process 0 for all; a run goes on in what it was trained in."""
     wanted = PrecisionPolicy.parse(config.precision)
+    if config.fsdp and wanted.islands:
+        raise InputError("fsdp: sharded layers have weights of one type; leave the policy's islands out")
     if wanted.params == "fp16":
         raise InputError("precision: fp16 weights cannot be trained; use 16-mixed (--use-amp), bf16-mixed or bf16-true")
     if saved is not None:
@@ -211,11 +220,23 @@ def _policy(
 def _require_same_run(config: TrainConfig, data: TrainingData, saved: Saved, team: Team, progress: Progress) -> None:
     """Raise InputError when the run in this folder is another one; say what is allowed to differ and does."""
     before, now = saved.facts["config"], json.loads(config.model_dump_json())
-    changed = [n for n in now if n not in MAY_CHANGE and before.get(n) != now[n]]
+    # The checkpoint that a run started from need not be named again.
+    kept = MAY_CHANGE if config.ckpt is not None else MAY_CHANGE | {"ckpt"}
+    changed = [n for n in now if n not in kept and before.get(n) != now[n]]
     if changed:
         told = "; ".join(f"{name} was {before.get(name)}, not {now[name]}" for name in changed)
         raise InputError(
             f"{config.folder}: holds a run with other settings ({told}); give the same, or another run_name"
+        )
+    then = saved.checkpoint.about
+    if then.latents is not None and (differences := data.spec.differences(then.latents)):
+        raise InputError(
+            f"{config.folder}: was trained on other latents: {'; '.join(differences)}; give a new run_name"
+        )
+    if then.classes != data.classes:
+        raise InputError(
+            f"{config.folder}: was trained with the classes {some(then.classes)}, the data has {some(data.classes)}: "
+            "labels would mean something else; give a new run_name"
         )
     batch = data.items_per_step(team.size)
     if saved.facts["items_per_step"] != batch:
@@ -242,10 +263,13 @@ def _require_fitting(start: Checkpoint, about: About, data: TrainingData) -> Non
             f"{start.path}: is of latents with {theirs['in_channels']} channels; the data has {ours['in_channels']} "
             f"({data.spec.autoencoder})"
         )
-    if start.about.latents is not None and (differences := start.about.latents.differences(data.spec)):
-        raise InputError(f"{start.path}: was trained on other latents: {'; '.join(differences)}")
+    if start.about.latents is not None and (differences := data.spec.differences(start.about.latents)):
+        raise InputError(f"{start.path}: was trained on other latents than the data's: {'; '.join(differences)}")
     if start.about.name != about.name:
         raise InputError(f"{start.path}: holds {start.about.name}; {about.name} was asked for")
+    for name in ("uncond", "energy"):
+        if theirs.get(name) != ours.get(name):
+            raise InputError(f"{start.path}: was trained with {name} {theirs[name]}, not {ours[name]}; give the same")
 
 
 def _facts(config: TrainConfig, data: TrainingData, per_step: int, team: Team) -> dict[str, Any]:
@@ -259,33 +283,50 @@ def _facts(config: TrainConfig, data: TrainingData, per_step: int, team: Team) -
 
 
 def _require_finite(config: TrainConfig, data: TrainingData, state: TrainState, team: Team) -> None:
-    """Raise NumericsError when a step since the last look was not finite. All processes find it at the same step."""
+    """Raise NumericsError when a step since the last look was not finite and fp16's range does not explain it. All
+    processes find it at the same step."""
     bad = int(state.first_bad_step)
     if bad < 0:
         return
     items = next(data.batches(bad, team.rank, team.size, state.device))
-    found = team.gather(lambda: not_finite_items(items))
+    number = not_finite_item(items)
+    where = None if number is None else f"an item of {data.sequence(bad, team.rank, team.size, number)!r} in the data"
+    found = team.gather(lambda: where)
     if not any(found):
+        if state.may_overflow:
+            state.first_bad_step.fill_(-1)
+            return
         torch.manual_seed(_seed(config, bad, team))
-        parts = _parts(items, config, state.device)
-        failure = find_failure(state, [partial(_losses_of, data, part) for part in parts])
+        microbatches = _microbatches(items, config, state.device)
+        failure = find_failure(state, [partial(_losses_of, data, microbatch) for microbatch in microbatches])
         found = team.gather(lambda: failure)
-    where = next((line for line in found if line), "something, not found again,") + " is not finite"
+    told = next((line for line in found if line), "something, not found again,")
     kept = newest(config.folder)
     advice = f"the last good checkpoint is {kept.checkpoint.path}" if kept else "there is no checkpoint yet"
     raise NumericsError(
-        f"step {bad + 1}: {where}, in {state.policy}; training stopped before anything was moved by it, {advice}"
+        f"step {bad + 1}: {told} is not finite, in {state.policy}; training stopped before anything was moved by it, "
+        f"{advice}"
     )
 
 
-def _losses_of(data: TrainingData, part: Items, network: Any) -> torch.Tensor:
-    return data.losses(network, part)
+def _leave_fp16(state: TrainState, run: Path) -> None:
+    """Raise NumericsError when it was not fp16 that made the gradients of so many steps overflow."""
+    if state.policy.compute != "fp16":
+        raise NumericsError(
+            f"step {state.step}: the gradients of 20 steps in a row are not finite, in {state.policy}, though the loss "
+            f"is; lower the loss scale or the learning rate and start again from a checkpoint in {run}"
+        )
+    state.switch_to_bf16()
 
 
-def _parts(items: Items, config: TrainConfig, device: torch.device) -> list[Items]:
+def _losses_of(data: TrainingData, microbatch: Items, network: Any) -> torch.Tensor:
+    return data.losses(network, microbatch)
+
+
+def _microbatches(items: Items, config: TrainConfig, device: torch.device) -> list[Items]:
     """A step's items on the device, in the parts that go through the network one after the other."""
     moved = [item.to(device, non_blocking=True) for item in items]
-    return list(zip(*(item.chunk(config.accumulate) for item in moved), strict=True))
+    return list(zip(*(item.chunk(config.gradient_accumulation_steps) for item in moved), strict=True))
 
 
 def _seed(config: TrainConfig, step: int, team: Team) -> int:

@@ -43,7 +43,7 @@ class Meter:
         self.newest: dict[str, Any] | None = None
 
     def add(self, loss: torch.Tensor) -> None:
-        """A part of a step's mean loss."""
+        """A micro-batch's part of a step's mean loss."""
         self._loss += loss.detach()
 
     def count(self) -> None:
@@ -75,8 +75,8 @@ class Meter:
             "policy": str(state.policy),
             "loss_scale": state.scaler.get_scale() if state.scaler.is_enabled() else None,
             "skipped": int(state.skipped),
-            "stalled_weights": round(stalled_weights, 4),
-            "stalled_ema": round(stalled_ema, 4),
+            "stalled_weights": stalled_weights,
+            "stalled_ema": stalled_ema,
             "seconds_per_step": round(seconds, 5),
             "samples_per_second": round(self._samples / seconds, 2),
             "memory_mb": round(_peak_memory(state.device) / 1e6, 1),
@@ -92,36 +92,44 @@ class Meter:
 
 class Logs:
     """log.jsonl in the run's folder, and the services that were asked for. A run that goes on from an earlier step
-    loses the lines after it."""
+    loses the lines after it, and any that cannot be read."""
 
-    def __init__(self, config: TrainConfig, step: int, name: str) -> None:
-        self._path = config.folder / "log.jsonl"
-        self._writers: list[Any] = []
-        if config.tensorboard:
-            self._writers.append(_TensorBoard(config, step))
-        if config.wandb:
-            self._writers.append(_WandB(config, name))
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        # The last line may have been cut off by whatever ended the process.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._path = config, config.folder / "log.jsonl"
+        self._services: list[_TensorBoard | _WandB] = []
+
+    def open(self, step: int, name: str) -> None:
+        """Begin after step `step` of the network `name`. Raises InputError when a service is not installed."""
+        if self._config.tensorboard:
+            self._services.append(_TensorBoard(self._config, step))
+        if self._config.wandb:
+            self._services.append(_WandB(self._config, name))
         with store_errors(self._path):
+            content = self._path.read_text(errors="replace") if self._path.exists() else ""
+            kept = [line for line in content.splitlines() if (number := _step_of(line)) is not None and number <= step]
             write_durably(self._path, "".join(f"{line}\n" for line in kept).encode())
-            self._file = self._path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
-        with store_errors(self._path):
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        for writer in self._writers:
-            writer.write(record)
+        with store_errors(self._path), self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for service in self._services:
+            service.write(record)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
-        self._file.close()
-        for writer in self._writers:
-            writer.close()
+        for service in self._services:
+            service.close()
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of the log; None of one that whatever ended the process cut off."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 class _TensorBoard:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from halfstep.errors import InputError, some
 from halfstep.models import Network
 from halfstep.precision import PrecisionPolicy, change_compute, prepare, tf32, torch_dtype
 from halfstep.train.config import TrainConfig
@@ -74,10 +76,11 @@ class TrainState:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._bad_loss = torch.zeros((), dtype=torch.bool, device=device)
 
     @contextmanager
-    def part(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward pass of one part of a step: gradients travel between processes with the last."""
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward pass of a micro-batch: gradients travel between processes with a step's last."""
         synced: AbstractContextManager[None] = nullcontext()
         if isinstance(self.model, DistributedDataParallel) and not last:
             synced = self.model.no_sync()
@@ -88,13 +91,15 @@ class TrainState:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add to the gradients."""
+        self._bad_loss |= ~torch.isfinite(loss.detach())
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
         """Move the weights by the gradients, and the average by the weights.
 
-        A gradient that is not finite moves nothing. Under a loss scale that update is left out and counted; without one
-        there will be none any more, so that the weights are still those that the failure can be found with.
+        A gradient that is not finite moves nothing. Where fp16 may have overflowed, that update is left out and
+        counted; otherwise there will be none any more, so that the weights are still those that the failure can be
+        found with.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
@@ -105,27 +110,32 @@ class TrainState:
         norm = nn.utils.clip_grad_norm_(list(self.weights.values()), self.config.clip_norm)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = torch.isfinite(self.grad_norm)
+        bad = self._bad_anywhere() if self.scaler.is_enabled() else ~finite
+        self.first_bad_step = torch.where((self.first_bad_step < 0) & bad, self.step, self.first_bad_step)
+        stopped = (self.first_bad_step >= 0) & (not self.may_overflow)
+        # Read by the fused kernel, which then moves nothing: as GradScaler.step does it, but for the norm of all.
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~finite | stopped).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         if self.scaler.is_enabled():
             self.skipped += ~finite
             self.skipped_in_row = torch.where(finite, 0, self.skipped_in_row + 1)
-            self.scaler.step(self.optimizer)
             scale = self.policy.loss_scale
             self.scaler.update(scale if isinstance(scale, float) else None)
-        else:
-            first = (self.first_bad_step < 0) & ~finite
-            self.first_bad_step = torch.where(first, self.step, self.first_bad_step)
-            # Read by the fused kernel, as GradScaler.step does it.
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
+        self._bad_loss.zero_()
         self.optimizer.zero_grad()
         self._write_copies()
         self._average(list(self.ema.values()), list(self.weights.values()), 0)
         self.step += 1
 
     @property
+    def may_overflow(self) -> bool:
+        """Whether fp16 under a loss scale can explain a step that is not finite."""
+        return self.scaler.is_enabled() and self.policy.compute == "fp16"
+
+    @property
     def collapsed(self) -> bool:
-        """Whether the loss scale fell so often in a row that nothing is learned any more. Waits for the device."""
+        """Whether so many updates in a row were skipped that nothing is learned any more. Waits for the device."""
         return self.scaler.is_enabled() and int(self.skipped_in_row) >= _COLLAPSE
 
     def switch_to_bf16(self) -> None:
@@ -157,8 +167,14 @@ class TrainState:
         kept = next(iter(self.optimizer.state.values()), None)
         return 0 if kept is None else int(kept["step"])
 
-    def restore(self, ema: State, moments: State, updates: int) -> None:
-        """Put back an average and moments; the weights came with the network."""
+    def restore(self, ema: State, moments: State, updates: int, where: Path) -> None:
+        """Put back an average that fits the network, whose weights are there, and moments of all weights, or none.
+        Raises InputError naming `where` when moments are missing or of another shape."""
+        if moments:
+            names = [f"{moment}.{name}" for name in self.weights for moment in ("exp_avg", "exp_avg_sq")]
+            wrong = [n for n in names if n not in moments or moments[n].shape != ema[n.partition(".")[2]].shape]
+            if wrong:
+                raise InputError(f"{where}: the optimizer's {some(wrong, 3)} are missing or of another shape")
         with torch.no_grad():
             for name, average in self.ema.items():
                 average.copy_(_like(ema[name], average))
@@ -170,7 +186,6 @@ class TrainState:
                 **{m: _like(moments[f"{m}.{name}"], self.weights[name]) for m in ("exp_avg", "exp_avg_sq")},
             }
             for number, name in enumerate(self.weights)
-            if f"exp_avg.{name}" in moments
         }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
@@ -178,6 +193,14 @@ class TrainState:
         scale = self.policy.loss_scale
         initial = scale if isinstance(scale, float) else 2.0**16
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=initial, enabled=scale is not None)
+
+    def _bad_anywhere(self) -> torch.Tensor:
+        """Whether any process's loss of this step is not finite."""
+        if dist.is_initialized():
+            everywhere = self._bad_loss.float()
+            dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+            return everywhere > 0
+        return self._bad_loss
 
     def _write_copies(self) -> None:
         if not self._copied:
