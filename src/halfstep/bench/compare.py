@@ -63,11 +63,10 @@ def document(name: str, timings: dict[str, Timing], **facts: Any) -> dict[str, A
 
 def machine() -> dict[str, Any]:
     """What a figure depends on."""
-    from halfstep.precision import probe
+    from halfstep.precision import open_device, probe
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        "device": probe(device).device,
+        "device": probe(open_device("auto")).device,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -9,7 +9,7 @@ import torch
 
 from halfstep.bench.compare import document, in_turn, ratio
 from halfstep.models import EqM
-from halfstep.precision import PrecisionPolicy, prepare
+from halfstep.precision import PrecisionPolicy, open_device, prepare
 from halfstep.sampling import sample_eqm
 
 _PRECISIONS = ("auto", "fp32")
@@ -25,7 +25,7 @@ def bench_sample(
     so that half precision has something to be compared on: the difference from the plain loop's samples is relative to
     what the sampler moved (rms).
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = open_device("auto")
     generator = torch.Generator().manual_seed(0)
     networks = {precision: _network(model, size, generator.manual_seed(0)) for precision in ("plain", *_PRECISIONS)}
     noise = torch.randn(batch, 4, size // 8, size // 8, generator=generator).to(device)

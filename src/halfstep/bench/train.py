@@ -26,7 +26,7 @@ from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
 from halfstep.models import EqM
-from halfstep.precision import PrecisionPolicy
+from halfstep.precision import PrecisionPolicy, open_device
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.train.config import TrainConfig
@@ -98,7 +98,7 @@ class _Plain:
         self._batch, self._size, self._folder = batch, size, folder
         self._encoder = load_autoencoder(str(folder / "vae")) if pixels else None
         self._store = DatasetStore.open(folder / "latents")
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = open_device("auto")
         if self._encoder is not None:
             self._encoder = self._encoder.prepared(self._device, PrecisionPolicy(), channels_last=False)
         self.network = EqM.named(model, size // 8, 1000).train().to(self._device)

@@ -19,7 +19,7 @@ from halfstep.data.base import Array
 from halfstep.demo.pictures import psnr
 from halfstep.generate.makers import SampleOptions
 from halfstep.generate.samples import sample
-from halfstep.precision import PrecisionPolicy, probe
+from halfstep.precision import PrecisionPolicy, open_device, probe
 from halfstep.store import DatasetStore, TrajectoryStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
@@ -82,7 +82,7 @@ class Learned:
 def learn(output: Path, say: Callable[[str], None], seconds: float) -> Learned:
     """Train an EqM on clips of the store in `output` for about `seconds` and a CDiT on its walks for twice as long, in
     the precision that is measured to be fastest; sample from both."""
-    policy = PrecisionPolicy.auto("cuda" if torch.cuda.is_available() else "cpu", "train")
+    policy = PrecisionPolicy.auto(open_device("auto"), "train")
     say(f"5/9 train an EqM on clips of four frames, in {policy}")
     eqm = _train_for(output, "eqm", EQM, seconds)
     say(f"    loss {eqm.losses[0]:.2f} to {eqm.losses[-1]:.2f} in {eqm.steps[-1]} steps")
@@ -126,7 +126,7 @@ def learn(output: Path, say: Callable[[str], None], seconds: float) -> Learned:
 
 def _worthwhile() -> list[str]:
     """fp32, and the half types that are not emulated here: others would take minutes to show nothing."""
-    result = probe("cuda" if torch.cuda.is_available() else "cpu")
+    result = probe(open_device("auto"))
     halves = {"bf16": ["bf16-mixed", "bf16-true"], "fp16": ["16-mixed"]}
     return ["fp32", *(name for kind, names in halves.items() if result.speedup(kind, "train") > 1 for name in names)]
 

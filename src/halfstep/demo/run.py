@@ -23,7 +23,7 @@ from halfstep.encode import EncodeOptions, EncodeReport, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
 from halfstep.errors import InputError, StoreError
-from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, probe, torch_dtype
+from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, open_device, probe, torch_dtype
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, VerifyReport, verify
 from halfstep.team import Team
@@ -84,7 +84,7 @@ def run_demo(
     options = EncodeOptions(output / "latents", size=_SIZE)
     encoded = encode([SourceConfig(path=output / "world")], options)
     store = DatasetStore.open(output / "latents")
-    policy = PrecisionPolicy.auto("cpu" if not torch.cuda.is_available() else "cuda", "encode")
+    policy = PrecisionPolicy.auto(open_device("auto"), "encode")
     say(f"    {encoded.items} frames at {encoded.items_per_second:.0f} a second in {encoded.policy}")
     say("3/9 verify every byte of the store")
     verified = verify(output / "latents")

@@ -65,7 +65,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
     """Train, from where an earlier call with the same config stopped, to `config.steps` or `config.epochs`.
 
     On a CPU, stopping and going on gives the same bits as never having stopped. Under torchrun the processes share each
-    step. Ctrl-C and SIGTERM end it after a step, with a checkpoint, by KeyboardInterrupt. Raises InputError for data or
+    step; a script of one's own then ends with `halfstep.team.leave`. Ctrl-C and SIGTERM end it after a step, with a checkpoint, by KeyboardInterrupt. Raises InputError for data or
     a checkpoint that do not fit, NumericsError when a loss is not finite, naming step, layer and type.
     """
     progress = progress or Progress()
