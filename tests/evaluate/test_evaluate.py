@@ -1,7 +1,7 @@
 """Evaluation against plain oracles: Gaussians, pictures with known noise, planners with known goals."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +216,15 @@ def test_the_command_evaluates_a_real_model(world: Path) -> None:
     assert "planned: ends" in run_cli(*command, *options).stdout
 
 
-def test_there_are_no_more_walks_than_there_are(world: Path) -> None:
+def test_there_are_no_more_walks_than_there_are(world: Path, tmp_path: Path) -> None:
     options = WalkOptions(world / "cdit", world / "latents", horizons=(8,), walks=50, steps=2, plans=0,
                           precision="fp32", device="cpu")  # fmt: skip
     assert evaluate_walks(options).walks == 6  # two walks of 12 frames, two of context and eight ahead
+    (tmp_path / "traj_names.txt").write_text("walk_001\n")
+    assert evaluate_walks(replace(options, names=tmp_path / "traj_names.txt")).walks == 3
+    (tmp_path / "traj_names.txt").write_text("walk_007\n")
+    with pytest.raises(InputError, match="names no walk that is there and long enough, such as 'walk_000'"):
+        evaluate_walks(replace(options, names=tmp_path / "traj_names.txt"))
 
 
 def test_a_broken_network_gets_no_scores(world: Path, tmp_path: Path) -> None:

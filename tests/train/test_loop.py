@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path, latents: Path) -> None:
 def test_it_learns_in_every_precision(tmp_path: Path, latents: Path) -> None:
     """The field toward thirty pictures is learned, in half as in fp32."""
     losses = {}
-    for precision in ("fp32", "bf16-mixed", "bf16-true"):
+    for precision in ("fp32", "bf16-mixed", "bf16-true", "16-mixed"):
         train(config(tmp_path / precision, latents, precision=precision, steps=120, log_every=20, lr=3e-3))
         losses[precision] = [record["loss"] for record in log(tmp_path / precision)]
     assert losses["fp32"][-1] < 0.8 * losses["fp32"][0]
@@ -173,13 +173,15 @@ def test_the_loss_scale_skips_and_collapses(tmp_path: Path, latents: Path, monke
         def note(self, line: str) -> None:
             notes.append(line)
 
-    report = train(config(tmp_path, latents, precision="16-mixed", steps=30, log_every=5), Listening())
+    report = train(config(tmp_path, latents, precision="16-mixed", steps=30, log_every=15), Listening())
     assert report.skipped == 20
     assert report.policy.startswith("bf16-mixed")
     assert any("collapsed" in line for line in notes)
-    switch = [record for record in log(tmp_path) if "switched_to" in record]
-    assert [record["step"] for record in switch] == [20]
-    assert log(tmp_path)[0]["loss_scale"] == 65536 / 2**5
+    assert [record["switched_at"] for record in log(tmp_path)] == [None, 20]  # which is no step of the log
+    assert [record["policy"].split(",")[0] for record in log(tmp_path)] == ["16-mixed", "bf16-mixed"]
+    assert log(tmp_path)[0]["loss_scale"] == 65536 / 2**15
+    assert log(tmp_path)[0]["stalled_weights"] is None  # nothing was added to them
+    assert read_state(tmp_path)["switched_at"] == 20
     assert read_state(tmp_path)["policy"].startswith("bf16-mixed")
     assert read_state(tmp_path)["updates"] == 10
     train(config(tmp_path, latents, precision="16-mixed", steps=32))  # it stays there
@@ -220,7 +222,7 @@ def test_pixels_are_encoded_on_the_way(tmp_path: Path, toy_world: Path, latents:
     train(config(tmp_path / "latents", latents, **walks))
     ours, theirs = log(tmp_path / "pixels"), log(tmp_path / "latents")
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-4)
-    assert any("encode" in line for line in notes)
+    assert any(f"halfstep encode -i {toy_world} -o LATENTS --autoencoder dct8 --size 32x32`" in line for line in notes)
 
 
 def test_batches_are_shared_out_without_loss(latents: Path, tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_the_published_commands_and_configs_work(tmp_path: Path, toy_world: Path
     assert saved.about.latents.pixels is not None
 
     (tmp_path / "split").mkdir()
-    (tmp_path / "split" / "traj_names.txt").write_text("walk_000\nwalk_002\n")
+    (tmp_path / "split" / "names.txt").write_text("walk_000\nwalk_002\n")
     (tmp_path / "nav.yaml").write_text(f"""
 run_name: nwm_cdit_latents
 results_dir: logs
@@ -315,6 +317,14 @@ batch_size: 4
 num_workers: 0
 model: CDiT-S/2
 lr: 6e-5
+train: True
+use_wandb: True
+target_fps: 4
+eval_decode: false
+warmup_steps: 1000
+lr_scheduler:
+  name: linear
+  total_steps: 100000
 normalize: True
 grad_clip_val: 10.0
 context_size: 2
@@ -322,10 +332,12 @@ len_traj_pred: 4
 distance: {{min_dist_cat: -2, max_dist_cat: 4}}
 image_size: 32
 datasets:
-  recon: {{latent_folder: {latents}, data_folder: {toy_world}, train: split, test: split, goals_per_obs: 2}}
+  recon: {{latent_folder: {latents}, data_folder: {toy_world}, train: split, test: split, traj_names: names.txt,
+    goals_per_obs: 2}}
 """)
     result = run_cli("train", "--config", "nav.yaml", "--precision", "fp32", "--set", "steps=1", cwd=tmp_path)
     assert "CDiT-S/2 after 1 steps in fp32" in result.stdout
+    assert "train, eval_decode, lr_scheduler, target_fps, use_wandb: not read" in result.stderr
     saved = read_checkpoint(tmp_path / "logs" / "nwm_cdit_latents")
     assert saved.about.spacing == 0.25
     assert saved.about.config["context_size"] == 2

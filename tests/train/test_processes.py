@@ -58,8 +58,10 @@ def expected(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainSt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--fsdp"]])
-@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [("fp32", []), ("fp32", ["--fsdp"]), ("bf16-true", []), ("bf16-true", ["--fsdp"]), ("16-mixed", ["--fsdp"])],
+)
 def test_two_processes_learn_what_one_does(
     tmp_path: Path, latents: Path, options: list[str], precision: str, expected: TrainState
 ) -> None:

@@ -11,14 +11,16 @@ from halfstep.spec import LatentSpec
 
 __all__ = ["Autoencoder", "Checked", "EncodeGate", "Posterior", "load_autoencoder", "load_for"]
 
+_SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+
 
 def load_autoencoder(identifier: str = "dct8", revision: str | None = None, *, tiled: bool = False) -> Autoencoder:
     """Load an autoencoder in fp32 on the CPU.
 
     `identifier` is `dct8` (built in), a folder that holds a diffusers autoencoder or pipeline, a folder with
-    `taef2_encoder.pth` and `taef2_decoder.pth`, or a hub id (`stabilityai/sd-vae-ft-ema`) with its `revision`. `tiled`
-    turns on the library's tiling, for pictures that do not fit in memory. Raises InputError, naming what is available
-    locally, when it cannot be loaded.
+    `taef2_encoder.pth` and `taef2_decoder.pth`, or a hub id (`stabilityai/sd-vae-ft-ema`) with its `revision`; `ema`
+    and `mse` are Stable Diffusion's two, as published trainers call them. `tiled` turns on the library's tiling, for
+    pictures that do not fit in memory. Raises InputError, naming what is available locally, when it cannot be loaded.
     """
     from halfstep.autoencoders.builtin import dct8
     from halfstep.autoencoders.diffusers import from_diffusers
@@ -26,6 +28,7 @@ def load_autoencoder(identifier: str = "dct8", revision: str | None = None, *, t
 
     if identifier == "dct8":
         return dct8()
+    identifier = _SHORT_NAMES.get(identifier, identifier)
     if Path(identifier).is_dir():
         identifier = str(Path(identifier).resolve())  # a store notes it down, for reruns from other folders
     if (Path(identifier) / ENCODER_FILE).is_file():

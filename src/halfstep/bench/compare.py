@@ -76,7 +76,9 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process ever held (Linux)."""
+    """The most memory that this process ever held: of the GPU where there is one, else its own (Linux)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 

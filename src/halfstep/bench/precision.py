@@ -73,6 +73,9 @@ def bench_precision(
             p: {"mean": round(float(v[-1]), 4), "seeds": [round(c[-1], 4) for c in curves[p]]} for p, v in means.items()
         },
         largest_difference_of_means={p: round(float(v.max()), 5) for p, v in apart.items()},
+        largest_difference_of_a_seed={
+            p: round(float((np.abs(np.array(curves[p]) - fp32) / fp32).max()), 5) for p in precisions[1:]
+        },
         spread_of_seeds=round(float(((fp32.max(axis=0) - fp32.min(axis=0)) / fp32.mean(axis=0)).mean()), 5),
         within_seed_spread={
             p: bool(((means[p] >= fp32.min(axis=0)) & (means[p] <= fp32.max(axis=0))).all()) for p in precisions[1:]

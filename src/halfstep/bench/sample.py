@@ -31,6 +31,7 @@ def bench_sample(
     noise = torch.randn(batch, 4, size // 8, size // 8, generator=generator).to(device)
     labels = torch.arange(batch, device=device) % 1000
     samples: dict[str, torch.Tensor] = {}
+    policies: dict[str, str] = {}
 
     def plain() -> None:
         network = networks["plain"].to(device)
@@ -44,6 +45,7 @@ def bench_sample(
 
     def ours(precision: str) -> Callable[[], None]:
         policy = PrecisionPolicy.parse(precision).resolve(device, "sample")
+        policies[f"halfstep, {precision}"] = str(policy)
         network = prepare(networks[precision].to(device), policy)
         assert isinstance(network, EqM)
 
@@ -65,6 +67,7 @@ def bench_sample(
         size=size,
         batch=batch,
         updates=updates,
+        policies=policies,
         images_per_second={name: round(batch / timing.median, 4) for name, timing in timings.items()},
         speedup=ratio(timings, "plain loop, fp32", "halfstep, auto"),
         speedup_in_fp32=ratio(timings, "plain loop, fp32", "halfstep, fp32"),

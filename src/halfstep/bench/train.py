@@ -25,17 +25,17 @@ from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
-from halfstep.models import EqM
-from halfstep.precision import PrecisionPolicy, open_device
+from halfstep.models import About, EqM
+from halfstep.precision import PrecisionPolicy, open_device, probe
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import Progress, train
+from halfstep.train.meter import forward_operations
 from halfstep.train.objectives import eqm_loss
 
 _DECAY, _RATE = 0.9999, 1e-4
 _PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16-true")
-_OURS = {f"halfstep, {precision}, latents": precision for precision in _PRECISIONS}
 
 
 def bench_train(
@@ -45,27 +45,39 @@ def bench_train(
 
     The plain recipe: fp32, an SD-VAE-shaped encoder (83.7M parameters, random weights) in the loop, AdamW as it comes,
     an average kept tensor by tensor, the loss brought to the host in each step. Then the same on latents from a store;
-    and `halfstep train` on that store. `steps` are timed after one that is not, `rounds` times in turn. Peak memory is
-    that of one step in a fresh process.
+    and `halfstep train` on that store, on a GPU compiled too. `steps` are timed after one that is not, `rounds` times
+    in turn. Peak memory is that of one step in a fresh process. The limit is what the matrix products alone would take
+    at the rate that was measured for them, and `mfu` its share of the step.
     """
     with tempfile.TemporaryDirectory(prefix="halfstep-bench-") as scratch:
         folder = Path(scratch)
         _prepare(folder, size, batch * (steps + 1))
         plain = {name: _Plain(folder, model, size, batch, pixels) for name, pixels in _PLAIN.items()}
         runs = count()
+        policies: dict[str, str] = {}
+
+        def ours(name: str, settings: dict[str, Any]) -> float:
+            seconds, policies[name] = _time_ours(folder, model, settings, batch, steps, runs)
+            return seconds
+
         cases: dict[str, Callable[[], float | None]] = {
             **{name: partial(recipe.time, steps) for name, recipe in plain.items()},
-            **{n: partial(_time_ours, folder, model, p, batch, steps, runs) for n, p in _OURS.items()},
+            **{name: partial(ours, name, settings) for name, settings in _ours().items()},
         }
         timings = in_turn(cases, rounds)
+        network = next(iter(plain.values())).network
+        limits = _limits(network, batch, policies)
         facts: dict[str, Any] = {
             "model": model,
             "size": size,
             "batch": batch,
-            "parameters": sum(p.numel() for p in next(iter(plain.values())).network.parameters()),
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "policies": policies,
             "speedup_over_encoder_in_the_loop": ratio(timings, *_names("auto", pixels=True)),
             "speedup_with_latents_on_both_sides": ratio(timings, *_names("auto", pixels=False)),
             "speedup_in_fp32": ratio(timings, *_names("fp32", pixels=False)),
+            "limit_seconds": {name: float(f"{limit:.4g}") for name, limit in limits.items()},
+            "mfu": {name: round(limit / timings[name].median, 3) for name, limit in limits.items()},
         }
         if memory:
             facts["peak_memory_mb"] = {name: _peak(folder, model, size, batch, name) for name in cases}
@@ -76,8 +88,27 @@ _PLAIN = {"plain, fp32, encoder in the loop": True, "plain, fp32, latents": Fals
 
 
 def _names(precision: str, *, pixels: bool) -> tuple[str, str]:
-    baseline = next(name for name, has_pixels in _PLAIN.items() if has_pixels == pixels)
-    return baseline, next(name for name, ours in _OURS.items() if ours == precision)
+    return next(name for name, has_pixels in _PLAIN.items() if has_pixels == pixels), _name(precision)
+
+
+def _name(precision: str) -> str:
+    return f"halfstep, {precision}, latents"
+
+
+def _ours() -> dict[str, dict[str, Any]]:
+    """Settings of `halfstep train` by the name of the case."""
+    settings: dict[str, dict[str, Any]] = {_name(precision): {"precision": precision} for precision in _PRECISIONS}
+    if torch.cuda.is_available():
+        settings["halfstep, auto, compiled, latents"] = {"precision": "auto", "compile": True}
+    return settings
+
+
+def _limits(network: EqM, batch: int, policies: dict[str, str]) -> dict[str, float]:
+    """Seconds that the products of a step take at their measured rate."""
+    rates = probe(open_device("auto"))
+    operations = 3 * batch * forward_operations(About("EqM", network.config))  # backward twice as many
+    computes = {name: PrecisionPolicy.parse(policy).compute for name, policy in policies.items()}
+    return {name: operations / rates.products_per_second(compute) for name, compute in computes.items()}
 
 
 def _prepare(folder: Path, size: int, pictures: int) -> None:
@@ -155,21 +186,23 @@ class _Clock(Progress):
         self.times.append(time.perf_counter())
 
 
-def _time_ours(folder: Path, model: str, precision: str, batch: int, steps: int, runs: Iterator[int]) -> float:
-    """Seconds of a step of `halfstep train`, reading included."""
+def _time_ours(
+    folder: Path, model: str, settings: dict[str, Any], batch: int, steps: int, runs: Iterator[int]
+) -> tuple[float, str]:
+    """Seconds of a step of `halfstep train`, reading included, and the policy it chose."""
     values = {
         "model": model,
         "data_path": str(folder / "latents"),
         "results_dir": str(folder / f"run{next(runs)}"),
         "num_classes": 1000,
         "global_batch_size": batch,
-        "precision": precision,
+        **settings,
         "steps": steps + 1,
         "log_every": 10**6,
     }
     clock = _Clock()
-    train(validate(values, TrainConfig, "bench"), clock)
-    return (clock.times[-1] - clock.times[0]) / steps
+    report = train(validate(values, TrainConfig, "bench"), clock)
+    return (clock.times[-1] - clock.times[0]) / steps, report.policy
 
 
 def _peak(folder: Path, model: str, size: int, batch: int, case: str) -> float:
@@ -187,5 +220,5 @@ def print_own_peak(folder: str, model: str, size: int, batch: int, case: str) ->
     else:
         with tempfile.TemporaryDirectory(dir=folder) as run:
             (Path(run) / "latents").symlink_to(Path(folder) / "latents")
-            _time_ours(Path(run), model, _OURS[case], batch, 1, count())
+            _time_ours(Path(run), model, _ours()[case], batch, 1, count())
     sys.stdout.write(f"{peak_memory_mb():.1f}\n")

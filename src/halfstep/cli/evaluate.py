@@ -63,6 +63,9 @@ def energy(
 def nwm(
     ckpt: Annotated[Path, typer.Option(metavar="RUN", help="A CDiT.")],
     data_path: Annotated[Path, typer.Option(metavar="STORE", help="Latents of walks with poses.")],
+    names: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Walks to ask about: a traj_names.txt of those held out.")
+    ] = None,
     horizons: Annotated[str, typer.Option(metavar="N,N,...", help="Frames ahead.")] = "1,2,4,8",
     walks: Annotated[int, typer.Option(min=1, help="Beginnings, drawn by the seed.")] = 16,
     sampler: Annotated[str, typer.Option(help="ancestral, ddim or dpm++.")] = "dpm++",
@@ -88,6 +91,7 @@ def nwm(
     options = WalkOptions(
         ckpt=ckpt,
         data_path=data_path,
+        names=names,
         horizons=tuple(int(part) for part in horizons.split(",")),
         walks=walks,
         sampler=sampler,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +24,8 @@ class Family(StrEnum):
     cdit = "cdit"
 
 
+# Keys of the published YAMLs that the published trainer does not read either; the rate is constant.
+_UNREAD = ("train", "eval_decode", "lr_scheduler", "target_fps", "use_wandb")
 _DEFAULT_MODELS = {Family.eqm: "EqM-XL/2", Family.cdit: "CDiT-XL/2"}  # as published
 
 
@@ -138,6 +141,9 @@ def _read(path: Path | None, defaults: dict[str, Any], given: dict[str, Any], se
     from halfstep.train.config import TrainConfig
 
     content = {} if path is None else load_yaml(path, dict[str, Any])
+    if (unread := [name for name in _UNREAD if name in content]) and os.environ.get("RANK", "0") == "0":
+        typer.echo(f"halfstep: {path}: {', '.join(unread)}: not read, as by the published trainer", err=True)
+    content = {name: value for name, value in content.items() if name not in _UNREAD}
     if "global_batch_size" in given:
         content.pop("batch_size", None)
     if "data_path" in given:

@@ -223,12 +223,13 @@ class Distance(Config):
 
 class NavigationDatasetConfig(Config):
     """One dataset of a navigation config: latents, or pictures while there are no latents yet; splits are folders
-    with a `traj_names.txt`."""
+    with a list of trajectories, `traj_names`."""
 
     latent_folder: Path | None = None
     data_folder: Path | None = None
     train: Path | None = None
     test: Path | None = None
+    traj_names: str = "traj_names.txt"
     goals_per_obs: Annotated[int, Field(ge=1)] = 1
     metric_waypoint_spacing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
@@ -293,9 +294,13 @@ def _split_names(entry: NavigationDatasetConfig, split: str) -> list[str] | None
     folder = entry.train if split == "train" else entry.test
     if folder is None:
         return None
-    path = folder / "traj_names.txt"
+    return read_names(folder / entry.traj_names)
+
+
+def read_names(path: Path) -> list[str]:
+    """The trajectories of a split, a name a line. Raises InputError when there is no such file."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a split is a folder with one trajectory name a line in traj_names.txt")
+        raise InputError(f"{path}: no such file; the trajectories of a split are listed in one, a name a line")
     return [name for line in path.read_text().splitlines() if (name := line.strip())]
 
 

@@ -1,1 +1,1 @@
-"""The demonstration: a toy world through the codec and back, with a report."""
+"""The demonstration: a toy world through the codec, training and sampling, with a report."""

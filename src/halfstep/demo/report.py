@@ -114,19 +114,21 @@ def _learned(learned: Learned) -> list[str]:
     return [
         "<h2>Training, in each precision</h2>",
         "<p>A small EqM on clips of four frames: the same weights, data and noise, so that curves differ by rounding "
-        f"alone. <code>auto</code> chose {html.escape(learned.policy)} for training, which saved "
-        f"{saved:.0f} s of the {learned.eqm.steps[-1]} steps that the samples below come from.</p>",
+        "alone; they ran one after the other. "
+        f"<code>auto</code> chose {html.escape(learned.policy)} for training, which "
+        f"{'saved' if saved >= 0 else 'cost'} {abs(saved):.0f} s in the {learned.eqm.steps[-1]} steps that the samples "
+        "below come from.</p>",
         _curves(learned.curves, "EqM, the first steps"),
         f"<table><tr><th></th><th>a step</th><th>against fp32</th><th>loss</th></tr>{rows}</table>",
         _curves({"EqM on clips": learned.eqm}, "The whole training"),
         _curves({"CDiT on walks": learned.cdit}, "The whole training"),
         "<h2>Clips from the EqM</h2>",
-        f"<p>From noise in {learned.states - 1} updates each. A minute of training teaches colours, walls and floor, "
-        "not a world.</p>",
+        f"<p>From noise in {learned.states - 1} updates each, after {_seconds(learned.eqm)} of training: colours, "
+        "walls and floor come first, a world much later.</p>",
         *_rows(learned.clips, "clip"),
         "<h2>Walks: what happened, and what the CDiT expected</h2>",
         "<p>Above, the real frames; below, those predicted one after the other from two context frames and the "
-        "actions alone. After two minutes of training a copy of the last frame is still hard to beat.</p>",
+        f"actions alone, after {_seconds(learned.cdit)} of training. {_against_a_copy(learned)}</p>",
         *_rows(learned.walks, "walk"),
         f"<table><tr><th>PSNR (dB), frames ahead</th>{ahead}</tr>{scores}</table>",
         "<h2>How the clips came about</h2>",
@@ -135,6 +137,19 @@ def _learned(learned: Learned) -> list[str]:
         "<code>analysis/report.html</code> beside this page.</p>",
         *(_file(path) for path in learned.plots[:2]),
     ]
+
+
+def _seconds(curve: Curve) -> str:
+    return f"{curve.steps[-1] * curve.seconds_per_step:.0f} seconds"
+
+
+def _against_a_copy(learned: Learned) -> str:
+    """Where the predictions are nearer to what happened than a world that stands still."""
+    pairs = zip(learned.walk_psnr, learned.copy_psnr, strict=True)
+    better = [str(ahead) for ahead, (ours, copied) in enumerate(pairs, start=1) if ours > copied]
+    if not better:
+        return "The last frame, kept as it is, is still nearer to what happened at every distance."
+    return f"They are nearer to what happened than the last frame, kept as it is, {', '.join(better)} frames ahead."
 
 
 def _rows(pictures: list[Array], what: str) -> list[str]:

@@ -1,5 +1,5 @@
-"""halfstep demo: make a toy world, encode it, check the store, look at what came back, and report what it saved and
-cost."""
+"""halfstep demo: make a toy world, encode it, check the store, look at what came back, train on it, sample, analyse,
+and report what it saved and cost."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import torch
 from halfstep.autoencoders import Autoencoder, load_for
 from halfstep.data.base import contiguous_runs
 from halfstep.data.frames import FrameReader, open_latents, windows
+from halfstep.data.latents import read_names
 from halfstep.data.navigation import REL_T_FRAMES, follow, goal_actions, local_steps, to_actions, waypoint_spacing
 from halfstep.errors import InputError, NumericsError
 from halfstep.evaluate.pictures import PictureMetrics
@@ -35,12 +36,14 @@ _PLANNING = 10**6  # in place of a horizon, for noise that no prediction has
 
 @dataclass(frozen=True)
 class WalkOptions:
-    """What to evaluate. `horizons`: frames ahead; `walks`: how many beginnings, drawn by `seed`, or all where there are
-    fewer. `plans`: of how many of them the way to the frame `plan_steps` ahead is planned, with `candidates` paths in
-    each of `iterations` rounds of the cross-entropy method, the best `elites` of which shape the next."""
+    """What to evaluate. `names`: a list of walks, `traj_names.txt`; without it all are asked about, those of the
+    training too. `horizons`: frames ahead; `walks`: how many beginnings, drawn by `seed`, or all where there are fewer.
+    `plans`: of how many of them the way to the frame `plan_steps` ahead is planned, with `candidates` paths in each of
+    `iterations` rounds of the cross-entropy method, the best `elites` of which shape the next."""
 
     ckpt: Path
     data_path: Path
+    names: Path | None = None
     horizons: tuple[int, ...] = (1, 2, 4, 8)
     walks: int = 16
     sampler: str = "dpm++"
@@ -260,7 +263,7 @@ def _open(options: WalkOptions) -> tuple[_World, str]:
     spacing = waypoint_spacing(options.spacing, checkpoint.about.spacing)
     make_scheduler(options.sampler, min(options.steps, options.plan_sampling_steps))  # refuse before any work
     longest = max(*options.horizons, options.plan_steps)
-    found = windows(reader, network.context_size + longest)
+    found = _among(windows(reader, network.context_size + longest), options.names)
     order = np.random.default_rng(options.seed).permutation(len(found))
     starts = [found[place] for place in order[: options.walks]]
     device = open_device(options.device)
@@ -270,6 +273,19 @@ def _open(options: WalkOptions) -> tuple[_World, str]:
     steps = np.concatenate([local_steps(*(part[a:b] for part in reader.poses(key))) for key, a, b in _runs(reader)])
     world = _World(options, network, reader, spacing, autoencoder, starts, steps, device, policy)
     return world, checkpoint.about.name
+
+
+def _among(found: list[tuple[str, int]], names: Path | None) -> list[tuple[str, int]]:
+    """The places in walks that are named."""
+    if names is None:
+        return found
+    wanted = set(read_names(names))
+    kept = [(key, first) for key, first in found if key in wanted]
+    if not kept:
+        raise InputError(
+            f"{names}: names no walk that is there and long enough; there is {found[0][0]!r}, for instance"
+        )
+    return kept
 
 
 def _runs(reader: FrameReader) -> list[tuple[str, int, int]]:

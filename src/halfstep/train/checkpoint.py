@@ -5,7 +5,8 @@ RUN/log.jsonl                        a line every `log_every` steps
 RUN/checkpoints/0000100/             after 100 steps:
     model.safetensors ema.safetensors    fp32, by the published names
     optimizer.safetensors                AdamW's moments
-    state.json                           step, data position, policy, loss scale, settings
+    state.json                           step (from which epoch, place in the data and noise follow), policy, loss
+                                         scale, settings
 """
 
 from __future__ import annotations
@@ -30,18 +31,8 @@ from halfstep.train.state import State, TrainState
 
 _FORMAT, _VERSION = "halfstep-training", 1
 _FACTS = frozenset(
-    {
-        "step",
-        "updates",
-        "policy",
-        "scaler",
-        "skipped",
-        "skipped_in_row",
-        "config",
-        "items",
-        "items_per_step",
-        "processes",
-    }
+    {"step", "updates", "policy", "scaler", "skipped", "skipped_in_row", "switched_at"}
+    | {"config", "items", "items_per_step", "processes"}
 )
 _OLDER = "remove it to go on from an older one"
 
@@ -69,6 +60,7 @@ def save(state: TrainState, about: About, run: Path, team: Team, facts: dict[str
         "scaler": state.scaler.state_dict(),
         "skipped": int(state.skipped),
         "skipped_in_row": int(state.skipped_in_row),
+        "switched_at": state.switched_at,
         **facts,
     }
 
@@ -132,7 +124,7 @@ def restore(state: TrainState, saved: Saved) -> None:
         state.restore(checkpoint.ema, moments, facts["updates"], checkpoint.path)
     except (SafetensorError, OSError, InputError) as error:
         raise StoreError(f"{checkpoint.path}: damaged ({error}); {_OLDER}") from error
-    state.step = facts["step"]
+    state.step, state.switched_at = facts["step"], facts["switched_at"]
     state.skipped.fill_(facts["skipped"])
     state.skipped_in_row.fill_(facts["skipped_in_row"])
     if state.scaler.is_enabled() and facts["scaler"]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,7 +27,7 @@ from halfstep.train.config import MAY_CHANGE, TrainConfig
 from halfstep.train.data import Items, TrainingData, open_data, prepared_encoder
 from halfstep.train.health import Movement, find_failure, not_finite_item
 from halfstep.train.meter import Logs, Meter
-from halfstep.train.state import TrainState
+from halfstep.train.state import COLLAPSE, TrainState
 
 
 class Progress:
@@ -65,8 +64,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
     """Train, from where an earlier call with the same config stopped, to `config.steps` or `config.epochs`.
 
     On a CPU, stopping and going on gives the same bits as never having stopped. Under torchrun the processes share each
-    step; a script of one's own then ends with `halfstep.team.leave`. Ctrl-C and SIGTERM end it after a step, with a checkpoint, by KeyboardInterrupt. Raises InputError for data or
-    a checkpoint that do not fit, NumericsError when a loss is not finite, naming step, layer and type.
+    step; a script of one's own then ends with `halfstep.team.leave`. Ctrl-C and SIGTERM end it after a step, with a
+    checkpoint, by KeyboardInterrupt. Raises InputError for data or a checkpoint that do not fit, NumericsError when a
+    loss is not finite, naming step, layer and type.
     """
     progress = progress or Progress()
     with Team.join() as team, ExitStack() as stack:
@@ -114,16 +114,15 @@ def _run(
             state.update()
             meter.count()
             progress.step(state.step)
-            if movement is not None:  # only here does the host wait for the device
+            if state.may_overflow and state.step % COLLAPSE == 0 and state.collapsed:
+                state.switch_to_bf16()
+                progress.note(
+                    f"step {state.step}: the loss scale collapsed (fp16 overflowed in {COLLAPSE} steps in a row); "
+                    f"training goes on in {state.policy}"
+                )
+            if movement is not None:  # only here, and in fp16 there, does the host wait for the device
                 _require_finite(config, data, state, team)
                 record = meter.record(data, movement, team)
-                if state.collapsed:
-                    _leave_fp16(state, run)
-                    record["switched_to"] = str(state.policy)
-                    progress.note(
-                        f"step {state.step}: the loss scale collapsed (fp16 overflowed in 20 steps in a row); "
-                        f"training goes on in {state.policy}"
-                    )
                 if team.leads:
                     logs.write(record)
                     progress.log(record)
@@ -171,10 +170,7 @@ def _begin(
         if start.ema is not None:
             require_fitting(network, start.ema, start.path)
     if data.encoder is not None:
-        progress.note(
-            f"{config.data_path or 'datasets'}: pixels, encoded again in every step; "
-            "`halfstep encode -i PIXELS -o LATENTS` once and training on LATENTS is faster"
-        )
+        progress.note(_hint(config, data))
     if config.fsdp and team.size == 1:
         progress.note("fsdp: has no effect in one process; run under torchrun")
     state = TrainState(network, policy, config, device)
@@ -184,6 +180,19 @@ def _begin(
         state.restore(start.ema or start.weights, start.moments, start.updates, start.path)
     team.on_leader(lambda: _write_config(config))
     return state, about
+
+
+def _hint(config: TrainConfig, data: TrainingData) -> str:
+    """How pixels become latents once and for all."""
+    assert data.spec.pixels is not None
+    size = f"{data.spec.pixels.width}x{data.spec.pixels.height}"
+    moments = " --moments" if config.autoencoder != "dct8" else ""
+    flips = " --mirror" if config.network == "EqM" else ""
+    return (
+        f"{config.data_path or 'datasets'}: pixels, encoded by {config.autoencoder} again in every step; "
+        f"`halfstep encode -i {config.data_path or 'PIXELS'} -o LATENTS --autoencoder {config.autoencoder} "
+        f"--size {size}{moments}{flips}` once and training on LATENTS is faster"
+    )
 
 
 def _write_config(config: TrainConfig) -> None:
@@ -283,8 +292,13 @@ def _facts(config: TrainConfig, data: TrainingData, per_step: int, team: Team) -
 
 
 def _require_finite(config: TrainConfig, data: TrainingData, state: TrainState, team: Team) -> None:
-    """Raise NumericsError when a step since the last look was not finite and fp16's range does not explain it. All
+    """Raise NumericsError when a step since the last look was not finite and the range of fp16 does not explain it. All
     processes find it at the same step."""
+    if state.collapsed and not state.may_overflow:
+        raise NumericsError(
+            f"step {state.step}: the gradients of {COLLAPSE} steps in a row are not finite, in {state.policy}, though "
+            "the loss is; lower the loss scale or the learning rate, and go on from the last checkpoint"
+        )
     bad = int(state.first_bad_step)
     if bad < 0:
         return
@@ -307,16 +321,6 @@ def _require_finite(config: TrainConfig, data: TrainingData, state: TrainState, 
         f"step {bad + 1}: {told} is not finite, in {state.policy}; training stopped before anything was moved by it, "
         f"{advice}"
     )
-
-
-def _leave_fp16(state: TrainState, run: Path) -> None:
-    """Raise NumericsError when it was not fp16 that made the gradients of so many steps overflow."""
-    if state.policy.compute != "fp16":
-        raise NumericsError(
-            f"step {state.step}: the gradients of 20 steps in a row are not finite, in {state.policy}, though the loss "
-            f"is; lower the loss scale or the learning rate and start again from a checkpoint in {run}"
-        )
-    state.switch_to_bf16()
 
 
 def _losses_of(data: TrainingData, microbatch: Items, network: Any) -> torch.Tensor:

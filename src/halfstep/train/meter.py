@@ -34,7 +34,7 @@ class Meter:
     def __init__(self, about: About, state: TrainState, items_per_step: int, samples_per_item: int) -> None:
         self._state = state
         self._items, self._samples = items_per_step, items_per_step * samples_per_item
-        self._operations = _forward_operations(about) * (1 + _BACKWARD) * self._samples
+        self._operations = forward_operations(about) * (1 + _BACKWARD) * self._samples
         self._loss = torch.zeros((), device=state.device)
         self._norm = torch.zeros((), device=state.device)
         self._norms = torch.zeros((), device=state.device)
@@ -75,6 +75,7 @@ class Meter:
             "policy": str(state.policy),
             "loss_scale": state.scaler.get_scale() if state.scaler.is_enabled() else None,
             "skipped": int(state.skipped),
+            "switched_at": state.switched_at,
             "stalled_weights": stalled_weights,
             "stalled_ema": stalled_ema,
             "seconds_per_step": round(seconds, 5),
@@ -174,7 +175,7 @@ class _WandB:
         self._run.finish()
 
 
-def _forward_operations(about: About) -> int:
+def forward_operations(about: About) -> int:
     """Floating-point operations of one sample through the network, counted on tensors without storage; twice as many
     where the field is a gradient."""
     gradient = about.config.get("energy", "none") != "none"

@@ -28,7 +28,7 @@ from halfstep.train.config import TrainConfig
 
 State = dict[str, torch.Tensor]
 
-_COLLAPSE = 20  # updates skipped in a row: the scale has fallen by 2^20, from 65536 to below one
+COLLAPSE = 20  # updates skipped in a row: the scale has fallen by 2^20, from 65536 to below one
 
 
 class TrainState:
@@ -43,6 +43,7 @@ class TrainState:
     def __init__(self, network: Network, policy: PrecisionPolicy, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device, self.policy = config, device, policy
         self.step = 0
+        self.switched_at: int | None = None  # the step at which fp16 was given up
         self.network = network.to(device).train()
         keep_all = policy.params != "fp32"
         full = {n: p.detach().clone() for n, p in network.named_parameters() if keep_all or not p.requires_grad}
@@ -136,10 +137,11 @@ class TrainState:
     @property
     def collapsed(self) -> bool:
         """Whether so many updates in a row were skipped that nothing is learned any more. Waits for the device."""
-        return self.scaler.is_enabled() and int(self.skipped_in_row) >= _COLLAPSE
+        return self.scaler.is_enabled() and int(self.skipped_in_row) >= COLLAPSE
 
     def switch_to_bf16(self) -> None:
         """Go on with products in bf16, which need no loss scale."""
+        self.switched_at = self.step
         self.policy = replace(self.policy, compute="bf16", loss_scale=None)
         change_compute(self.network, self.policy)
         self._set_scaler()
