@@ -223,7 +223,7 @@ def test_there_are_no_more_walks_than_there_are(world: Path, tmp_path: Path) -> 
     (tmp_path / "traj_names.txt").write_text("walk_001\n")
     assert evaluate_walks(replace(options, names=tmp_path / "traj_names.txt")).walks == 3
     (tmp_path / "traj_names.txt").write_text("walk_007\n")
-    with pytest.raises(InputError, match="names no walk that is there and long enough, such as 'walk_000'"):
+    with pytest.raises(InputError, match="names no walk that is there and long enough; there is 'walk_000'"):
         evaluate_walks(replace(options, names=tmp_path / "traj_names.txt"))
 
 

@@ -115,6 +115,7 @@ def _run(
             meter.count()
             progress.step(state.step)
             if state.may_overflow and state.step % COLLAPSE == 0 and state.collapsed:
+                _require_finite(config, data, state, team)
                 state.switch_to_bf16()
                 progress.note(
                     f"step {state.step}: the loss scale collapsed (fp16 overflowed in {COLLAPSE} steps in a row); "
