@@ -173,6 +173,10 @@ def test_recording_changes_no_sample(runs: Path, tmp_path: Path) -> None:
     assert len(recorded) == 5
     assert len(recorded["000004"].latents) == 7
     assert recorded["000004"].attributes["complete"]
+    sample(options(runs, tmp_path / "exact", sampler="heun", number=1, batch_size=1, record=True, storage="fp32"))
+    sample(options(runs, tmp_path / "raw", sampler="heun", number=1, batch_size=1, format="npy"))
+    exact = TrajectoryStore.open(tmp_path / "exact" / "runs")["000000"].latents
+    assert np.array_equal(exact[-1], np.load(tmp_path / "raw" / "000000.npy"))
 
 
 def test_starting_from_noised_data(runs: Path, latents: Path, tmp_path: Path) -> None:
@@ -217,6 +221,10 @@ def test_a_published_checkpoint(tmp_path: Path) -> None:
         ("pictures", {"format": "jpg"}, "format: got 'jpg'; expected one of png, mp4, gif, npy"),
         ("clips", {"video": True, "clip_len": 16}, "num_frames is 3, not 16"),
         ("clips", {"clip_len": 3}, "is of video"),
+        ("pictures", {"step_size": float("nan")}, "step_size nan"),
+        ("pictures", {"guidance_channels": 17}, "guidance_channels: got 17; the latents have 16 channels"),
+        ("pictures", {"storage": "fp32"}, "storage: is of recorded steps"),
+        ("pictures", {"storage": "int8", "record": True}, "storage: got 'int8'"),
         ("pictures", {"data_path": "LATENTS"}, "data_path: is not an option of an EqM"),
         ("pictures", {"frames": 9}, "frames: is not an option of an EqM"),
         ("pictures", {"start_gamma": 0.5}, "give start_from too"),
@@ -299,6 +307,21 @@ def test_recordings_of_one_frame_are_open_at_a_time(runs: Path, latents: Path, t
     sample(options(runs, tmp_path / "out", "walks", **chosen, record=True), Watching())
     assert set(TrajectoryStore.open(tmp_path / "out" / "runs")) == keys == set().union(*together)
     assert max(map(len, together)) == 2
+
+
+def test_a_young_average_is_told(runs: Path, tmp_path: Path) -> None:
+    """Two steps of training, of which an average with 0.9999 has seen next to nothing."""
+    notes: list[str] = []
+
+    class Listening(Progress):
+        def note(self, line: str) -> None:
+            notes.append(line)
+
+    sample(options(runs, tmp_path / "average", number=1), Listening())
+    assert any("100% of the average are still the weights that training began with" in line for line in notes)
+    notes.clear()
+    sample(options(runs, tmp_path / "last", number=1, ema=False), Listening())
+    assert notes == []
 
 
 def test_walks_are_decoded_as_their_store_says(latents: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from halfstep.errors import HalfstepError, InputError, NumericsError
 from halfstep.models import EqM
-from halfstep.train.loop import train
+from halfstep.train.loop import Progress, train
 from tests.train.runs import SMALL, SMALL_CDIT, WALKS, assert_same, config, rewrite, run_folder
 
 
@@ -249,11 +249,25 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, latents: Path, toy
     for label in "bc":
         shutil.copytree(toy_world / "walk_000", tmp_path / "labels" / label)
         (tmp_path / "labels" / label / "traj_data.pkl").unlink()
-    chosen: dict[str, Any] = {"image_size": 32, "num_classes": 5, "run_name": "labels"}
+    chosen: dict[str, Any] = {"image_size": 32, "num_classes": 5, "run_name": "labelled"}
     train(config(tmp_path, tmp_path / "labels", steps=1, **chosen))
     (tmp_path / "labels" / "b").rename(tmp_path / "labels" / "a")
     with pytest.raises(InputError, match=r"was trained with the classes b, c, the data has a, c"):
         train(config(tmp_path, tmp_path / "labels", steps=2, **chosen))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, latents: Path) -> None:
+    shutil.copytree(latents, tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(InputError, match="holds something that is not a run"):
+        train(config(tmp_path, latents, steps=1))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, latents: Path) -> None:
+    with pytest.raises(InputError, match="a batch has 64"):
+        train(config(tmp_path, latents, global_batch_size=64))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_start_of_a_run_that_is_there_is_refused(tmp_path: Path, latents: Path) -> None:
@@ -269,6 +283,15 @@ def test_another_run_in_the_folder_is_left_alone(tmp_path: Path, latents: Path) 
         train(config(tmp_path, latents, lr=0.01))
     with pytest.raises(InputError, match="its steps have 8 items, not 4"):
         train(config(tmp_path, latents, global_batch_size=4))
+    notes: list[str] = []
+
+    class Listening(Progress):
+        def note(self, line: str) -> None:
+            notes.append(line)
+
+    with pytest.raises(InputError, match="other settings"):
+        train(config(tmp_path, latents, lr=0.01, precision="bf16-mixed"), Listening())
+    assert notes == []  # one line is enough
     assert_same(run_folder(tmp_path), before)
     report = train(config(tmp_path, latents, precision="bf16-mixed", log_every=1, steps=3))
     assert report.policy.startswith("bf16-mixed")

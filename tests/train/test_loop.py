@@ -90,6 +90,14 @@ def test_it_learns_in_every_precision(tmp_path: Path, latents: Path) -> None:
         assert abs(values[-1] - losses["fp32"][-1]) < 0.03 * losses["fp32"][-1], precision
 
 
+def test_checkpoints_can_be_read_by_others(tmp_path: Path, latents: Path) -> None:
+    train(config(tmp_path, latents, steps=1))
+    folder = tmp_path / "run" / "checkpoints" / "0000001"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        (folder / "state.json").stat().st_mode & 0o777
+    }
+
+
 def test_half_weights_have_fp32_masters_and_averages(tmp_path: Path, latents: Path) -> None:
     """Updates of 1e-6 move nothing in bf16; kept in fp32 they do."""
     train(config(tmp_path / "start", latents, steps=20))

@@ -140,8 +140,9 @@ def analyze(
     if rounded:
         form = rounded[0].attributes["latents_format"]
         found.append(
-            f"{len(rounded)} runs keep their latents rounded ({form}): acceleration and turning angles where steps are "
-            "small come out too large; exact ones are recorded with storage fp32"
+            f"{len(rounded)} runs keep their latents rounded ({form}): where steps are small, acceleration and turning "
+            "angles come out too large, and where they are as small as the rounding, path length and speed too; exact "
+            "ones are recorded with storage fp32"
         )
     shared = fit_axes(usable.values())
     say(f"shared axes: {len(shared.components)}, {shared.explained.sum():.0%} of the variance")

@@ -57,10 +57,14 @@ def sample(
     use_bf16: Annotated[bool, typer.Option("--use-bf16", help="The same as --precision bf16-mixed.")] = False,
     use_amp: Annotated[bool, typer.Option("--use-amp", help="The same as --precision 16-mixed.")] = False,
     format: Annotated[
-        str | None, typer.Option(help="png (pictures, walks), mp4 (clips), gif, or npy: latents as they are.")
+        str | None,
+        typer.Option(help="png (pictures; walks, real frames above), mp4 (clips), gif, or npy: latents as they are."),
     ] = None,
     fps: Annotated[int, typer.Option(min=1)] = 8,
     record: Annotated[bool, typer.Option("--record", help="Keep every sampling step in OUT/runs.")] = False,
+    storage: Annotated[
+        str, typer.Option(metavar="TYPE", help="Of recorded steps: fp16 or bf16 (at their error), fp32 (exact).")
+    ] = "fp16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -103,6 +107,7 @@ def sample(
         format=format,
         fps=fps,
         record=record,
+        storage=storage,
     )
     with SampleBar(hidden=quiet) as progress:
         report = run_sample(options, progress)

@@ -5,6 +5,7 @@ Axes: N samples, S frames of a walk, K context frames, C channels, T frames of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,8 @@ class SampleOptions:
     `stop_below` as in `halfstep.sampling`; `start_from`, a store or `.pt` tree whose latents are noised, so that
     `start_gamma` (0.5) is their share; `video` and `clip_len` of a published checkpoint that does not say it. CDiT:
     `data_path` with walks whose beginnings are context, `frames` to predict. `format`: png, mp4, gif, or npy for
-    latents that are not decoded. Samples depend on `seed` and their number alone.
+    latents that are not decoded. `record`: keep each step, at the error of `storage`. Samples depend on `seed` and
+    their number alone.
     """
 
     ckpt: Path
@@ -71,6 +73,7 @@ class SampleOptions:
     format: str | None = None
     fps: int = 8
     record: bool = False
+    storage: str = "fp16"
 
 
 class Progress:
@@ -127,6 +130,12 @@ class EqMMaker:
         if self._ode and options.stop_below is not None:
             raise InputError("stop_below: is of gd and ngd; the flow's ODE has a fixed end")
         self.steps = options.steps if self._ode else options.steps - 1
+        if not (math.isfinite(options.step_size) and math.isfinite(options.momentum)):
+            raise InputError(f"step_size {options.step_size}, momentum {options.momentum}: expected numbers")
+        if options.guidance_channels is not None and options.guidance_channels > network.in_channels:
+            raise InputError(
+                f"guidance_channels: got {options.guidance_channels}; the latents have {network.in_channels} channels"
+            )
         for label in {label for labels in options.labels for label in labels}:
             if not 0 <= label < network.num_classes:
                 raise InputError(f"labels: got {label}; the model has classes 0 to {network.num_classes - 1}")

@@ -40,10 +40,11 @@ from halfstep.models import Checkpoint, EqM, read_checkpoint
 from halfstep.precision import PrecisionPolicy, open_device, prepare, usable
 from halfstep.sampling import NullRecorder, Recorder, StoreRecorder
 from halfstep.spec import LatentSpec
-from halfstep.store import TrajectoryStore
+from halfstep.store import TrajectoryFormat, TrajectoryStore
 from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.team import Team
 
+_YOUNG = 0.05  # an average that has more of its first weights than this is not one of a trained network yet
 _SHEET = 64  # samples on the contact sheet
 _FORMATS = ("png", "mp4", "gif", "npy")
 _PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # of the published checkpoints, which do not say it
@@ -81,6 +82,11 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
         policy, line = team.on_leader(lambda: _policy(options, device))
         if line is not None and team.leads:
             progress.note(line)
+        if options.ema and (checkpoint.ema_start or 0) > _YOUNG and team.leads:
+            progress.note(
+                f"{checkpoint.path}: {checkpoint.ema_start:.0%} of the average are still the weights that training "
+                "began with; those last trained (--no-ema) may be better"
+            )
         network = checkpoint.build(ema=options.ema).to(device)
         prepare(network, policy)
         maker: Maker
@@ -226,6 +232,9 @@ def _read(options: SampleOptions) -> Checkpoint:
         raise InputError("sample: number, batch size and frames are at least 1, steps at least 2")
     if options.clip_len is not None and not options.video:
         raise InputError("clip_len: is of video; add video")
+    if options.storage != "fp16" and not options.record:
+        raise InputError("storage: is of recorded steps; add record")
+    TrajectoryFormat(storage=options.storage)  # which refuses what it cannot keep
     checkpoint = read_checkpoint(options.ckpt, num_frames=options.clip_len, energy=options.energy)
     if options.video and options.clip_len is None and checkpoint.about.config.get("num_frames") == 1:
         checkpoint = read_checkpoint(options.ckpt, num_frames=_PUBLISHED_CLIP, energy=options.energy)
@@ -318,7 +327,8 @@ def _recording(
                 if key in store:  # of a call that was interrupted; the same seed makes the same steps again
                     store.remove(key)
                 noted: dict[str, Any] = {"seed": options.seed, "sample": number, "guidance": options.guidance_scale}
-                recorder = StoreRecorder(store, key, model=str(options.ckpt), policy=str(policy), **noted)
+                form = TrajectoryFormat(storage=options.storage)
+                recorder = StoreRecorder(store, key, format=form, model=str(options.ckpt), policy=str(policy), **noted)
                 made[number] = stack.enter_context(recorder)
                 keys.append(key)
             return [made.get(number, NullRecorder()) for number in batch]

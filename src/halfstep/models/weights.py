@@ -83,7 +83,8 @@ class About:
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights by their published names. `weights` are those last trained, `ema` their moving average. `moments` are
-    AdamW's after `updates`, as `exp_avg.NAME` and `exp_avg_sq.NAME`, where a checkpoint brings them."""
+    AdamW's after `updates`, as `exp_avg.NAME` and `exp_avg_sq.NAME`, where a checkpoint brings them. `ema_start`: the
+    share of the average that are still the weights it began with, None when unknown."""
 
     path: Path
     about: About
@@ -91,6 +92,7 @@ class Checkpoint:
     ema: State | None = None
     moments: State = field(default_factory=dict)
     updates: int = 0
+    ema_start: float | None = None
 
     @property
     def best(self) -> State:
@@ -168,7 +170,18 @@ def _read_folder(folder: Path, known: dict[str, Any]) -> Checkpoint:
     about, weights = _read_file(folder / "model.safetensors")
     ema = _read_file(folder / "ema.safetensors")[1] if (folder / "ema.safetensors").exists() else None
     _require_as_written(about, known, folder)
-    return Checkpoint(folder, about, weights, ema)
+    return Checkpoint(folder, about, weights, ema, ema_start=_ema_start(folder / "state.json"))
+
+
+def _ema_start(path: Path) -> float | None:
+    """By what a run's checkpoint says of itself; None where it does not."""
+    if not path.exists():
+        return None
+    try:
+        facts = json.loads(path.read_text())
+        return float(facts["config"]["ema_decay"] ** facts["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); remove its folder to take an older checkpoint") from error
 
 
 def _read_file(path: Path) -> tuple[About, State]:

@@ -73,10 +73,10 @@ def save(state: TrainState, about: About, run: Path, team: Team, facts: dict[str
         with store_errors(folder):
             temporary.mkdir(parents=True)
             try:
+                (temporary / "state.json").write_text(json.dumps(values, indent=1))
                 _write(temporary / "model.safetensors", weights, about)
                 _write(temporary / "ema.safetensors", ema, about)
                 _write(temporary / "optimizer.safetensors", moments, None)
-                (temporary / "state.json").write_text(json.dumps(values, indent=1))
                 for path in [*temporary.iterdir(), temporary]:
                     fsync_path(path)
                 rename_durably(temporary, folder)
@@ -92,6 +92,7 @@ def _write(path: Path, tensors: State, about: About | None) -> None:
         save_file(tensors, path, None if about is None else about.to_metadata())
     except SafetensorError as error:  # as which it reports a full disk
         raise StoreError(f"{path}: cannot be written ({error}); older checkpoints are intact") from error
+    shutil.copymode(path.with_name("state.json"), path)  # the library makes files for their owner's eyes alone
 
 
 def newest(run: Path) -> Saved | None:
@@ -129,6 +130,15 @@ def restore(state: TrainState, saved: Saved) -> None:
     state.skipped_in_row.fill_(facts["skipped_in_row"])
     if state.scaler.is_enabled() and facts["scaler"]:
         state.scaler.load_state_dict(facts["scaler"])
+
+
+def require_run_or_empty(run: Path) -> None:
+    """Raise InputError when a folder holds something else than a run."""
+    if (run / "config.json").exists() or not run.exists():
+        return
+    foreign = [path.name for path in run.iterdir() if not path.name.startswith(".")]
+    if foreign:
+        raise InputError(f"{run}: holds something that is not a run ({some(foreign, 2)}); give another run_name")
 
 
 def remove_unfinished(run: Path) -> None:

@@ -22,7 +22,7 @@ from halfstep.models.weights import load_exactly, require_fitting
 from halfstep.precision import PrecisionPolicy, open_device, usable
 from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.team import Team
-from halfstep.train.checkpoint import Saved, newest, remove_unfinished, restore, save
+from halfstep.train.checkpoint import Saved, newest, remove_unfinished, require_run_or_empty, restore, save
 from halfstep.train.config import MAY_CHANGE, TrainConfig
 from halfstep.train.data import Items, TrainingData, open_data, prepared_encoder
 from halfstep.train.health import Movement, find_failure, not_finite_item
@@ -73,6 +73,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
         device = open_device(team.device(config.device))
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        team.on_leader(lambda: require_run_or_empty(config.folder))
         team.on_leader(lambda: stack.enter_context(alone(config.folder)))
         team.on_leader(lambda: remove_unfinished(config.folder))
         data = open_data(config)
@@ -154,8 +155,8 @@ def _begin(
     config: TrainConfig, data: TrainingData, device: torch.device, team: Team, progress: Progress
 ) -> tuple[TrainState, About]:
     """The state to go on from: the run's newest checkpoint, the weights that `ckpt` names, or a new network."""
+    data.items_per_step(team.size)  # refuse before anything is written
     saved = newest(config.folder)
-    policy = _policy(config, saved, device, team, progress)
     about = _about(config, data)
     start: Checkpoint | None = None
     if saved is not None:
@@ -164,6 +165,7 @@ def _begin(
     elif config.ckpt is not None:
         start = read_checkpoint(config.ckpt, assumed=about.config)
         _require_fitting(start, about, data)
+    policy = _policy(config, saved, device, team, progress)
     torch.manual_seed(config.global_seed)
     network = about.build()
     if start is not None:
@@ -219,7 +221,7 @@ def _policy(
         now = PrecisionPolicy.parse(saved.facts["policy"])
         if wanted.is_auto or wanted == PrecisionPolicy.parse(saved.facts["config"]["precision"]):
             wanted = now
-        else:
+        elif replace(wanted, storage=now.storage) != now:
             progress.note(f"goes on in {wanted}; up to step {saved.facts['step']} it was {now}")
     policy, line = team.on_leader(lambda: usable(wanted.resolve(device, "train"), device, "train"))
     if line is not None and not wanted.is_auto:

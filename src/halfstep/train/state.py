@@ -5,6 +5,7 @@ Nothing here waits for the device; numbers that tell how it went stay there unti
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -27,6 +28,8 @@ from halfstep.precision import PrecisionPolicy, change_compute, prepare, tf32, t
 from halfstep.train.config import TrainConfig
 
 State = dict[str, torch.Tensor]
+
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 
 COLLAPSE = 20  # updates skipped in a row: the scale has fallen by 2^20, from 65536 to below one
 
@@ -224,7 +227,9 @@ class TrainState:
 
 def _data_parallel(network: nn.Module, policy: PrecisionPolicy, device: torch.device) -> DistributedDataParallel:
     devices = [device.index] if device.type == "cuda" else None
-    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # The newer name of the same: buffers, which are constants here, do not travel in each step.
+    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers"
+    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **{unsynced: False})
     if policy.reduce != policy.params:
         reduce, size = torch_dtype(policy.reduce), dist.get_world_size()
         model.register_comm_hook(None, lambda _, bucket: _mean(bucket, reduce, size))
