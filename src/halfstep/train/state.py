@@ -228,8 +228,9 @@ class TrainState:
 def _data_parallel(network: nn.Module, policy: PrecisionPolicy, device: torch.device) -> DistributedDataParallel:
     devices = [device.index] if device.type == "cuda" else None
     # The newer name of the same: buffers, which are constants here, do not travel in each step.
-    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers"
-    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **{unsynced: False})
+    name = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers"
+    unsynced: dict[str, Any] = {name: False}
+    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **unsynced)
     if policy.reduce != policy.params:
         reduce, size = torch_dtype(policy.reduce), dist.get_world_size()
         model.register_comm_hook(None, lambda _, bucket: _mean(bucket, reduce, size))
