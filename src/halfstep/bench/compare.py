@@ -56,7 +56,10 @@ def document(name: str, timings: dict[str, Timing], **facts: Any) -> dict[str, A
         "benchmark": name,
         "command": shlex.join(["halfstep", *sys.argv[1:]]),
         "machine": machine(),
-        "seconds": {case: {k: _rounded(v) for k, v in asdict(timing).items()} for case, timing in timings.items()},
+        "seconds": {
+            case: {k: v if k == "rounds" else _rounded(v) for k, v in asdict(timing).items()}
+            for case, timing in timings.items()
+        },
         **facts,
     }
 
