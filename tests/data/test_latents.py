@@ -354,7 +354,7 @@ def test_clips_of_an_autoencoder_over_time_are_refused(tmp_path: Path) -> None:
         (("max_dist_cat: 4", "maximum: 4"), "distance.maximum: unknown key; did you mean 'max_dist_cat'"),
         (("recon:", "elsewhere:"), "datasets.elsewhere.metric_waypoint_spacing"),
         (("data_folder: here", "goals_per_obs: 1"), "neither latent_folder nor data_folder"),
-        (("data_folder: here", "train: nowhere, latent_folder: LATENTS"), "no such file; a split is a folder"),
+        (("data_folder: here", "train: nowhere, latent_folder: LATENTS"), "no such file; the trajectories of a split"),
         (("data_folder: here", "latent_folder: LATENTS/nothing"), "no sequence below 'nothing/'"),
     ],
 )
