@@ -66,7 +66,7 @@ def test_what_differs_is_found(store: TrajectoryStore) -> None:
     assert analysis.separations[0].p_corrected > 0.05
     assert analysis.separations[5].p_corrected < 0.05
     assert len(analysis.problems) == 1
-    assert analysis.problems[0].startswith("20 runs keep their latents rounded (predictive, fp16): where steps are small, acceleration")
+    assert analysis.problems[0].startswith("20 runs keep their latents rounded (predictive, fp16): where steps")
 
 
 def test_the_same_runs_under_two_names_do_not_differ(store: TrajectoryStore) -> None:
