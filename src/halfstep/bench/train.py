@@ -104,8 +104,9 @@ def _ours() -> dict[str, dict[str, Any]]:
 
 
 def _limits(network: EqM, batch: int, policies: dict[str, str]) -> dict[str, float]:
-    """Seconds that the products of a step take at their measured rate."""
-    rates = probe(open_device("auto"))
+    """Seconds that the products of a step take at their rate, which is measured now: one that was kept may come from a
+    busier moment."""
+    rates = probe(open_device("auto"), refresh=True)
     operations = 3 * batch * forward_operations(About("EqM", network.config))  # backward twice as many
     computes = {name: PrecisionPolicy.parse(policy).compute for name, policy in policies.items()}
     return {name: operations / rates.products_per_second(compute) for name, compute in computes.items()}

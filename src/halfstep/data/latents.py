@@ -8,6 +8,7 @@ in an epoch an offset: training resumes in mid-epoch where it was. All datasets 
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from halfstep.store.dataset import DatasetStore
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 
 
-class SeededDataset(Dataset[Any]):
+class SeededDataset(Dataset[Any], ABC):
     """Base: a random generator for each (seed, epoch, index). Call `set_epoch` before each epoch."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -38,9 +39,9 @@ class SeededDataset(Dataset[Any]):
         """Draw other goals, flips and samples from now on. Not seen by workers that live on (`persistent_workers`)."""
         self.epoch = epoch
 
+    @abstractmethod
     def key(self, index: int) -> str:
         """The sequence that an item is of."""
-        raise NotImplementedError
 
     def generator(self, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, index))

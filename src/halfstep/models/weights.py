@@ -84,7 +84,7 @@ class About:
 class Checkpoint:
     """Weights by their published names. `weights` are those last trained, `ema` their moving average. `moments` are
     AdamW's after `updates`, as `exp_avg.NAME` and `exp_avg_sq.NAME`, where a checkpoint brings them. `ema_start`: the
-    share of the average that are still the weights it began with, None when unknown."""
+    share of the average that are still random weights it began with, None when unknown."""
 
     path: Path
     about: About
@@ -179,6 +179,8 @@ def _ema_start(path: Path) -> float | None:
         return None
     try:
         facts = json.loads(path.read_text())
+        if facts["config"]["ckpt"] is not None:  # the average began with weights that were trained already
+            return None
         return float(facts["config"]["ema_decay"] ** facts["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); remove its folder to take an older checkpoint") from error
