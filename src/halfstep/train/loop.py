@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from halfstep.autoencoders import Autoencoder
 from halfstep.errors import InputError, NumericsError, some
 from halfstep.models import About, Checkpoint, read_checkpoint
 from halfstep.models.weights import load_exactly, require_fitting
@@ -173,7 +174,7 @@ def _begin(
         if start.ema is not None:
             require_fitting(network, start.ema, start.path)
     if data.encoder is not None:
-        progress.note(_hint(config, data))
+        progress.note(_hint(config, data, data.encoder))
     if config.fsdp and team.size == 1:
         progress.note("fsdp: has no effect in one process; run under torchrun")
     state = TrainState(network, policy, config, device)
@@ -185,11 +186,11 @@ def _begin(
     return state, about
 
 
-def _hint(config: TrainConfig, data: TrainingData) -> str:
+def _hint(config: TrainConfig, data: TrainingData, encoder: Autoencoder) -> str:
     """How pixels become latents once and for all."""
     assert data.spec.pixels is not None
     size = f"{data.spec.pixels.width}x{data.spec.pixels.height}"
-    moments = " --moments" if config.autoencoder != "dct8" else ""
+    moments = " --moments" if encoder.variational else ""
     flips = " --mirror" if config.network == "EqM" else ""
     return (
         f"{config.data_path or 'datasets'}: pixels, encoded by {config.autoencoder} again in every step; "
