@@ -21,12 +21,16 @@ class InputError(HalfstepError, ValueError):
     exit_code = 2
 
 
-class StoreError(HalfstepError, OSError):
-    """A store could not be read or written; what was committed before is untouched."""
+class FileError(HalfstepError, OSError):
+    """A file or folder could not be read or written; what was complete before is untouched."""
 
 
-class StoreBusyError(StoreError):
-    """Another process holds the store."""
+class StoreError(FileError):
+    """A store, a batch of recorded runs or a checkpoint is damaged or not there."""
+
+
+class BusyError(FileError):
+    """Another process holds the folder."""
 
 
 class UnsafePickleError(InputError):

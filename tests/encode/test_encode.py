@@ -17,10 +17,10 @@ from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.encode import EncodeOptions, EncodeReport, encode
 from halfstep.encode.pipeline import StoppedError
-from halfstep.errors import InputError, StoreBusyError
+from halfstep.errors import BusyError, InputError
+from halfstep.files import FileLock
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, verify
-from halfstep.store.commit import FileLock
 from tests.conftest import OUTSIDE_DATA
 from tests.data.test_videos import write_video
 
@@ -461,7 +461,7 @@ def test_two_runs_do_not_share_a_store(world: Path, tmp_path: Path) -> None:
     before = content(tmp_path / "s")
     lock = FileLock(tmp_path / "s" / ".encode.lock")
     assert lock.try_exclusive()
-    with pytest.raises(StoreBusyError, match="is being written by another process"):
+    with pytest.raises(BusyError, match="is being written by another process"):
         run(world, tmp_path / "s")
     lock.release()
     assert run(world, tmp_path / "s").skipped == 30

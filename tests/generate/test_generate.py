@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from halfstep.config import load_yaml, validate
-from halfstep.errors import InputError, StoreBusyError, StoreError
+from halfstep.errors import BusyError, InputError, StoreError
+from halfstep.files import FileLock
 from halfstep.generate import GenerateConfig, expand_template, generate
 from halfstep.generate.pipeline import VaeGate, load_generator
 from halfstep.precision import PrecisionPolicy
 from halfstep.store import open_trajectories, verify_trajectories
-from halfstep.store.commit import FileLock
 from tests.conftest import run_cli
 
 # The form of the files that people have.
@@ -217,7 +217,7 @@ def test_one_batch_is_made_by_one_process(small_wan_pipeline: Path, tmp_path: Pa
     (tmp_path / "b").mkdir()
     lock = FileLock(tmp_path / "b" / ".lock")
     assert lock.try_exclusive()
-    with pytest.raises(StoreBusyError, match="is being written by another process"):
+    with pytest.raises(BusyError, match="is being written by another process"):
         generate(config(small_wan_pipeline), "a cat", tmp_path / "b")
     lock.release()
 

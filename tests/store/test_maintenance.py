@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halfstep.errors import StoreBusyError, StoreError
+from halfstep.errors import BusyError, StoreError
+from halfstep.files import FileLock
 from halfstep.store import DatasetStore, DatasetWriter, Manifest, compact, repair, verify
-from halfstep.store.commit import FileLock
 from tests.conftest import latents
 
 
@@ -174,11 +174,11 @@ def test_many_small_shards_are_merged_under_a_small_limit_of_open_files(tmp_path
 
 
 def test_maintenance_waits_for_no_writer(store: Path, manifest: Manifest) -> None:
-    with DatasetWriter(store, manifest), pytest.raises(StoreBusyError, match="being written by another process"):
+    with DatasetWriter(store, manifest), pytest.raises(BusyError, match="being written by another process"):
         compact(store)
     lock = FileLock(store / ".writers.lock")
     assert lock.try_exclusive()
-    with pytest.raises(StoreBusyError):
+    with pytest.raises(BusyError):
         repair(store)
     lock.release()
     repair(store)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from halfstep.errors import InputError, NumericsError, StoreBusyError, StoreError
+from halfstep.errors import BusyError, InputError, NumericsError, StoreError
 from halfstep.store import (
     TrajectoryFormat,
     TrajectoryStore,
@@ -286,7 +286,7 @@ def test_a_name_is_free_until_its_run_is_there(tmp_path: Path) -> None:
 def test_a_run_that_is_being_recorded_is_not_removed(tmp_path: Path) -> None:
     store = TrajectoryStore.create(tmp_path / "s")
     writer = store.record("a")
-    with pytest.raises(StoreBusyError, match="another process is recording this run"):
+    with pytest.raises(BusyError, match="another process is recording this run"):
         store.remove("a")
     writer.append(0, 1, 1, walk()[0])
     writer.finish()

@@ -15,8 +15,7 @@ from halfstep.analyze.analysis import Analysis, document, plain, tidy
 from halfstep.analyze.plots import write_plots
 from halfstep.analyze.report import render_report
 from halfstep.analyze.storage import StorageComparison
-from halfstep.errors import InputError
-from halfstep.store.commit import store_errors, write_durably
+from halfstep.files import claim, file_errors, replacing, write_durably
 
 _SCHEMA = pa.schema(
     [
@@ -43,15 +42,13 @@ def full_document(analysis: Analysis, storage: Sequence[StorageComparison]) -> d
 def write_output(analysis: Analysis, folder: Path, title: str, storage: Sequence[StorageComparison] = ()) -> list[Path]:
     """Write all files into `folder`, in place of those of an earlier analysis. Raises InputError when the folder holds
     something else."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "analysis.json").exists():
-        raise InputError(f"{folder}: holds something that is not an analysis; name a new folder")
-    with store_errors(folder):
+    claim(folder, "analysis", ("analysis.json",))
+    with file_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        content = full_document(analysis, storage)
-        write_durably(folder / "analysis.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
-        pq.write_table(pa.Table.from_pylist(tidy(analysis), schema=_SCHEMA), folder / "metrics.parquet")
-        plots = write_plots(analysis, folder / "plots")
-        write_durably(folder / "report.html", render_report(analysis, title, storage).encode())
+    content = full_document(analysis, storage)
+    write_durably(folder / "analysis.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+    with replacing(folder / "metrics.parquet") as unfinished:
+        pq.write_table(pa.Table.from_pylist(tidy(analysis), schema=_SCHEMA), unfinished)
+    plots = write_plots(analysis, folder / "plots")
+    write_durably(folder / "report.html", render_report(analysis, title, storage).encode())
     return [folder / "analysis.json", folder / "metrics.parquet", *plots, folder / "report.html"]

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from halfstep.analyze.analysis import Analysis, AnalyzedRun
 from halfstep.analyze.stats import ALPHA
 from halfstep.analyze.words import METRIC_NAMES
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from halfstep.files import file_errors, replacing
 
 # Okabe and Ito (2008): tells apart for all kinds of colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#4D4D4D")
@@ -38,10 +36,10 @@ def _plain(name: str, most: int = 40) -> str:
 
 
 def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write every plot that the analysis has data for; the PNG files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
-        old.unlink()
+    """Write every plot that the analysis has data for, and remove those of an earlier analysis that it has not; the
+    PNG files."""
+    with file_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     plots: dict[str, tuple[tuple[float, float], Callable[[Analysis, Axes], bool]]] = {
         "trajectories": ((7.5, 5.5), _trajectories),
         "speed": ((7.5, 4.5), _speed),
@@ -52,13 +50,19 @@ def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
     }
     written = []
     for name, (size, draw) in plots.items():
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
-        if draw(analysis, axes):
-            axes.spines[["top", "right"]].set_visible(False)
-            for suffix in ("png", "svg"):
-                figure.savefig(folder / f"{name}.{suffix}", dpi=150)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        drawn = draw(analysis, axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        for suffix in ("png", "svg"):
+            path = folder / f"{name}.{suffix}"
+            if not drawn:
+                path.unlink(missing_ok=True)
+                continue
+            with replacing(path) as unfinished:
+                figure.savefig(unfinished, dpi=150, format=suffix)
+        if drawn:
             written.append(folder / f"{name}.png")
-        plt.close(figure)
     return written
 
 

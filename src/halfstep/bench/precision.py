@@ -14,6 +14,7 @@ from halfstep.config import validate
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
+from halfstep.files import replacing
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
 
@@ -85,13 +86,11 @@ def bench_precision(
 
 
 def _plot(path: Path, points: list[int], curves: dict[str, list[list[float]]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     colours = ["#1d2430", "#2f6fed", "#e07a1f", "#3b9a5a"]
-    figure, (loss, difference) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure = Figure(figsize=(11, 4.2), layout="tight")
+    loss, difference = figure.subplots(1, 2)
     base = np.array(next(iter(curves.values())))
     for (precision, values), colour in zip(curves.items(), colours, strict=False):
         seeds = np.array(values)
@@ -109,6 +108,5 @@ def _plot(path: Path, points: list[int], curves: dict[str, list[list[float]]]) -
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=130, format="png")

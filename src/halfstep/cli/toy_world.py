@@ -16,8 +16,6 @@ def toy_world(
 ) -> None:
     """Make a small first-person world and walks through it: JPEG pictures and poses, as test data."""
     from halfstep.data.toy_world import write_toy_world
-    from halfstep.store.commit import store_errors
 
-    with store_errors(output):
-        write_toy_world(output, trajectories=trajectories, frames=frames, seed=seed)
+    write_toy_world(output, trajectories=trajectories, frames=frames, seed=seed)
     typer.echo(f"{output}: {trajectories} walks of {frames} pictures")

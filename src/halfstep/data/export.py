@@ -14,14 +14,15 @@ import torch
 
 from halfstep.data.trajectories import POSES_FILE
 from halfstep.errors import InputError
-from halfstep.store.commit import store_errors
+from halfstep.files import claim, new_folder
 from halfstep.store.dataset import DatasetStore
 
 _TAR_BYTES = 256 << 20
 
 
 def export(store: DatasetStore, form: str, output: Path) -> int:
-    """Write all sequences, model-ready in float32, to the new folder `output`; return the number of items.
+    """Write all sequences, model-ready in float32, to the new folder `output`; return the number of items. The folder
+    is there whole or not at all.
 
     `pt-tree`: `<key>/<frame>.pt`, each a dict {"latent": [C, h, w]}, with `traj_data.pkl` where there are poses.
     `npy`: `<key>.npy`, [n, C, (T,) h, w]. `webdataset`: tar files of `<number>.latents.npy` and `<number>.json`, which
@@ -30,16 +31,14 @@ def export(store: DatasetStore, form: str, output: Path) -> int:
     """
     if form not in FORMS:
         raise InputError(f"--format: got {form!r}; expected one of {', '.join(FORMS)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: is not empty; name a new folder for the export")
+    claim(output, "export")
     for key in store.keys():
         parts = PurePosixPath(key).parts
         if not parts or parts[0] == "/" or ".." in parts:
             raise InputError(f"{store.location}: key {key!r} would leave the folder of the export; it is not written")
-    with store_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "spec.json").write_text(json.dumps(store.spec.to_dict(), indent=2) + "\n")
-        FORMS[form](store, output)
+    with new_folder(output) as folder:
+        (folder / "spec.json").write_text(json.dumps(store.spec.to_dict(), indent=2) + "\n")
+        FORMS[form](store, folder)
     return len(store)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from halfstep.data.trajectories import POSES_FILE
 from halfstep.errors import InputError
+from halfstep.files import claim, new_folder
 
 Float = npt.NDArray[np.float64]
 
@@ -29,21 +30,20 @@ def write_toy_world(
     Pictures are JPEG of `size` (width, height); poses are metres and radians. The same arguments write the same bytes.
     Raises InputError when `root` holds something already.
     """
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(f"{root}: is not empty; name a new folder for the toy world")
+    claim(root, "toy world")
     if trajectories < 1 or frames < 1:
         raise InputError(f"toy world: got {trajectories} trajectories of {frames} frames; expected at least one")
     rng = np.random.default_rng(seed)
     walls, colours = _make_world(rng)
-    for number in range(trajectories):
-        folder = root / f"walk_{number:03d}"
-        folder.mkdir(parents=True)
-        position, yaw = _walk(walls, frames, rng)
-        for frame in range(frames):
-            picture = _render(walls, colours, position[frame], float(yaw[frame]), size)
-            Image.fromarray(picture).save(folder / f"{frame}.jpg", quality=90)
-        with (folder / POSES_FILE).open("wb") as file:
-            pickle.dump({"position": position, "yaw": yaw}, file)
+    with new_folder(root) as whole:
+        for number in range(trajectories):
+            folder = whole / f"walk_{number:03d}"
+            folder.mkdir()
+            position, yaw = _walk(walls, frames, rng)
+            for frame in range(frames):
+                picture = _render(walls, colours, position[frame], float(yaw[frame]), size)
+                Image.fromarray(picture).save(folder / f"{frame}.jpg", quality=90)
+            (folder / POSES_FILE).write_bytes(pickle.dumps({"position": position, "yaw": yaw}))
 
 
 def _make_world(rng: np.random.Generator) -> tuple[npt.NDArray[np.bool_], Float]:

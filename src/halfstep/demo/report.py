@@ -7,17 +7,14 @@ import html
 import io
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from halfstep.data.base import Array
 from halfstep.demo.learn import Curve, Learned
 from halfstep.demo.run import DemoResult
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from halfstep.files import write_durably
 
 _INK, _SOFT, _ACCENT, _MUTED = "#1d2430", "#5d6778", "#2f6fed", "#c3ccda"
 
@@ -80,7 +77,8 @@ def write_report(result: DemoResult, path: Path) -> None:
     ]
     page = "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>halfstep demo</title>"
     page += f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{_STYLE}</style></head><body>"
-    path.write_text(page + "\n".join(sections) + "</body></html>\n")
+    page += "\n".join(sections) + "</body></html>\n"
+    write_durably(path, page.encode())
 
 
 def _pictures(result: DemoResult) -> str:
@@ -165,7 +163,8 @@ def _file(path: Path) -> str:
 
 
 def _curves(curves: dict[str, Curve], title: str) -> str:
-    figure, axes = plt.subplots(figsize=(9, 2.8))
+    figure = Figure(figsize=(9, 2.8))
+    axes = figure.subplots()
     colours = [_INK, _ACCENT, "#e07a1f", "#3b9a5a"]
     for (name, curve), colour in zip(curves.items(), colours, strict=False):
         axes.plot(curve.steps, curve.losses, "o-", markersize=3, linewidth=1.5, color=colour, label=name)
@@ -200,7 +199,8 @@ def _bar_chart(values: dict[str, float], unit: str, form: str, highlight: str | 
     """Horizontal bars from zero, each with its value."""
     names, sizes = list(values), list(values.values())
     marked = highlight or next((name for name in names if "this store" in name), None)
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(names) + 0.7))
+    figure = Figure(figsize=(9, 0.5 * len(names) + 0.7))
+    axes = figure.subplots()
     places = np.arange(len(names))[::-1]
     bars = axes.barh(places, sizes, color=[_ACCENT if name == marked else _MUTED for name in names], height=0.62)
     axes.bar_label(bars, [form.format(size) for size in sizes], padding=5, color=_INK, fontsize=10)
@@ -216,7 +216,6 @@ def _bar_chart(values: dict[str, float], unit: str, form: str, highlight: str | 
 def _chart(figure: Figure, told: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f"<img class='chart' alt='{html.escape(told)}' src='data:image/png;base64,{data}'>"
 

@@ -22,7 +22,8 @@ from halfstep.demo.pictures import psnr, to_pixels
 from halfstep.encode import EncodeOptions, EncodeReport, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
-from halfstep.errors import InputError, StoreError
+from halfstep.errors import StoreError
+from halfstep.files import claim
 from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, open_device, probe, torch_dtype
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, VerifyReport, verify
@@ -71,8 +72,7 @@ def run_demo(
 ) -> DemoResult:
     """Run the whole way in `output`, replacing an earlier demo there. Raises InputError when it holds anything else."""
     started = time.monotonic()
-    if output.exists() and any(output.iterdir()) and not (output / _MARKER).exists():
-        raise InputError(f"{output}: holds something that is not a demo; name a new folder")
+    claim(output, "demo", (_MARKER,))
     for name in ("world", "latents", "runs", "clips", "walks", "analysis"):
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)

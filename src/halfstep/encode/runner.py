@@ -17,14 +17,14 @@ from halfstep.encode.job import EncodeJob, EncodeOptions, list_sequences, settle
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.pipeline import Counts, Failure, StoppedError, plan_only, run
 from halfstep.errors import InputError
+from halfstep.files import alone, file_errors, write_durably
 from halfstep.precision import open_device, slowness
-from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.store.dataset import DatasetStore
 from halfstep.store.index import Index
 from halfstep.store.maintenance import compact
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import Manifest
-from halfstep.store.writer import DatasetWriter, create_store, read_manifest, require_same_spec, require_store_or_empty
+from halfstep.store.writer import DatasetWriter, claim_store, create_store, read_manifest, require_same_spec
 from halfstep.team import Team
 
 FAILURES_FILE = "failures.jsonl"
@@ -140,7 +140,7 @@ def open_store(job: EncodeJob, autoencoder: Autoencoder | None) -> EncodeJob:
     if job.batch_size == 0:
         with Lanes.open(job, autoencoder) as lanes:
             job = replace(job, batch_size=lanes.measure_batch_size())
-    with store_errors(job.output):
+    with file_errors(job.output):
         create_store(job.output, job.manifest)
         _update_manifest(job)
     return job
@@ -181,7 +181,7 @@ def encode_share(
 def finish_run(job: EncodeJob, totals: Counts, drop: list[str], missing: list[str], seconds: float) -> EncodeReport:
     """Drop what is gone, merge small shards, note failures and numerics, and report."""
     removed = compact(job.output, drop)
-    with store_errors(job.output):
+    with file_errors(job.output):
         manifest = read_manifest(job.output)
         numerics = {
             "retried_in_fp32": manifest.numerics.get("retried_in_fp32", 0) + totals.retried,
@@ -208,8 +208,7 @@ def write_failures(output: Path, failures: list[Failure]) -> None:
 def reserved(output: Path) -> Iterator[None]:
     """Keep other runs from encoding into the same store. Programs that use DatasetWriter themselves are not kept
     out."""
-    with store_errors(output):
-        require_store_or_empty(output)
+    claim_store(output)
     with alone(output, ".encode.lock"):
         yield
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from halfstep.store.commit import fsync_path, rename_durably, store_errors, write_durably
+from halfstep.files import replacing, write_durably
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -22,8 +22,7 @@ def write_picture(path: Path, pixels: Pixels) -> None:
     """PNG of a picture [H, W, 3]."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    with store_errors(path):
-        write_durably(path, buffer.getvalue())
+    write_durably(path, buffer.getvalue())
 
 
 def write_gif(path: Path, frames: Pixels, fps: int) -> None:
@@ -31,8 +30,7 @@ def write_gif(path: Path, frames: Pixels, fps: int) -> None:
     pictures = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
-    with store_errors(path):
-        write_durably(path, buffer.getvalue())
+    write_durably(path, buffer.getvalue())
 
 
 def write_video(path: Path, frames: Pixels, fps: int) -> None:
@@ -49,36 +47,28 @@ def write_video(path: Path, frames: Pixels, fps: int) -> None:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[: stream.height, : stream.width]), "rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
-    with store_errors(path):
-        write_durably(path, buffer.getvalue())
+    write_durably(path, buffer.getvalue())
 
 
 def write_npy(path: Path, values: np.ndarray[Any, Any]) -> None:
     """An array as it is."""
     buffer = io.BytesIO()
     np.save(buffer, values)
-    with store_errors(path):
-        write_durably(path, buffer.getvalue())
+    write_durably(path, buffer.getvalue())
 
 
 def write_npz(path: Path, arrays: Iterable[Pixels], shape: tuple[int, ...]) -> None:
     """An uncompressed `.npz` with one array `arr_0` of `shape`, uint8, whose rows come one after the other: what tools
     for FID read. Rows are not held in memory."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with store_errors(path):
-        try:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            with (
-                zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-                archive.open("arr_0.npy", "w", force_zip64=True) as file,
-            ):
-                np.lib.format.write_array_header_1_0(file, header)
-                for array in arrays:
-                    file.write(np.ascontiguousarray(array).tobytes())
-            fsync_path(temporary)
-            rename_durably(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with (
+        replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for array in arrays:
+            file.write(np.ascontiguousarray(array).tobytes())
 
 
 def strip(frames: Pixels) -> Pixels:

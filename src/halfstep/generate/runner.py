@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 import halfstep
-from halfstep.errors import HalfstepError, InputError, NumericsError, StoreError
+from halfstep.errors import FileError, HalfstepError, InputError, NumericsError, StoreError
+from halfstep.files import alone, claim, file_errors, write_durably
 from halfstep.generate.config import GenerateConfig, VideoSettings
 from halfstep.generate.outputs import write_picture, write_video
 from halfstep.generate.pipeline import Generator, load_generator
@@ -28,7 +29,6 @@ from halfstep.generate.template import expand_template
 from halfstep.precision import PrecisionPolicy, open_device
 from halfstep.sampling import record
 from halfstep.store import TrajectoryStore
-from halfstep.store.commit import alone, store_errors, write_durably
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def generate(
     holds a batch already (without `resume`) or another one.
     """
     runs = plan(config, template)
+    claim(output, "batch", ("batch.json",))
     with alone(output):
         return _generate(config, template, output, runs, resume, say, on_step)
 
@@ -112,7 +113,7 @@ def _generate(
             try:
                 _make(generator, config, run, frames, output, say, on_step)
                 report.generated.append(run.key)
-            except (NumericsError, StoreError) as error:
+            except (NumericsError, FileError) as error:
                 report.failed[run.key] = str(error)
                 _log(output, {"run": run.key, "event": "failed", "reason": str(error)})
             if config.memory_settings.clear_cache_between_videos and torch.cuda.is_available():
@@ -137,12 +138,9 @@ def _claim(
         if difference:
             raise InputError(f"{output}: is another batch: {difference}; name a new folder")
         policy = PrecisionPolicy.parse(there["policy"])  # what auto chose then
-    elif not path.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
-        raise InputError(f"{output}: holds something that is not a batch; name a new folder")
     policy = policy.resolve(device, "sample")
     content = {**wanted, "policy": str(policy), "halfstep": halfstep.__version__, "runs": [asdict(run) for run in runs]}
-    with store_errors(output):
-        write_durably(path, _json(content))
+    write_durably(path, _json(content))
     return policy
 
 
@@ -188,9 +186,9 @@ def _make(
         "policy": str(generator.policy),
         "device": str(generator.device),
     }
-    with store_errors(folder):
+    with file_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / "metadata.json", _json(metadata))
+    write_durably(folder / "metadata.json", _json(metadata))
     _log(output, {"run": run.key, "event": "began"})
     options: dict[str, Any] = {
         "prompt": run.prompt,
@@ -234,23 +232,22 @@ def _make(
         write_durably(folder / "metadata.json", _json({**metadata, "status": "failed"}))
         raise NumericsError(f"{run.key}: the result is not finite in {generator.policy}; use --precision bf16 or fp32")
     pixels = (values * 255).round().clip(0, 255).astype(np.uint8)
-    with store_errors(folder):
-        metadata["file"] = _write_result(folder, pixels, video.fps)
-        metadata |= {
-            "shape": list(pixels.shape),
-            "decoder": {
-                "precision": "bf16-mixed" if generator.gate.half else "fp32",
-                "bf16_rms_difference": generator.gate.difference,
-                "retried_in_fp32": generator.gate.retried,
-            },
-        }
-        if latents.store_latents:
-            kept = store[run.key]
-            metadata["latents"] = {"run": run.key, "states": len(kept), "problems": list(kept.problems)}
-            if not kept.attributes["complete"]:
-                write_durably(folder / "metadata.json", _json({**metadata, "status": "failed"}))
-                raise StoreError(f"{run.key}: its latents were not recorded whole ({'; '.join(kept.problems)})")
-        write_durably(folder / "metadata.json", _json({**metadata, "status": "complete"}))
+    metadata["file"] = _write_result(folder, pixels, video.fps)
+    metadata |= {
+        "shape": list(pixels.shape),
+        "decoder": {
+            "precision": "bf16-mixed" if generator.gate.half else "fp32",
+            "bf16_rms_difference": generator.gate.difference,
+            "retried_in_fp32": generator.gate.retried,
+        },
+    }
+    if latents.store_latents:
+        kept = store[run.key]
+        metadata["latents"] = {"run": run.key, "states": len(kept), "problems": list(kept.problems)}
+        if not kept.attributes["complete"]:
+            write_durably(folder / "metadata.json", _json({**metadata, "status": "failed"}))
+            raise StoreError(f"{run.key}: its latents were not recorded whole ({'; '.join(kept.problems)})")
+    write_durably(folder / "metadata.json", _json({**metadata, "status": "complete"}))
     _log(output, {"run": run.key, "event": "complete", "seconds": metadata["sampling_seconds"]})
     say(f"{run.key}: {metadata['sampling_seconds']:.1f} s, seed {run.seed}, {run.prompt}")
 
@@ -278,5 +275,5 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def _log(output: Path, line: dict[str, Any]) -> None:
-    with store_errors(output / "runs.jsonl"), (output / "runs.jsonl").open("a") as file:
+    with file_errors(output / "runs.jsonl"), (output / "runs.jsonl").open("a") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **line}, ensure_ascii=False) + "\n")

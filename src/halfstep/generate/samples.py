@@ -24,6 +24,7 @@ from PIL import Image
 
 from halfstep.autoencoders import Autoencoder, load_for
 from halfstep.errors import InputError, NumericsError, StoreError
+from halfstep.files import alone, claim, write_durably
 from halfstep.generate.makers import EqMMaker, Made, Maker, Progress, Recorders, SampleOptions, WalkMaker
 from halfstep.generate.outputs import (
     Pixels,
@@ -41,7 +42,6 @@ from halfstep.precision import PrecisionPolicy, open_device, prepare, usable
 from halfstep.sampling import NullRecorder, Recorder, StoreRecorder
 from halfstep.spec import LatentSpec
 from halfstep.store import TrajectoryFormat, TrajectoryStore
-from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.team import Team
 
 _YOUNG = 0.05  # an average that has more of its first weights than this is not one of a trained network yet
@@ -96,6 +96,7 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
             maker = WalkMaker(options, network, checkpoint.about, device)
         autoencoder = _autoencoder(options, maker.spec, network.in_channels, progress if team.leads else Progress())
         writer = _Writer(options, None if autoencoder is None else autoencoder.prepared(device, PrecisionPolicy()))
+        team.on_leader(lambda: claim(options.output, "folder of samples", _OURS))
         team.on_leader(lambda: stack.enter_context(alone(options.output)))
         team.on_leader(lambda: _claim(options, checkpoint, policy))
         store = TrajectoryStore.create(options.output / "runs") if options.record else None
@@ -170,8 +171,7 @@ class _Writer:
         path, numbers = self._folder / "samples.json", range(self._options.number)
         content = json.loads(path.read_text())
         content["samples"] = [{"sample": number, **maker.facts(number)} for number in numbers]
-        with store_errors(path):
-            write_durably(path, json.dumps(content, indent=1).encode())
+        write_durably(path, json.dumps(content, indent=1).encode())
         if self._autoencoder is None:
             return report
         shown = [self._shown(number) for number in numbers[:_SHEET]]
@@ -296,10 +296,7 @@ def _claim(options: SampleOptions, checkpoint: Checkpoint, policy: PrecisionPoli
         if changed:
             raise InputError(f"{folder}: holds samples of other settings ({'; '.join(changed)}); name a new folder")
         return
-    if any(path.name not in _OURS and not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(f"{folder}: holds something that is not samples; name a new folder")
-    with store_errors(folder):
-        write_durably(folder / "samples.json", json.dumps({"settings": wanted, "samples": []}, indent=1).encode())
+    write_durably(folder / "samples.json", json.dumps({"settings": wanted, "samples": []}, indent=1).encode())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.errors import InputError, StoreError
-from halfstep.store.commit import store_errors, write_durably
+from halfstep.files import claim, file_errors, write_durably
 from halfstep.store.legacy import LegacyBatch, step_bytes
 from halfstep.store.open import find_trajectory_store
 from halfstep.store.run import Float32, Run
@@ -84,8 +84,7 @@ def to_batch(runs: Mapping[str, Run], root: Path | str, say: Callable[[str], Non
     latents_folder = root / "latents"
     if find_trajectory_store(root) is not None:
         raise InputError(f"{root}: is a trajectory store; name a folder for the batch")
-    if root.exists() and any(root.iterdir()) and not latents_folder.is_dir():
-        raise InputError(f"{root}: holds something that is not a batch; name a new folder")
+    claim(root, "batch of recorded runs", ("latents",))
     skipped, steps, fp32_bytes, notes = 0, 0, 0, []
     for key in runs:
         run = runs[key]
@@ -95,7 +94,7 @@ def to_batch(runs: Mapping[str, Run], root: Path | str, say: Callable[[str], Non
             skipped += 1
             continue
         problems = list(run.problems)
-        with store_errors(folder):
+        with file_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             written = _write_run(run, folder, problems)
         if run.steps.size and run.attributes.get("initial_noise", True) and run.steps[0] == 0:

@@ -18,8 +18,8 @@ from typing import IO
 
 import numpy as np
 
-from halfstep.errors import StoreBusyError
-from halfstep.store.commit import FileLock
+from halfstep.errors import BusyError
+from halfstep.files import FileLock
 from halfstep.store.run import Float32
 
 NAME = "journal"
@@ -41,7 +41,7 @@ class JournalEntry:
 
 
 class Journal:
-    """The journal at `path`, opened by the one who writes it. Raises StoreBusyError when someone else does."""
+    """The journal at `path`, opened by the one who writes it. Raises BusyError when someone else does."""
 
     def __init__(self, path: Path) -> None:
         self._lock = FileLock(path)
@@ -51,7 +51,7 @@ class Journal:
             time.sleep(0.01)
         else:
             self._lock.release()
-            raise StoreBusyError(f"{path}: another process is recording this run; wait for it to end")
+            raise BusyError(f"{path}: another process is recording this run; wait for it to end")
         self.path = path
         self._closed = False
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)

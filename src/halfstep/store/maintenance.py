@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from halfstep.errors import HalfstepError, StoreError
-from halfstep.store.commit import FileLock, alone, fsync_path, sha256_of, store_errors, write_durably
+from halfstep.files import FileLock, alone, file_errors, fsync_path, sha256_of, write_durably
 from halfstep.store.formats import Array, storage_of
 from halfstep.store.index import (
     REMOVED_MARK,
@@ -101,7 +101,7 @@ def repair(root: Path | str) -> RepairReport:
     """
     root = Path(root)
     _require_store(root)
-    with store_errors(root), alone(root, ".writers.lock") as lock:
+    with file_errors(root), alone(root, ".writers.lock") as lock:
         remove_leftovers(root)
         rebuilt = _rebuild_manifest(root)
         on_disk = {int(path.stem) for path in (root / "shards").glob("[0-9]*.safetensors")}
@@ -132,10 +132,10 @@ def compact(root: Path | str, drop: Collection[str] = (), shard_bytes: int = SHA
     """Remove the sequences `drop` and superseded ones, and merge small shards; return the number of items removed.
 
     What lives is committed in new shards before the old ones go, so a crash in between loses nothing. Raises
-    StoreBusyError while another process writes the store.
+    BusyError while another process writes the store.
     """
     root = Path(root)
-    with store_errors(root), alone(root, ".writers.lock") as lock:
+    with file_errors(root), alone(root, ".writers.lock") as lock:
         remove_leftovers(root)
         index = Index.read(root)
         dropped = {key for key in drop if key in index}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from halfstep.errors import InputError, StoreError
+from halfstep.files import write_durably
 from halfstep.spec import LatentSpec
-from halfstep.store.commit import write_durably
 
 NAME = "manifest.json"
 FORMAT = "halfstep-dataset"

@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from halfstep.errors import StoreError
-from halfstep.store.commit import copy_bytes
+from halfstep.files import copy_bytes
 from halfstep.store.formats import NUMPY_TYPES, Array
 
 INDEX_ARRAY = "index"  # the shard's own index part, so that a lost index can be rebuilt

@@ -21,8 +21,8 @@ import zarr
 from zarr.errors import ContainsGroupError
 from zarr.storage import LocalStore
 
-from halfstep.errors import HalfstepError, InputError, StoreBusyError, StoreError
-from halfstep.store.commit import fsync_path, store_errors
+from halfstep.errors import BusyError, HalfstepError, InputError, StoreError
+from halfstep.files import claim, file_errors, fsync_path
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values, steps_after
 from halfstep.store.run import Float32, Latents, Run
@@ -74,11 +74,8 @@ class TrajectoryStore(Mapping[str, Run]):
     def create(cls, root: Path | str) -> Self:
         """The store in folder `root`, made when there is nothing. Raises InputError when something else is there."""
         root = Path(root)
-        if not (root / "zarr.json").exists():
-            # What begins with a dot may be left by one who was killed here.
-            if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
-                raise InputError(f"{root}: holds something that is not a trajectory store; name a new folder")
-            with store_errors(root), suppress(ContainsGroupError):  # another process was first
+        if not claim(root, "trajectory store", ("zarr.json",)):
+            with file_errors(root), suppress(ContainsGroupError):  # another process was first
                 zarr.create_group(DurableStore(root), attributes={"halfstep_trajectories": FORMAT_VERSION})
         return cls(root)
 
@@ -131,11 +128,11 @@ class TrajectoryStore(Mapping[str, Run]):
             writer.close()
 
     def remove(self, key: str) -> None:
-        """Delete the run `key`, whole or not. Raises StoreBusyError when it is being recorded."""
+        """Delete the run `key`, whole or not. Raises BusyError when it is being recorded."""
         check_key(key)
         if self.is_being_recorded(key):
-            raise StoreBusyError(f"{self.root}/{key}: another process is recording this run; wait for it to end")
-        with store_errors(self.root):
+            raise BusyError(f"{self.root}/{key}: another process is recording this run; wait for it to end")
+        with file_errors(self.root):
             gone = self.root / f".{key}.{os.getpid()}.gone"
             (self.root / key).rename(gone)  # at once, so that no part of a run is left under its name
             fsync_path(self.root)

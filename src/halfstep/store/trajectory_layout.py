@@ -16,8 +16,8 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from halfstep.errors import InputError
+from halfstep.files import fsync_path, write_durably
 from halfstep.store.codecs import GROUP, Fidelity, Float32, encode_trajectory
-from halfstep.store.commit import fsync_path, write_durably
 from halfstep.store.zarr_codec import PredictiveCodec
 
 FORMAT_VERSION = 1

@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 
 from halfstep.errors import HalfstepError
-from halfstep.store.commit import fsync_path, store_errors
+from halfstep.files import file_errors, fsync_path
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import is_being_written
 from halfstep.store.trajectory import StepReader, TrajectoryStore, read_run
@@ -73,12 +73,12 @@ def repair_trajectories(root: Path | str) -> TrajectoryRepairReport:
     StoreError when there is no store.
     """
     if not (Path(root) / "zarr.json").exists() and any(Path(root).glob(RUN_PATTERN)):
-        with store_errors(root):
+        with file_errors(root):
             zarr.create_group(DurableStore(root), attributes={"halfstep_trajectories": FORMAT_VERSION})
     store = TrajectoryStore.open(root)
     recovered: dict[str, int] = {}
     lost: list[str] = []
-    with store_errors(store.root):
+    with file_errors(store.root):
         _finish_interrupted_repair(store.root)
         for key in store.keys():
             if is_being_written(store.root / key / JOURNAL_NAME):

@@ -16,7 +16,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from halfstep.errors import InputError, StoreError
-from halfstep.store.commit import fsync_path, store_errors, write_durably
+from halfstep.files import file_errors, fsync_path, write_durably
 from halfstep.store.formats import to_storage
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import Journal, JournalEntry, is_being_written, read_journal, read_values, steps_after
@@ -60,7 +60,7 @@ class RunWriter:
         self._last_step = -1
         # Under another name first, so that a folder with a run's name is a run, whenever a crash comes.
         made = root / f".{key}.{os.getpid()}.new"
-        with store_errors(self._folder):
+        with file_errors(self._folder):
             if self._folder.exists():
                 raise self._taken()
             made.mkdir()
@@ -106,7 +106,7 @@ class RunWriter:
         if self._format.codec != "predictive" and self._format.storage == "fp16":
             latents = to_storage(latents, "fp16").astype(np.float32)
         unsound = latents.size - int(np.isfinite(latents).sum())
-        with store_errors(self._folder):
+        with file_errors(self._folder):
             if self._shape is None:
                 self._create_arrays(latents.shape)
                 self._shape = latents.shape
@@ -126,14 +126,14 @@ class RunWriter:
         if self._waiting:
             self._pack(len(self._waiting))
         self._problems += problems
-        with store_errors(self._folder):
+        with file_errors(self._folder):
             self._group.update_attributes({"complete": complete, "problems": self._problems, **attributes})
             self._journal.remove()
 
     def note_problem(self, line: str) -> None:
         """Keep a line with the run, which stays incomplete."""
         self._problems.append(line)
-        with store_errors(self._folder):
+        with file_errors(self._folder):
             self._group.update_attributes({"problems": self._problems})
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ class RunWriter:
         )
 
     def _pack(self, count: int) -> None:
-        with store_errors(self._folder):
+        with file_errors(self._folder):
             self._labels = _move_to_arrays(self._folder, self._format, self._waiting[:count], self._labels)
             self._waiting = self._waiting[count:]
             if not self._waiting:

@@ -13,16 +13,17 @@ from typing import IO, Any, Self
 import numpy as np
 
 from halfstep.errors import InputError, StoreError
-from halfstep.spec import LatentSpec
-from halfstep.store.commit import (
+from halfstep.files import (
     FileLock,
+    claim,
+    file_errors,
     fsync_path,
     rename_durably,
     sha256_of,
-    store_errors,
     write_all,
     write_durably,
 )
+from halfstep.spec import LatentSpec
 from halfstep.store.formats import LATENT_ARRAYS, NUMPY_TYPES, Array, safetensors_name, to_storage
 from halfstep.store.index import (
     Row,
@@ -79,7 +80,7 @@ class DatasetWriter:
         self._staging: Path | None = None
         self._pending = self._items = 0
         self._bytes = 0
-        with store_errors(self._root):
+        with file_errors(self._root):
             create_store(self._root, manifest)
             self._lock = lock or FileLock(self._root / ".writers.lock")
             self._owns_lock = lock is None
@@ -115,7 +116,7 @@ class DatasetWriter:
             raise InputError(f"latents: expected [n, {self._spec.channels}, ...], got {arrays['latents'].shape}")
         if len({len(values) for values in stored.values()}) != 1:
             raise InputError(f"arrays of one sequence differ in length: { {k: len(v) for k, v in stored.items()} }")
-        with store_errors(self._root):
+        with file_errors(self._root):
             if not self._matches_spools(stored):
                 self._start_shard(stored)
             for name, values in stored.items():
@@ -168,7 +169,7 @@ class DatasetWriter:
             return
         root, number, staging = self._root, self._number, self._staging
         assert staging is not None
-        with store_errors(root):
+        with file_errors(root):
             index = rows_to_bytes(replace(row, shard=number) for row in self._rows)
             spools = {
                 name: (spool.file, spool.type_name, (self._items, *spool.row_shape))
@@ -250,7 +251,7 @@ def create_store(root: Path, manifest: Manifest) -> None:
     if existing.exists():
         require_same_spec(parse_manifest(existing.read_bytes(), str(existing)).spec, manifest.spec, root)
     else:
-        require_store_or_empty(root)
+        claim_store(root)
         root.mkdir(parents=True, exist_ok=True)
         manifest.write(root)  # first: folders without a manifest would look like somebody else's
     for name in ("shards", "index", "staging"):
@@ -258,14 +259,9 @@ def create_store(root: Path, manifest: Manifest) -> None:
     fsync_path(root)
 
 
-def require_store_or_empty(root: Path) -> None:
-    """Raise InputError when `root` is a file, or a folder that holds anything but a store."""
-    if root.exists() and not root.is_dir():
-        raise InputError(f"{root}: is a file; name a folder for the store")
-    if (root / MANIFEST_NAME).exists() or not root.exists():
-        return
-    if any(not path.name.startswith(".") for path in root.iterdir()):
-        raise InputError(f"{root}: is not empty and not a store; name a new or empty folder")
+def claim_store(root: Path) -> bool:
+    """Whether there is a store at `root` already. Raises InputError when `root` holds anything else."""
+    return claim(root, "latent store", (MANIFEST_NAME,))
 
 
 def require_same_spec(found: LatentSpec, wanted: LatentSpec, root: Path) -> None:

@@ -12,7 +12,6 @@ RUN/checkpoints/0000100/             after 100 steps:
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from halfstep.errors import InputError, NumericsError, StoreError, some
+from halfstep.errors import FileError, InputError, NumericsError, StoreError, some
+from halfstep.files import file_errors, is_unfinished, new_folder
 from halfstep.models import About, Checkpoint, read_checkpoint
 from halfstep.models.weights import newest_checkpoint
-from halfstep.store.commit import fsync_path, rename_durably, store_errors
 from halfstep.team import Team
 from halfstep.train.state import State, TrainState
 
@@ -69,19 +68,11 @@ def save(state: TrainState, about: About, run: Path, team: Team, facts: dict[str
         bad = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
         if bad:
             raise NumericsError(f"{folder}: not written, {some(bad, 3)} are not finite; older checkpoints are intact")
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        with store_errors(folder):
-            temporary.mkdir(parents=True)
-            try:
-                (temporary / "state.json").write_text(json.dumps(values, indent=1))
-                _write(temporary / "model.safetensors", weights, about)
-                _write(temporary / "ema.safetensors", ema, about)
-                _write(temporary / "optimizer.safetensors", moments, None)
-                for path in [*temporary.iterdir(), temporary]:
-                    fsync_path(path)
-                rename_durably(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder) as unfinished:
+            (unfinished / "state.json").write_text(json.dumps(values, indent=1))
+            _write(unfinished / "model.safetensors", weights, about)
+            _write(unfinished / "ema.safetensors", ema, about)
+            _write(unfinished / "optimizer.safetensors", moments, None)
 
     team.on_leader(write)
     return folder
@@ -91,7 +82,7 @@ def _write(path: Path, tensors: State, about: About | None) -> None:
     try:
         save_file(tensors, path, None if about is None else about.to_metadata())
     except SafetensorError as error:  # as which it reports a full disk
-        raise StoreError(f"{path}: cannot be written ({error}); older checkpoints are intact") from error
+        raise FileError(f"{path}: cannot be written ({error}); older checkpoints are intact") from error
     shutil.copymode(path.with_name("state.json"), path)  # the library makes files for their owner's eyes alone
 
 
@@ -132,17 +123,8 @@ def restore(state: TrainState, saved: Saved) -> None:
         state.scaler.load_state_dict(facts["scaler"])
 
 
-def require_run_or_empty(run: Path) -> None:
-    """Raise InputError when a folder holds something else than a run."""
-    if (run / "config.json").exists() or not run.exists():
-        return
-    foreign = [path.name for path in run.iterdir() if not path.name.startswith(".")]
-    if foreign:
-        raise InputError(f"{run}: holds something that is not a run ({some(foreign, 2)}); give another run_name")
-
-
 def remove_unfinished(run: Path) -> None:
     """Delete what a process that was killed left half written."""
-    with store_errors(run):
-        for path in (run / "checkpoints").glob(".*.tmp"):
+    with file_errors(run):
+        for path in filter(is_unfinished, (run / "checkpoints").glob(".*")):
             shutil.rmtree(path)

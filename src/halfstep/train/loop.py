@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from halfstep.autoencoders import Autoencoder
 from halfstep.errors import InputError, NumericsError, some
+from halfstep.files import alone, claim, write_durably
 from halfstep.models import About, Checkpoint, read_checkpoint
 from halfstep.models.weights import load_exactly, require_fitting
 from halfstep.precision import PrecisionPolicy, open_device, usable
-from halfstep.store.commit import alone, store_errors, write_durably
 from halfstep.team import Team
-from halfstep.train.checkpoint import Saved, newest, remove_unfinished, require_run_or_empty, restore, save
+from halfstep.train.checkpoint import Saved, newest, remove_unfinished, restore, save
 from halfstep.train.config import MAY_CHANGE, TrainConfig
 from halfstep.train.data import Items, TrainingData, open_data, prepared_encoder
 from halfstep.train.health import Movement, find_failure, not_finite_item
@@ -74,7 +74,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> TrainReport:
         device = open_device(team.device(config.device))
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        team.on_leader(lambda: require_run_or_empty(config.folder))
+        team.on_leader(lambda: claim(config.folder, "training run", ("config.json",)))
         team.on_leader(lambda: stack.enter_context(alone(config.folder)))
         team.on_leader(lambda: remove_unfinished(config.folder))
         data = open_data(config)
@@ -200,8 +200,7 @@ def _hint(config: TrainConfig, data: TrainingData, encoder: Autoencoder) -> str:
 
 
 def _write_config(config: TrainConfig) -> None:
-    with store_errors(config.folder):
-        write_durably(config.folder / "config.json", config.model_dump_json(indent=1).encode())
+    write_durably(config.folder / "config.json", config.model_dump_json(indent=1).encode())
 
 
 def _about(config: TrainConfig, data: TrainingData) -> About:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from halfstep.errors import InputError
+from halfstep.files import file_errors, write_durably
 from halfstep.models import About
 from halfstep.precision import probe
-from halfstep.store.commit import store_errors, write_durably
 from halfstep.team import Team
 from halfstep.train.config import TrainConfig
 from halfstep.train.data import TrainingData
@@ -105,13 +105,13 @@ class Logs:
             self._services.append(_TensorBoard(self._config, step))
         if self._config.wandb:
             self._services.append(_WandB(self._config, name))
-        with store_errors(self._path):
+        with file_errors(self._path):
             content = self._path.read_text(errors="replace") if self._path.exists() else ""
             kept = [line for line in content.splitlines() if (number := _step_of(line)) is not None and number <= step]
             write_durably(self._path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:
-        with store_errors(self._path), self._path.open("a") as file:
+        with file_errors(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         for service in self._services:
             service.write(record)
