@@ -83,7 +83,7 @@ def test_export(store: Path, tmp_path: Path) -> None:
     listing = subprocess.run(["tar", "tf", tmp_path / "wds" / "shard-000000.tar"], capture_output=True, text=True)
     assert listing.stdout.split() == [f"00000000{i}.{e}" for i in range(3) for e in ("latents.npy", "json")]
     error = run_cli("store", "export", store, "--format", "npy", "-o", tmp_path / "npy", check=2).stderr
-    assert "is not empty" in error
+    assert "; name a new folder for the export" in error
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_export(store: Path, tmp_path: Path) -> None:
         (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--batch-size", "0"], 2, "--batch-size: got '0'"),
         (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--precision", "fp8"], 2, "precision: got 'fp8'; expected one of"),
         (["encode", "-i", "{toy}", "-o", "{tmp}/file"], 2, "file: is a file"),
-        (["encode", "-i", "{toy}", "-o", "{tmp}/full"], 2, "is not empty and not a store"),
+        (["encode", "-i", "{toy}", "-o", "{tmp}/full"], 2, "and is no latent store"),
         (["encode", "-i", "{tmp}/bad.yaml", "-o", "{tmp}/s"], 2, "bad.yaml: 0.stride: got 'often'"),
         (["encode", "-i", "{tmp}/none.yaml", "-o", "{tmp}/s"], 2, "none.yaml: no such file"),
         (["encode", "-i", "{tmp}/empty.yaml", "-o", "{tmp}/s"], 2, "sources: the list is empty"),
@@ -105,7 +105,7 @@ def test_export(store: Path, tmp_path: Path) -> None:
         (["encode", "-i", "{toy}"], 2, "-o"),
         (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--limit", "0"], 2, "--limit"),
         (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--autoencoder", "{tmp}/taef"], 2, "not the weights of taef2"),
-        (["toy-world", "-o", "{tmp}/file"], 2, "is not empty"),
+        (["toy-world", "-o", "{tmp}/file"], 2, "is a file; name a folder for the toy world"),
         (["store", "verify", "{tmp}/none"], 1, "no store here"),
         (["store", "repair", "{tmp}/full"], 1, "no store here"),
         (["store", "inspect", "nothing://{tmp}"], 2, "nothing://"),
@@ -197,7 +197,7 @@ def test_demo_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
     run_cli("demo", "-o", tmp_path / "demo", "--train-seconds", 1)  # a demo replaces a demo, and nothing else
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    assert "holds something that is not a demo" in run_cli("demo", "-o", tmp_path / "mine", check=2).stderr
+    assert "and is no demo" in run_cli("demo", "-o", tmp_path / "mine", check=2).stderr
 
 
 @pytest.mark.slow

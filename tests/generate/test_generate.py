@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from halfstep.config import load_yaml, validate
-from halfstep.errors import BusyError, InputError, StoreError
+from halfstep.errors import BusyError, InputError
 from halfstep.files import FileLock
 from halfstep.generate import GenerateConfig, expand_template, generate
 from halfstep.generate.pipeline import VaeGate, load_generator
@@ -274,12 +274,12 @@ def test_models_that_cannot_be_loaded_are_named(small_wan_pipeline: Path, tmp_pa
     with pytest.raises(InputError, match="have to be divisible by 16"):
         generate(config(small_wan_pipeline, video_settings={"width": 40}), "a cat", tmp_path / "w")
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="file"):
+    with pytest.raises(InputError, match="is a file"):
         generate(config(small_wan_pipeline), "a cat", tmp_path / "file")
     settings = config(small_wan_pipeline, model_settings={"sampler": "ddim"})
     with pytest.raises(InputError, match="got 'ddim' for a flow-matching model; expected unipc, euler"):
         generate(settings, "a cat", tmp_path / "c")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "thesis.txt").touch()
-    with pytest.raises(InputError, match="not a batch"):
+    with pytest.raises(InputError, match="and is no batch"):
         generate(config(small_wan_pipeline), "a cat", tmp_path / "d")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from halfstep.errors import InputError, NumericsError, StoreError
+from halfstep.errors import FileError, InputError, NumericsError, StoreError
 from halfstep.spec import LatentSpec, PixelSpec
 from halfstep.store import DatasetStore, DatasetWriter, Manifest, compact, verify
 from tests.conftest import latents
@@ -273,7 +273,7 @@ def test_a_commit_that_fails_leaves_no_orphan(tmp_path: Path, manifest: Manifest
 
     monkeypatch.setattr(module, "rename_durably", full_disk)
     with (
-        pytest.raises(StoreError, match="No space left on device; what was committed is intact"),
+        pytest.raises(FileError, match="No space left on device; what was complete before is kept"),
         DatasetWriter(root, manifest) as writer,
     ):
         writer.append("more", latents(2))
@@ -306,7 +306,7 @@ def test_another_version_and_another_folder_are_refused(tmp_path: Path, manifest
         DatasetStore.open(root)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(InputError, match="is not empty and not a store"):
+    with pytest.raises(InputError, match="and is no latent store"):
         DatasetWriter(tmp_path / "full", manifest)
     with pytest.raises(StoreError, match="no store here"):
         DatasetStore.open(tmp_path / "none")

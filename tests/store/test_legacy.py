@@ -207,7 +207,7 @@ def test_there_and_back(tmp_path: Path, storage: str) -> None:
         to_batch(open_trajectories(tmp_path / "else"), tmp_path / "back")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(InputError, match="is not a batch; name a new folder"):
+    with pytest.raises(InputError, match="is no batch of recorded runs; name a new"):
         to_batch(original, tmp_path / "mine")
     tolerance = 0.0 if storage == "fp32" else 2e-3
     for runs in (open_trajectories(tmp_path / "s"), open_trajectories(tmp_path / "back")):

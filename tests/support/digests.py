@@ -1,5 +1,6 @@
-"""Digests of what halfstep writes, to hold a change of the code against: `python -m tests.support.digests > before.txt`,
-change, `... > after.txt`, and `diff` says which bits are others now.
+"""Digests of what halfstep writes, to hold a change of the code against.
+
+`python -m tests.support.digests > before.txt`, change, `... > after.txt`, and `diff` says which bits are others now.
 
 Stores, checkpoints, samples and recorded runs are made by the command line on a toy world, in fp32 and in bf16. Digests
 belong to one kind of processor: compare only those of one machine.
@@ -34,6 +35,7 @@ _RUNS = {
     "encoder": {"model": _EQM, "data_path": "pictures", "precision": "fp32", "image_size": 64},
     "cdit": {"model": _CDIT, "data_path": "plain", "precision": "fp32", "metric_waypoint_spacing": 0.25, **_WALKS},
 }
+_WALK_SAMPLES = ["--ckpt", "runs/cdit", "-n", "2", "--steps", "3", "--frames", "2", "--data-path", "plain"]
 _SAMPLES = {
     "ngd": ["--ckpt", "runs/eqm-fp32", "-n", "3", "--steps", "5", "--record"],
     "gd": ["--ckpt", "runs/eqm-bf16", "-n", "2", "--steps", "4", "--sampler", "gd", "--cfg-scale", "2"],
@@ -42,9 +44,8 @@ _SAMPLES = {
     "euler": ["--ckpt", "runs/clips", "-n", "2", "--steps", "3", "--sampler", "euler", "--record", "--format", "gif"],
     "noised": ["--ckpt", "runs/eqm-fp32", "-n", "2", "--steps", "3", "--start-from", "plain"],
     "latents": ["--ckpt", "runs/eqm-true", "-n", "2", "--steps", "3", "--format", "npy", "--precision", "bf16-true"],
-    "ancestral": ["--ckpt", "runs/cdit", "-n", "2", "--steps", "3", "--frames", "2", "--data-path", "plain", "--record"],
-    "dpm": ["--ckpt", "runs/cdit", "-n", "2", "--steps", "3", "--frames", "2", "--data-path", "plain"]
-    + ["--sampler", "dpm++", "--record", "--storage", "fp32"],
+    "ancestral": [*_WALK_SAMPLES, "--record"],
+    "dpm": [*_WALK_SAMPLES, "--sampler", "dpm++", "--record", "--storage", "fp32"],
 }
 
 
@@ -104,7 +105,7 @@ def _digest(folder: Path) -> str:
 
 
 def _content(path: Path) -> bytes:
-    """The bytes of a file; of weights and shards those of the arrays alone, since headers tell of versions and paths."""
+    """The bytes of a file; of weights and shards the arrays alone, since headers tell of versions and paths."""
     data = path.read_bytes()
     if path.suffix == ".safetensors":
         return data[8 + int.from_bytes(data[:8], "little") :]

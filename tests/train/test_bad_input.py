@@ -259,7 +259,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, latents: Path, toy
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, latents: Path) -> None:
     shutil.copytree(latents, tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    with pytest.raises(InputError, match="holds something that is not a run"):
+    with pytest.raises(InputError, match="and is no training run; name a new or empty folder"):
         train(config(tmp_path, latents, steps=1))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
