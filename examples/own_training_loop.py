@@ -13,10 +13,10 @@ from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
 from halfstep.models import EqM
-from halfstep.precision import PrecisionPolicy, prepare
-from halfstep.sampling import sample_eqm
+from halfstep.models.objectives import eqm_loss
+from halfstep.precision import prepare, settle
+from halfstep.sampling import GuidedField, drive, sample_eqm
 from halfstep.store import DatasetStore
-from halfstep.train.objectives import eqm_loss
 
 STEPS, BATCH = 150, 16
 
@@ -34,7 +34,7 @@ def main(precision: str = "fp32") -> None:
         latents = toy_latents(Path(scratch))
     _, channels, height, width = latents.shape
     model = EqM((height, width), 4, 128, 3, 4, num_classes=1, in_channels=channels)
-    policy = PrecisionPolicy.parse(precision).resolve("cpu", "train")
+    policy = settle(precision, "cpu", "train").policy
     prepare(model.train(), policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
     labels = torch.zeros(BATCH, dtype=torch.int64)
@@ -47,7 +47,7 @@ def main(precision: str = "fp32") -> None:
         if step % 50 == 49:
             print(f"step {step + 1}: loss {loss.item():.3f} in {policy}")
     noise = torch.randn(4, channels, height, width)
-    samples = sample_eqm(model.eval(), noise, labels[:4], sampler="ngd", step_size=0.0085, updates=49)
+    samples = drive(sample_eqm(GuidedField(model.eval(), labels[:4]), noise, updates=49, step_size=0.0085))
     print(f"latents {latents.mean():.2f} +- {latents.std():.2f}, samples {samples.mean():.2f} +- {samples.std():.2f}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from halfstep.errors import HalfstepError
-from halfstep.sampling import StoreRecorder
+from halfstep.sampling import StoreRecorder, drive
 from halfstep.sampling.toy_flow import ToyFlow, smooth_field
 from halfstep.store import TrajectoryFormat, TrajectoryStore, open_trajectories
 
@@ -37,7 +37,7 @@ def main(folder: Path, storage: str) -> None:
         for seed in range(12):
             name = f"prompt_{p:03d}_vid{seed + 1:03d}"
             with StoreRecorder(store, name, format=form, prompt=prompt, seed=seed) as recorder:
-                model.sample(seed, recorder=recorder)
+                drive(model.sample(seed), [recorder])
     runs = open_trajectories(folder / "runs")
     states = sum(len(runs[key]) for key in runs)
     size = sum(path.stat().st_size for path in (folder / "runs").rglob("c.*"))

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from halfstep.errors import BusyError, FileError, InputError, some
 
@@ -91,6 +93,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 def is_unfinished(path: Path) -> bool:
     """Whether `path` is what `replacing` or `new_folder` left where the process was killed."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def place(text: str | Path) -> Path | str:
+    """A place that a user named: a folder or file as a path, also where it is a `file://` URL; another URL as it is."""
+    if isinstance(text, str) and "://" in text:
+        return Path(url2pathname(urlsplit(text).path)) if text.startswith("file://") else text
+    return Path(text)
 
 
 def sha256_of(path: Path) -> str:

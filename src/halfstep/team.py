@@ -11,12 +11,27 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
-import torch
-import torch.distributed as dist
-
 from halfstep.errors import HalfstepError
+from halfstep.machine import cores
+
+# torch is imported where processes talk to each other: the command line asks for the rank alone.
 
 T = TypeVar("T")
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process, alone or with others."""
+    return "RANK" in os.environ
+
+
+def rank() -> int:
+    """This process's number among torchrun's, 0 without it; known before a team is joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def own_cores() -> int:
+    """This process's share of the machine's cores."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @dataclass(frozen=True)
@@ -31,10 +46,13 @@ class Team:
     def join(cls) -> Iterator[Team]:
         """The team that torchrun's environment describes, for as long as the process lives: ask again and it is the
         same. A program that was part of one ends with `leave`."""
-        size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+        size = int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
         if size == 1:
             yield cls()
             return
+        import torch
+        import torch.distributed as dist
+
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             # Ranks finish hours apart on an uneven load.
@@ -52,6 +70,8 @@ class Team:
     def device(self, name: str, *, shared: bool = False) -> str:
         """The device of this process: of `auto` and `cuda` the GPU of its own; with `shared` others may have the same,
         where there are fewer than processes."""
+        import torch
+
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
             place = self.local_rank % max(1, torch.cuda.device_count()) if shared else self.local_rank
             return f"cuda:{place}"
@@ -67,6 +87,8 @@ class Team:
             except HalfstepError as error:
                 failed, outcome = error, (None, str(error))
         if self.size > 1:
+            import torch.distributed as dist
+
             box = [outcome]
             dist.broadcast_object_list(box, src=0)
             outcome = box[0]
@@ -87,6 +109,8 @@ class Team:
         mine = (result, None if failed is None else str(failed))
         every: list[tuple[T | None, str | None] | None] = [mine]
         if self.size > 1:
+            import torch.distributed as dist
+
             every = [None] * self.size
             dist.all_gather_object(every, mine)
         if failed is not None:

@@ -22,7 +22,7 @@ from halfstep.evaluate.fid import fid
 from halfstep.evaluate.pictures import PictureMetrics
 from halfstep.evaluate.planning import cross_entropy_method
 from halfstep.evaluate.walks import WalkOptions, evaluate_walks
-from halfstep.generate.outputs import write_npz
+from halfstep.data.outputs import write_npz
 from halfstep.models import EqM, read_checkpoint
 from halfstep.sampling import cdit, energy_score
 from halfstep.store import DatasetStore

@@ -18,8 +18,8 @@ from halfstep.autoencoders import load_autoencoder
 from halfstep.data.sources import SourceConfig
 from halfstep.encode import EncodeOptions, encode
 from halfstep.errors import InputError, NumericsError, StoreError
-from halfstep.generate.makers import Progress, SampleOptions
-from halfstep.generate.samples import sample
+from halfstep.sample.makers import Progress, SampleOptions
+from halfstep.sample.samples import sample
 from halfstep.models import About, CDiT, EqM, read_checkpoint
 from halfstep.sampling import rollout, sample_eqm
 from halfstep.sampling.noise import own_generator

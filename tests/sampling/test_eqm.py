@@ -9,7 +9,7 @@ import torch
 
 from halfstep.errors import InputError
 from halfstep.models import EqM
-from halfstep.models.eqm import gradient_magnitude
+from halfstep.models.objectives import gradient_magnitude
 from halfstep.precision import PrecisionPolicy, prepare
 from halfstep.sampling import MemoryRecorder, StoreRecorder, energy_score, sample_eqm, sample_eqm_ode
 from halfstep.store import TrajectoryFormat, TrajectoryStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from halfstep.analyze.metrics import (
 )
 from halfstep.analyze.stats import GroupTest, Separation
 from halfstep.errors import InputError, StoreError
+from halfstep.progress import SILENT, Progress
 from halfstep.store.run import Float64, Latents, Run
 
 _SPECTRUM = 10  # eigenvalues of a run that are reported
@@ -109,7 +110,7 @@ def analyze(
     metrics: Sequence[str] | None = None,
     pairwise: bool = False,
     problems: Sequence[str] = (),
-    say: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Analysis:
     """Analyse `runs`; `groups` gives the group of each key that is to be looked at.
 
@@ -124,9 +125,11 @@ def analyze(
     found = list(problems)
     usable = _usable_runs({key: runs[key] for key in groups}, found)
     summaries = {}
+    progress.start(len(usable))
     for key, run in list(usable.items()):
+        progress.advance()
         try:
-            say(f"{key}: {len(run)} steps")
+            progress.show(f"{key}: {len(run)} steps")
             summaries[key] = summarize(run.latents)
             if not np.isfinite(summaries[key][0]).all():
                 found.append(f"{key}: has values that are not finite; left out")
@@ -145,7 +148,7 @@ def analyze(
             "ones are recorded with storage fp32"
         )
     shared = fit_axes(usable.values())
-    say(f"shared axes: {len(shared.components)}, {shared.explained.sum():.0%} of the variance")
+    progress.show(f"shared axes: {len(shared.components)}, {shared.explained.sum():.0%} of the variance")
     analyzed = [_analyze_run(run, groups[key], summaries[key], shared, chosen) for key, run in usable.items()]
     analyzed = _mark_comparable(analyzed, found)
     comparable = [run for run in analyzed if run.comparable]

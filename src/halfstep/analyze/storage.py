@@ -10,6 +10,7 @@ import numpy as np
 
 from halfstep.analyze.analysis import Analysis, analyze
 from halfstep.errors import NumericsError
+from halfstep.progress import SILENT, Progress
 from halfstep.store.codecs import GROUP, decode_trajectory, encode_trajectory
 from halfstep.store.formats import to_float32, to_storage
 from halfstep.store.run import Float32, Latents, Run
@@ -37,26 +38,26 @@ def compare_storage(
     groups: Mapping[str, str],
     exact: Analysis,
     *,
-    say: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> list[StorageComparison]:
     """Repeat the analysis `exact` of `runs` with their latents rounded as each format keeps them: fp16, bf16, and the
     predictive codec at the errors of both and at bounds of 0.1%, 1% and 10% of the latents' root-mean-square. A format
-    that cannot hold the values is left out, and `say` hears why."""
+    that cannot hold the values is left out, and `progress` hears why."""
     if any(not runs[run.key].attributes.get("latents_exact", True) for run in exact.runs):
-        say("the runs are rounded as they are; what follows is the difference that a second rounding makes")
+        progress.note("the runs are rounded as they are; what follows is the difference that a second rounding makes")
     comparisons = []
     groups = {run.key: groups[run.key] for run in exact.runs}
     first = runs[exact.runs[0].key].latents
     rms = float(np.sqrt(np.mean(np.square(np.stack([first[0], first[-1]]), dtype=np.float64))))
     for name, round_trip in _formats(rms).items():
-        say(f"as {name}")
+        progress.show(f"as {name}")
         sizes: list[tuple[int, int]] = []
         held: dict[tuple[str, int], Float32] = {}
         stored = {key: _stored(runs[key], round_trip, held, sizes) for key in groups}
         try:
             analysis = analyze(stored, groups, metrics=list(exact.runs[0].metrics))
         except NumericsError as error:
-            say(f"{name} is left out: {error}")
+            progress.note(f"{name} is left out: {error}")
             continue
         comparisons.append(
             StorageComparison(

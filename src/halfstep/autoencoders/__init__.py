@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from halfstep.autoencoders.base import Autoencoder, Posterior
-from halfstep.autoencoders.gate import Checked, EncodeGate
+from halfstep.autoencoders.base import Autoencoder, Posterior, to_pixels
+from halfstep.autoencoders.gate import encode_gate
 from halfstep.errors import InputError
 from halfstep.spec import LatentSpec
 
-__all__ = ["Autoencoder", "Checked", "EncodeGate", "Posterior", "load_autoencoder", "load_for"]
+__all__ = ["Autoencoder", "Posterior", "encode_gate", "load_autoencoder", "load_for", "to_pixels"]
 
 _SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 

@@ -27,6 +27,17 @@ class Posterior(NamedTuple):
     mean: torch.Tensor
     logvar: torch.Tensor | None = None
 
+    def draw(self) -> torch.Tensor:
+        """A fresh sample, by torch's own generator; the mean where there is no variance."""
+        if self.logvar is None:
+            return self.mean
+        return self.mean + torch.exp(0.5 * self.logvar) * torch.randn_like(self.mean)
+
+
+def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, (T,) H, W, 3], uint8, as an autoencoder takes them: fp32 [B, 3, (T,) H, W] in [-1, 1]."""
+    return pictures.movedim(-1, 1).float() / 127.5 - 1
+
 
 @dataclass(frozen=True)
 class Autoencoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import statistics
@@ -10,13 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import halfstep
+from halfstep.machine import cores, open_device
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,16 @@ def document(name: str, timings: dict[str, Timing], **facts: Any) -> dict[str, A
 
 def machine() -> dict[str, Any]:
     """What a figure depends on."""
-    from halfstep.precision import open_device, probe
+    from halfstep.precision import probe
 
     return {
         "device": probe(open_device("auto")).device,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "halfstep": halfstep.__version__,
     }
-
-
-def peak_memory_mb() -> float:
-    """The most memory that this process ever held: of the GPU where there is one, else its own (Linux)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def _rounded(value: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfstep.autoencoders import Autoencoder, load_autoencoder
-from halfstep.bench.compare import document, in_turn, peak_memory_mb, ratio
+from halfstep.autoencoders import Autoencoder, load_autoencoder, to_pixels
+from halfstep.bench.compare import document, in_turn, ratio
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
+from halfstep.machine import cores, open_device, peak_memory_mb
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.team import Team
@@ -101,7 +101,7 @@ def sd_vae_shaped(folder: Path) -> str:
 @torch.inference_mode()
 def _plain_loop(autoencoder: Autoencoder, folder: Path, size: int, stores: Iterator[int]) -> None:
     """What a straightforward script does."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # whatever the cases before it have set
+    torch.set_num_threads(cores())  # whatever the cases before it have set
     pixels = PixelSpec(size, size, "4:3")
     output = folder / f"pt{next(stores)}"
     for walk in sorted((folder / "world").iterdir()):
@@ -110,11 +110,8 @@ def _plain_loop(autoencoder: Autoencoder, folder: Path, size: int, stores: Itera
         for start in range(0, len(pictures), PLAIN_BATCH):
             batch = [load_fitted(path, pixels) for path in pictures[start : start + PLAIN_BATCH]]
             # Contiguous [B, 3, H, W], as the usual transforms deliver it.
-            values = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-            posterior = autoencoder.encode(values)
-            latents = autoencoder.scaled(posterior.mean)
-            if posterior.logvar is not None:
-                latents += torch.exp(0.5 * posterior.logvar) * torch.randn_like(latents) * autoencoder.spec.scale[0]
+            values = to_pixels(torch.from_numpy(np.stack(batch))).contiguous()
+            latents = autoencoder.scaled(autoencoder.encode(values).draw())
             for path, latent in zip(pictures[start:], latents, strict=False):
                 torch.save({"latent": latent.clone()}, output / walk.name / f"{path.stem}.pt")
 
@@ -152,4 +149,4 @@ def _peak_memory(folder: Path) -> dict[str, float]:
 def print_own_peak(world: str) -> None:
     """Encode `world` in this process and print the most memory it ever held, in MB (Linux)."""
     encode([SourceConfig(path=Path(world))], EncodeOptions(Path(f"{world}-store"), batch_size=_BATCH))
-    sys.stdout.write(f"{peak_memory_mb():.1f}\n")
+    sys.stdout.write(f"{peak_memory_mb(open_device('auto')):.1f}\n")

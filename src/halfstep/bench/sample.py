@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from halfstep.bench.compare import document, in_turn, ratio
+from halfstep.machine import open_device
 from halfstep.models import EqM
-from halfstep.precision import PrecisionPolicy, open_device, prepare
-from halfstep.sampling import sample_eqm
+from halfstep.precision import prepare, settle
+from halfstep.sampling import GuidedField, drive, sample_eqm
 
 _PRECISIONS = ("auto", "fp32")
 _STEP, _MOMENTUM = 0.0017, 0.3
@@ -44,14 +45,15 @@ def bench_sample(
         samples["plain"] = _arrived(x)
 
     def ours(precision: str) -> Callable[[], None]:
-        policy = PrecisionPolicy.parse(precision).resolve(device, "sample")
+        policy = settle(precision, device, "sample").policy
         policies[f"halfstep, {precision}"] = str(policy)
         network = prepare(networks[precision].to(device), policy)
         assert isinstance(network, EqM)
 
         def run() -> None:
-            x = sample_eqm(network, noise, labels, sampler="ngd", step_size=_STEP, momentum=_MOMENTUM, updates=updates)
-            samples[precision] = _arrived(x)
+            field = GuidedField(network, labels)
+            states = sample_eqm(field, noise, updates=updates, step_size=_STEP, momentum=_MOMENTUM)
+            samples[precision] = _arrived(drive(states))
 
         return run
 

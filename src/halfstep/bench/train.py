@@ -17,22 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfstep.autoencoders import load_autoencoder
-from halfstep.bench.compare import document, in_turn, peak_memory_mb, ratio
+from halfstep.autoencoders import load_autoencoder, to_pixels
+from halfstep.bench.compare import document, in_turn, ratio
 from halfstep.bench.encode import sd_vae_shaped
 from halfstep.config import validate
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
+from halfstep.machine import open_device, peak_memory_mb
 from halfstep.models import About, EqM
-from halfstep.precision import PrecisionPolicy, open_device, probe
+from halfstep.models.objectives import eqm_loss
+from halfstep.precision import PrecisionPolicy, probe
+from halfstep.progress import Progress
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.train.config import TrainConfig
-from halfstep.train.loop import Progress, train
+from halfstep.train.loop import train
 from halfstep.train.meter import forward_operations
-from halfstep.train.objectives import eqm_loss
 
 _DECAY, _RATE = 0.9999, 1e-4
 _PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16-true")
@@ -171,17 +173,15 @@ class _Plain:
             chosen = [paths[(first + i) % len(paths)] for i in range(self._batch)]
             pictures = np.stack([load_fitted(path, PixelSpec(self._size, self._size)) for path in chosen])
             # Contiguous [B, 3, H, W], as the usual transforms deliver it.
-            pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().to(self._device) / 127.5 - 1
-            mean, logvar = self._encoder.encode(pixels)
-            assert logvar is not None
-            yield self._encoder.scaled(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)).clone()
+            pixels = to_pixels(torch.from_numpy(pictures)).contiguous().to(self._device)
+            yield self._encoder.scaled(self._encoder.encode(pixels).draw()).clone()
 
 
 class _Clock(Progress):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def step(self, step: int) -> None:
+    def advance(self, units: int = 1, *, written: int = 0) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
@@ -222,4 +222,4 @@ def print_own_peak(folder: str, model: str, size: int, batch: int, case: str) ->
         with tempfile.TemporaryDirectory(dir=folder) as run:
             (Path(run) / "latents").symlink_to(Path(folder) / "latents")
             _time_ours(Path(run), model, _ours()[case], batch, 1, count())
-    sys.stdout.write(f"{peak_memory_mb():.1f}\n")
+    sys.stdout.write(f"{peak_memory_mb(open_device('auto')):.1f}\n")

@@ -21,7 +21,7 @@ from zarr.codecs import BloscCodec
 
 from halfstep.bench.compare import Timing, document, in_turn
 from halfstep.errors import InputError
-from halfstep.sampling import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder
+from halfstep.sampling import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder, drive
 from halfstep.sampling.toy_flow import ToyFlow, smooth_field
 from halfstep.store import TrajectoryStore
 from halfstep.store.codecs import decode_trajectory, encode_trajectory
@@ -81,7 +81,7 @@ def sampled_trajectory() -> Float32:
     generator = torch.Generator().manual_seed(0)
     flow = ToyFlow(torch.stack([smooth_field(SHAPE, generator) for _ in range(4)]), spread=0.3)
     memory = MemoryRecorder()
-    flow.sample(0, steps=STATES, recorder=memory)
+    drive(flow.sample(0, steps=STATES), [memory])
     return np.stack([step.latent.numpy() for step in memory.steps])
 
 

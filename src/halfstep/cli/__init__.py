@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 
 from halfstep.cli import analyze, bench, demo, encode, evaluate, generate, probe, sample, store, toy_world, train
 from halfstep.errors import HalfstepError
+from halfstep.team import is_launched, leave
 
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C, the shells' 128 + SIGINT
 
@@ -55,9 +56,7 @@ def _options(
 def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, exit code 2 for the user's input and 1 for failed work."""
     code = _run()
-    if "RANK" in os.environ:  # one of torchrun's processes
-        from halfstep.team import leave
-
+    if is_launched():
         leave(code)
     sys.exit(code)
 

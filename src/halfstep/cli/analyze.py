@@ -57,10 +57,7 @@ def analyze(
     from halfstep.analyze import analyze as run_analyze
     from halfstep.analyze import compare_storage as run_compare_storage
     from halfstep.analyze import full_document, group_by_file, group_by_prompt, write_output
-
-    def say(line: str) -> None:
-        if not quiet:
-            typer.echo(f"halfstep: {line}", err=True)
+    from halfstep.cli.progress import Bar
 
     if compared or video_id is not None:
         chosen = {key: key for key in (compared or [str(video_id)])}
@@ -70,8 +67,11 @@ def analyze(
     else:
         chosen = group_by_prompt(runs) if groups == "prompt" else group_by_file(runs, Path(groups))
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
-    analysis = run_analyze(runs, chosen, metrics=names, pairwise=bool(compared), problems=problems, say=say)
-    storage = run_compare_storage(runs, chosen, analysis, say=say) if compare_storage else []
+    with Bar("analyzing", "runs", hidden=quiet) as progress:
+        analysis = run_analyze(
+            runs, chosen, metrics=names, pairwise=bool(compared), problems=problems, progress=progress
+        )
+        storage = run_compare_storage(runs, chosen, analysis, progress=progress) if compare_storage else []
     if output is not None:
         write_output(analysis, output, f"Trajectories of {batch_dir}", storage)
     if json:

@@ -56,7 +56,7 @@ def encode(
     paths = [*(source or []), *(more or [])]
     if not paths:
         raise InputError("encode: no source; give at least one with -i")
-    from halfstep.cli.progress import EncodeBar
+    from halfstep.cli.progress import Bar
     from halfstep.encode import EncodeOptions
     from halfstep.encode import encode as run_encode
 
@@ -78,7 +78,7 @@ def encode(
         device=device,
     )
     sources = _read_sources(paths, stride, fps)
-    with EncodeBar(hidden=quiet) as progress:
+    with Bar("encoding", "items", hidden=quiet) as progress:
         if ray and not dry_run:
             from halfstep.encode.ray import encode_on_ray
 

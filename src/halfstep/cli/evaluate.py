@@ -45,9 +45,11 @@ def energy(
     json: _Json = False,
 ) -> None:
     """Energies of latents: high for what is unlike the training data."""
+    from halfstep.cli.progress import Bar
     from halfstep.evaluate.energy import compare_energies
 
-    report = compare_energies(ckpt, data_path, against, precision=precision, device=device)
+    with Bar("evaluating", "items") as progress:
+        report = compare_energies(ckpt, data_path, against, precision=precision, device=device, progress=progress)
     if json:
         typer.echo(json_module.dumps(asdict(report)))
         return
@@ -83,7 +85,7 @@ def nwm(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """A navigation world model: error over time, rollouts, and planning by the cross-entropy method."""
-    from halfstep.cli.progress import EvaluateBar
+    from halfstep.cli.progress import Bar
     from halfstep.evaluate.walks import WalkOptions, evaluate_walks
 
     if not all(part.strip().isdecimal() for part in horizons.split(",")):
@@ -107,8 +109,8 @@ def nwm(
         precision=precision,
         device=device,
     )
-    with EvaluateBar(hidden=quiet) as bar:
-        report = evaluate_walks(options, bar.part)
+    with Bar("evaluating", "parts", hidden=quiet) as progress:
+        report = evaluate_walks(options, progress)
     if json:
         typer.echo(json_module.dumps(asdict(report)))
         return

@@ -33,11 +33,10 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Make videos or pictures from prompts with a diffusers pipeline, recording the sampling when asked to."""
-    from halfstep.cli.progress import GenerateBar
+    from halfstep.cli.progress import Bar
     from halfstep.config import load_yaml, validate, with_settings
     from halfstep.generate import GenerateConfig
     from halfstep.generate import generate as run_generate
-    from halfstep.generate.runner import plan
 
     overrides = [*(settings or [])]
     if model is not None:
@@ -51,8 +50,8 @@ def generate(
     if store_latents:
         chosen = chosen.with_latents()
     folder = output or _default_folder(chosen)
-    with GenerateBar(len(plan(chosen, template)), hidden=quiet) as progress:
-        report = run_generate(chosen, template, folder, resume=resume, say=progress.note, on_step=progress.step)
+    with Bar("generating", "steps", hidden=quiet) as progress:
+        report = run_generate(chosen, template, folder, resume=resume, progress=progress)
     if json:
         typer.echo(json_module.dumps(asdict(report)))
     else:

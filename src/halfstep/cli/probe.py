@@ -16,11 +16,11 @@ def probe(
     """Measure what this device really does with each number format, and say what `auto` chooses."""
     from dataclasses import asdict
 
-    from halfstep.precision import PrecisionPolicy
+    from halfstep.precision import choose
     from halfstep.precision import probe as run_probe
 
     result = run_probe(device, refresh=refresh)
-    policies = {task: PrecisionPolicy.auto(device, task) for task in ("encode", "sample", "train")}
+    policies = {task: choose(device, task) for task in ("encode", "sample", "train")}
     if json:
         typer.echo(json_module.dumps({**asdict(result), "auto": {task: str(p) for task, p in policies.items()}}))
         return

@@ -1,40 +1,38 @@
-"""The progress bars of long verbs, on stderr."""
+"""The progress of long verbs on a terminal: one bar on stderr."""
 
 from __future__ import annotations
 
-import os
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from halfstep.encode import Progress as EncodingProgress
-from halfstep.generate.makers import Progress as SamplingProgress
-from halfstep.train.loop import Progress as TrainingProgress
-
-_STALLED = 0.5  # of the updates of an average: more than this are lost to rounding
+from halfstep.progress import Progress
+from halfstep.team import rank
 
 
-class _Bar:
-    """One bar, shown on a terminal from `show` to the end of the block. Under torchrun only the first process shows its
-    own share, and only it `speaks`."""
+class Bar(Progress):
+    """Units done of all, units a second, MB written, and what is newest; without a terminal the newest lines alone, one
+    below the other. Under torchrun only the first process shows its own share, and only it `speaks`. `hidden`: notes
+    alone."""
 
-    def __init__(self, *columns: ProgressColumn, hidden: bool, description: str, **fields: Any) -> None:
-        self.speaks = os.environ.get("RANK", "0") == "0"
+    def __init__(self, description: str, unit: str, *, hidden: bool = False) -> None:
+        self.speaks = rank() == 0
         self._console = Console(stderr=True)
         self._hidden = hidden or not self.speaks
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            *columns,
+            TextColumn("{task.fields[rate]}{task.fields[written]}{task.fields[newest]}"),
             TimeRemainingColumn(),
             console=self._console,
             disable=self._hidden or not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(description, total=None, **fields)
+        self._unit, self._bytes = unit, 0
+        self._task = self._bar.add_task(description, total=None, rate="", written="", newest="")
 
     def __enter__(self) -> Self:
         return self
@@ -42,96 +40,25 @@ class _Bar:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self._bar.stop()
 
-    def note(self, line: str) -> None:
-        """A line that the user should see, whether there is a bar or not."""
-        if self.speaks:
-            self._console.print(f"halfstep: {line}", highlight=False, soft_wrap=True, markup=False)
-
-    def _show(self, total: int | None, completed: int = 0) -> None:
-        self._bar.update(self._task, total=total, completed=completed)
+    def start(self, total: int | None, done: int = 0) -> None:
+        self._bar.update(self._task, total=total, completed=done)
         self._bar.start()
 
+    def advance(self, units: int = 1, *, written: int = 0) -> None:
+        self._bytes += written
+        rate = f"{self._bar.tasks[0].speed or 0.0:.1f} {self._unit}/s"
+        told = f"  {self._bytes / 1e6:.1f} MB" if self._bytes else ""
+        self._bar.update(self._task, advance=units, rate=rate, written=told)
 
-class EncodeBar(_Bar, EncodingProgress):
-    """Items done of all, items a second, bytes written."""
+    def show(self, line: str) -> None:
+        if self._console.is_terminal:
+            self._bar.update(self._task, newest=f"  {line}")
+        elif not self._hidden:
+            self._print(line)
 
-    def __init__(self, *, hidden: bool = False) -> None:
-        columns = TextColumn("{task.fields[rate]:.1f} items/s"), TextColumn("{task.fields[megabytes]:.1f} MB")
-        super().__init__(*columns, hidden=hidden, description="encoding", rate=0.0, megabytes=0.0)
-        self._bytes = 0
+    def note(self, line: str) -> None:
+        if self.speaks:
+            self._print(f"halfstep: {line}")
 
-    def start(self, items: int) -> None:
-        self._show(items or None)
-
-    def advance(self, items: int, latent_bytes: int) -> None:
-        self._bytes += latent_bytes
-        rate = self._bar.tasks[0].speed or 0.0
-        self._bar.update(self._task, advance=items, rate=rate, megabytes=self._bytes / 1e6)
-
-
-class GenerateBar(_Bar):
-    """Sampling steps done of all runs, and which run is made."""
-
-    def __init__(self, runs: int, *, hidden: bool = False) -> None:
-        super().__init__(TextColumn("steps"), hidden=hidden, description="generating")
-        self._runs = runs
-        self._seen: dict[str, int] = {}
-        self._show(None)
-
-    def step(self, run: str, step: int, steps: int) -> None:
-        self._seen[run] = step
-        done = sum(self._seen.values())
-        self._bar.update(self._task, description=run, completed=done, total=steps * self._runs)
-
-
-class TrainBar(_Bar, TrainingProgress):
-    """Training steps done, the newest loss and rate; without a terminal a line for each line of the log."""
-
-    def __init__(self, *, hidden: bool = False) -> None:
-        super().__init__(TextColumn("{task.fields[newest]}"), hidden=hidden, description="training", newest="")
-
-    def start(self, step: int, steps: int) -> None:
-        self._show(steps, step)
-
-    def step(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
-
-    def log(self, record: dict[str, Any]) -> None:
-        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-        line = (
-            f"loss {loss}  {record['samples_per_second']:.1f} samples/s  "
-            f"{record['memory_mb']:.0f} MB  {record['mfu']:.0%} of peak"
-        )
-        self._bar.update(self._task, newest=line)
-        if self._hidden:
-            return
-        if not self._console.is_terminal:
-            self._console.print(f"step {record['step']}: {line}", highlight=False, soft_wrap=True)
-        if (record["stalled_ema"] or 0) > _STALLED:
-            self.note(
-                f"step {record['step']}: {record['stalled_ema']:.0%} of the average's updates are lost to rounding"
-            )
-
-
-class SampleBar(_Bar, SamplingProgress):
-    """Sampling steps done of all this process's samples."""
-
-    def __init__(self, *, hidden: bool = False) -> None:
-        super().__init__(TextColumn("steps of samples"), hidden=hidden, description="sampling")
-
-    def start(self, samples: int, steps: int) -> None:
-        self._show(samples * steps)
-
-    def step(self, samples: int) -> None:
-        self._bar.update(self._task, advance=samples)
-
-
-class EvaluateBar(_Bar):
-    """Parts of an evaluation that are done."""
-
-    def __init__(self, *, hidden: bool = False) -> None:
-        super().__init__(hidden=hidden, description="evaluating")
-        self._show(None)
-
-    def part(self, done: int, parts: int) -> None:
-        self._bar.update(self._task, completed=done, total=parts)
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)

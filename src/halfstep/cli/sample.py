@@ -72,10 +72,10 @@ def sample(
     """Make pictures or clips with a trained EqM, or walks with a CDiT; the same command makes what is missing."""
     if (use_bf16 and use_amp) or (precision is not None and (use_bf16 or use_amp)):
         raise InputError("sample: --precision, --use-bf16 and --use-amp say the same thing; give one of them")
-    from halfstep.cli.progress import SampleBar
-    from halfstep.generate.makers import SampleOptions
-    from halfstep.generate.samples import sample as run_sample
+    from halfstep.cli.progress import Bar
     from halfstep.models.eqm import ENERGY_NAMES
+    from halfstep.sample import SampleOptions
+    from halfstep.sample import sample as run_sample
 
     options = SampleOptions(
         ckpt=ckpt,
@@ -109,7 +109,7 @@ def sample(
         record=record,
         storage=storage,
     )
-    with SampleBar(hidden=quiet) as progress:
+    with Bar("sampling", "steps of samples", hidden=quiet) as progress:
         report = run_sample(options, progress)
     if not progress.speaks:
         return

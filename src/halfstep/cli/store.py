@@ -135,6 +135,7 @@ def convert(
     """Recorded latents of one file a step into a trajectory store, or back; the same command again goes on."""
     from dataclasses import asdict
 
+    from halfstep.cli.progress import Bar
     from halfstep.store import TrajectoryFormat, find_trajectory_store, open_trajectories, readable_runs
     from halfstep.store.convert import to_batch, to_store
 
@@ -144,14 +145,11 @@ def convert(
     if to not in ("store", "npy.gz"):
         raise InputError(f"--to: got {to!r}; expected store or npy.gz")
 
-    def say(line: str) -> None:
-        if not json:
-            typer.echo(line)
-
-    if to == "store":
-        report = to_store(runs, output, TrajectoryFormat(codec, storage, max_error), say)
-    else:
-        report = to_batch(runs, output, say)
+    with Bar("converting", "runs", hidden=json) as progress:
+        if to == "store":
+            report = to_store(runs, output, TrajectoryFormat(codec, storage, max_error), progress)
+        else:
+            report = to_batch(runs, output, progress)
     report.notes.extend(unreadable)
     if json:
         typer.echo(json_module.dumps(asdict(report)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import os
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfstep.errors import InputError
+from halfstep.team import rank
 
 if TYPE_CHECKING:
     from halfstep.train.config import TrainConfig
@@ -117,13 +117,13 @@ def train(
     }
     defaults = {"clip_len": 16} if video else {}
     chosen = _read(config, defaults, {n: value for n, value in given.items() if value is not None}, settings or [])
-    if family is not None and chosen.network.lower() != family:
-        raise InputError(f"train: got {family.value} and a model of {chosen.network}; they do not go together")
+    if family is not None and chosen.family.name.lower() != family:
+        raise InputError(f"train: got {family.value} and a model of {chosen.family.name}; they do not go together")
 
-    from halfstep.cli.progress import TrainBar
+    from halfstep.cli.progress import Bar
     from halfstep.train.loop import train as run_train
 
-    with TrainBar(hidden=quiet) as progress:
+    with Bar("training", "steps", hidden=quiet) as progress:
         report = run_train(chosen, progress)
     if not progress.speaks:
         return
@@ -141,7 +141,7 @@ def _read(path: Path | None, defaults: dict[str, Any], given: dict[str, Any], se
     from halfstep.train.config import TrainConfig
 
     content = {} if path is None else load_yaml(path, dict[str, Any])
-    if (unread := [name for name in _UNREAD if name in content]) and os.environ.get("RANK", "0") == "0":
+    if (unread := [name for name in _UNREAD if name in content]) and rank() == 0:
         typer.echo(f"halfstep: {path}: {', '.join(unread)}: not read, as by the published trainer", err=True)
     content = {name: value for name, value in content.items() if name not in _UNREAD}
     if "global_batch_size" in given:

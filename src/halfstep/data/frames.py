@@ -193,7 +193,7 @@ def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameRea
     return SequenceFrames(source.sequences(pixels))
 
 
-def open_latents(folder: Path, channels: int, known: LatentSpec | None) -> tuple[FrameReader, LatentSpec]:
+def open_latents(folder: str | Path, channels: int, known: LatentSpec | None) -> tuple[FrameReader, LatentSpec]:
     """Latents for a network of `channels` channels that was trained on latents `known`, None where nobody knows.
 
     Raises InputError when they are of other channels or another kind.

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch.utils.data import Dataset, Sampler
 
 from halfstep.config import Config, load_yaml, validate
@@ -24,9 +24,13 @@ from halfstep.data.base import contiguous_runs
 from halfstep.data.frames import FrameReader, StoreFrames, open_frames
 from halfstep.data.navigation import METRIC_WAYPOINT_SPACING, goal_actions, relative_time, sample_index
 from halfstep.errors import InputError
+from halfstep.files import place
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.store.manifest import NAME as MANIFEST_NAME
+
+# A folder, or the URL of a store.
+Place = Annotated[Path | str, BeforeValidator(place)]
 
 
 class SeededDataset(Dataset[Any], ABC):
@@ -42,6 +46,10 @@ class SeededDataset(Dataset[Any], ABC):
     @abstractmethod
     def key(self, index: int) -> str:
         """The sequence that an item is of."""
+
+    @abstractmethod
+    def contents(self) -> Iterator[tuple[str, int]]:
+        """What it is made of: each sequence and how many items, or places for one, are in it."""
 
     def generator(self, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, index))
@@ -94,6 +102,9 @@ class ImageLatents(SeededDataset):
 
     def key(self, index: int) -> str:
         return self.keys[self._place(index)]
+
+    def contents(self) -> Iterator[tuple[str, int]]:
+        return zip(self.keys, np.diff(self._ends, prepend=0).tolist(), strict=True)
 
     def _place(self, index: int) -> int:
         return int(np.searchsorted(self._ends, index, side="right"))
@@ -148,6 +159,9 @@ class ClipLatents(SeededDataset):
 
     def key(self, index: int) -> str:
         return self._starts[index][0]
+
+    def contents(self) -> Iterator[tuple[str, int]]:
+        return ((key, sum(last - first for first, last in ranges)) for key, ranges in self._starts)
 
 
 class NavigationLatents(SeededDataset):
@@ -208,6 +222,9 @@ class NavigationLatents(SeededDataset):
     def key(self, index: int) -> str:
         return self.runs[int(self.index[index, 0])][0]
 
+    def contents(self) -> Iterator[tuple[str, int]]:
+        return ((key, stop - start) for key, start, stop in self.runs)
+
 
 class Distance(Config):
     """Offsets of goals from the current frame, in frames, both included."""
@@ -226,8 +243,8 @@ class NavigationDatasetConfig(Config):
     """One dataset of a navigation config: latents, or pictures while there are no latents yet; splits are folders
     with a list of trajectories, `traj_names`."""
 
-    latent_folder: Path | None = None
-    data_folder: Path | None = None
+    latent_folder: Place | None = None
+    data_folder: Place | None = None
     train: Path | None = None
     test: Path | None = None
     traj_names: str = "traj_names.txt"
@@ -286,8 +303,10 @@ def _open_entry(name: str, entry: NavigationDatasetConfig, image_size: int) -> F
     return open_frames(entry.data_folder, PixelSpec(image_size, image_size, "4:3"))
 
 
-def _has_latents(folder: Path) -> bool:
-    """True for a folder that is there, and for the name of a dataset inside a store."""
+def _has_latents(folder: Path | str) -> bool:
+    """True for a folder that is there, for the name of a dataset inside a store, and for a URL, which nobody asks."""
+    if isinstance(folder, str):
+        return True
     return folder.is_dir() or any((parent / MANIFEST_NAME).exists() for parent in folder.parents)
 
 

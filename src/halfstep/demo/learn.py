@@ -17,9 +17,9 @@ from halfstep.autoencoders import load_for
 from halfstep.config import validate
 from halfstep.data.base import Array
 from halfstep.demo.pictures import psnr
-from halfstep.generate.makers import SampleOptions
-from halfstep.generate.samples import sample
-from halfstep.precision import PrecisionPolicy, open_device, probe
+from halfstep.machine import open_device
+from halfstep.precision import choose, probe
+from halfstep.sample import SampleOptions, sample
 from halfstep.store import DatasetStore, TrajectoryStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
@@ -82,7 +82,7 @@ class Learned:
 def learn(output: Path, say: Callable[[str], None], seconds: float) -> Learned:
     """Train an EqM on clips of the store in `output` for about `seconds` and a CDiT on its walks for twice as long, in
     the precision that is measured to be fastest; sample from both."""
-    policy = PrecisionPolicy.auto(open_device("auto"), "train")
+    policy = choose(open_device("auto"), "train")
     say(f"5/9 train an EqM on clips of four frames, in {policy}")
     eqm = _train_for(output, "eqm", EQM, seconds)
     say(f"    loss {eqm.losses[0]:.2f} to {eqm.losses[-1]:.2f} in {eqm.steps[-1]} steps")

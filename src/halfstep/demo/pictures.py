@@ -1,16 +1,10 @@
-"""Pictures between arrays and tensors, and how much two differ."""
+"""How much two pictures differ."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from halfstep.data.base import Array
-
-
-def to_pixels(picture: Array) -> torch.Tensor:
-    """uint8 [H, W, 3] to [1, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def psnr(a: Array, b: Array) -> float:

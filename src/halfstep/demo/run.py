@@ -12,19 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from halfstep.autoencoders import Autoencoder, load_autoencoder
+from halfstep.autoencoders import Autoencoder, load_autoencoder, to_pixels
 from halfstep.data.base import Array
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.demo.learn import Learned, learn
-from halfstep.demo.pictures import psnr, to_pixels
+from halfstep.demo.pictures import psnr
 from halfstep.encode import EncodeOptions, EncodeReport, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
 from halfstep.errors import StoreError
 from halfstep.files import claim
-from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, open_device, probe, torch_dtype
+from halfstep.machine import open_device
+from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, choose, probe, torch_dtype
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, VerifyReport, verify
 from halfstep.team import Team
@@ -84,7 +85,7 @@ def run_demo(
     options = EncodeOptions(output / "latents", size=_SIZE)
     encoded = encode([SourceConfig(path=output / "world")], options)
     store = DatasetStore.open(output / "latents")
-    policy = PrecisionPolicy.auto(open_device("auto"), "encode")
+    policy = choose(open_device("auto"), "encode")
     say(f"    {encoded.items} frames at {encoded.items_per_second:.0f} a second in {encoded.policy}")
     say("3/9 verify every byte of the store")
     verified = verify(output / "latents")
@@ -126,7 +127,7 @@ def psnr_by_storage(autoencoder: Autoencoder, originals: dict[tuple[str, int], A
     for storage in STORAGE_TYPES:
         errors = []
         for picture in originals.values():
-            pixels = to_pixels(picture)
+            pixels = to_pixels(torch.from_numpy(picture)[None])
             rounded = autoencoder.encode(pixels).mean.to(torch_dtype(storage)).float()
             decoded = autoencoder.decode(rounded).clamp(-1, 1)
             errors.append(float(((decoded - pixels) / 2).double().square().mean()))

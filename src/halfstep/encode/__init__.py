@@ -1,6 +1,6 @@
 """Encode sources into a DatasetStore."""
 
 from halfstep.encode.job import EncodeOptions
-from halfstep.encode.runner import EncodeReport, Progress, encode
+from halfstep.encode.runner import EncodeReport, encode
 
-__all__ = ["EncodeOptions", "EncodeReport", "Progress", "encode"]
+__all__ = ["EncodeOptions", "EncodeReport", "encode"]

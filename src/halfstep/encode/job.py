@@ -11,7 +11,8 @@ from halfstep.data.base import FrameSequence, digest
 from halfstep.data.pt_tree import imported_spec
 from halfstep.data.sources import Kind, Source
 from halfstep.errors import InputError
-from halfstep.precision import PrecisionPolicy, probe
+from halfstep.precision import PrecisionPolicy, Settled, probe
+from halfstep.precision import settle as settle_precision
 from halfstep.spec import Crop, LatentSpec, PixelSpec
 from halfstep.store.manifest import Manifest
 
@@ -59,6 +60,7 @@ class EncodeJob:
     strict: bool
     device: str
     channels_last: bool
+    notes: tuple[str, ...] = ()  # what the user should know of the precision
 
     @property
     def storage(self) -> str:
@@ -104,21 +106,19 @@ def settle(
     everything anew because another type is faster there. Raises InputError when the options do not fit together.
     """
     kinds = {source.kind for source in sources}
-    policy = PrecisionPolicy.parse(options.precision)
-    if policy.is_auto and existing is not None:
-        chosen = PrecisionPolicy.parse(existing.policy)
-        policy = replace(chosen, storage=policy.storage) if policy.storage != "auto" else chosen
+    asked = PrecisionPolicy.parse(options.precision)
     if options.storage is not None:
-        policy = replace(policy, storage=options.storage)
+        asked = replace(asked, storage=options.storage)
     recipe = existing.recipe if existing else {}
     identifier = options.autoencoder or (existing.spec.autoencoder if existing else "dct8")
     autoencoder, tiled, channels_last = None, False, False
     if "latents" in kinds:
         _require_plain_import(options, kinds)
-        policy = PrecisionPolicy(storage="fp16" if policy.storage == "auto" else policy.storage)
+        kept = existing.storage if existing and asked.is_auto else "fp16"
+        settled = Settled(PrecisionPolicy(storage=kept if asked.storage == "auto" else asked.storage))
         spec = imported_spec(sources[0].latent_shape())
     else:
-        policy = policy.resolve(device, "encode")
+        settled = settle_precision(asked, device, "encode", existing.policy if existing else None)
         pixels = _pixels(options, kinds, existing)
         tiled = max(pixels.width, pixels.height) > _TILE_ABOVE
         autoencoder = load_autoencoder(identifier, options.revision, tiled=tiled)
@@ -126,12 +126,12 @@ def settle(
         if options.moments and not autoencoder.variational:
             raise InputError(f"--moments: {identifier} has no variance; leave it out, or use a variational autoencoder")
         # Another memory format rounds differently, so one process decides for all and a store keeps it.
-        measured = probe(device).types[policy.compute].prefers_channels_last
+        measured = probe(device).types[settled.policy.compute].prefers_channels_last
         channels_last = recipe.get("channels_last", measured)
     job = EncodeJob(
         output=options.output,
         spec=spec,
-        policy=policy,
+        policy=settled.policy,
         autoencoder=identifier,
         revision=options.revision,
         tiled=tiled,
@@ -142,6 +142,7 @@ def settle(
         strict=options.strict,
         device=device,
         channels_last=channels_last,
+        notes=settled.notes,
     )
     return job, autoencoder
 

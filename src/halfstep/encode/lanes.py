@@ -9,7 +9,6 @@ latent is the same bit for bit whatever the machine's size and the number of pro
 from __future__ import annotations
 
 import copy
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -20,11 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from halfstep.autoencoders import Autoencoder, EncodeGate
+from halfstep.autoencoders import Autoencoder, encode_gate, to_pixels
 from halfstep.data.base import Array
 from halfstep.encode.job import EncodeJob
-from halfstep.precision import torch_dtype
+from halfstep.precision import Gate, torch_dtype
 from halfstep.store.formats import largest_finite
+from halfstep.team import own_cores
 
 # On a CPU the rate hardly depends on the batch (within 10% from 1 to 8 pictures), so nothing is measured there: the
 # same command gives the same bits on every run.
@@ -94,15 +94,16 @@ class Lanes:
             best_size, best_rate = size, rate
         return best_size
 
-    def _make_gates(self, autoencoder: Autoencoder | None) -> list[EncodeGate]:
+    def _make_gates(self, autoencoder: Autoencoder | None) -> list[Gate]:
         if autoencoder is None:
             return []
         job = self.job
         prepared = autoencoder.prepared(self._device, job.policy, channels_last=job.channels_last)
         copies = 1 if autoencoder.reentrant else self.count
         models = [prepared, *(copy.deepcopy(prepared) for _ in range(copies - 1))]
+        largest = largest_finite(job.storage)
         return [
-            EncodeGate(model, job.policy, self._device, largest_finite(job.storage), job.channels_last)
+            encode_gate(model, job.policy, self._device, largest=largest, channels_last=job.channels_last)
             for model in models
         ]
 
@@ -113,15 +114,13 @@ class Lanes:
     def _run(self, values: torch.Tensor) -> Encoded:
         if self._device.type == "cuda":
             values = values.pin_memory()
-        pixels = values.to(self._device, non_blocking=True).movedim(-1, 1).float() / 127.5 - 1  # [B, 3, T, H, W]
+        pixels = to_pixels(values.to(self._device, non_blocking=True))  # [B, 3, T, H, W]
         if self.job.spec.temporal_factor == 1:
             pixels = pixels[:, :, 0]
-        checked = self._gate().encode(pixels)
-        arrays = {"latents": self._stored(checked.posterior.mean)}
-        if self.job.moments:
-            assert checked.posterior.logvar is not None
-            arrays["logvar"] = self._stored(checked.posterior.logvar)
-        return Encoded(arrays, checked.refused, checked.retried)
+        checked = self._gate()(pixels)
+        names = ("latents", "logvar") if self.job.moments else ("latents",)
+        arrays = {name: self._stored(tensor) for name, tensor in zip(names, checked.outputs, strict=False)}
+        return Encoded(arrays, {n: f"latents {why}" for n, why in checked.refused.items()}, checked.retried)
 
     def _repack(self, latents: torch.Tensor) -> Encoded:
         fits = (latents.abs() <= largest_finite(self.job.storage)).flatten(1).all(dim=1)
@@ -129,12 +128,12 @@ class Lanes:
         refused = {sample: reason for sample, good in enumerate(fits.tolist()) if not good}
         return Encoded({"latents": self._stored(latents)}, refused, frozenset())
 
-    def _gate(self) -> EncodeGate:
+    def _gate(self) -> Gate:
         if len(self._gates) == 1:
             return self._gates[0]
         if not hasattr(self._lane, "gate"):
             self._lane.gate = self._gates[int(threading.current_thread().name.rsplit("_", 1)[1])]
-        gate: EncodeGate = self._lane.gate
+        gate: Gate = self._lane.gate
         return gate
 
     def _stored(self, tensor: torch.Tensor) -> Array:
@@ -149,5 +148,4 @@ def _lane_count(device: torch.device, autoencoder: Autoencoder | None) -> int:
     if device.type != "cpu":
         # One batch computes while the other is copied and converted; a second model in memory is not worth it.
         return 2 if autoencoder is None or autoencoder.reentrant else 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    return own_cores()

@@ -9,7 +9,7 @@ way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -20,6 +20,7 @@ from halfstep.data.base import Array, FrameSequence, Inspection, Problem, Source
 from halfstep.encode.job import EncodeJob
 from halfstep.encode.lanes import Encoded, Lanes
 from halfstep.errors import HalfstepError
+from halfstep.progress import Progress
 from halfstep.store.formats import LATENT_ARRAYS, safetensors_name
 from halfstep.store.index import DIGEST_BYTES, Row, shard_path
 from halfstep.store.shard import MappedShard
@@ -128,16 +129,16 @@ def run(
     existing: Mapping[str, Row],
     lanes: Lanes,
     writer: DatasetWriter,
-    on_progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Counts:
-    """Bring the store up to date with `sequences` and return what was done; `on_progress` gets items, and bytes
+    """Bring the store up to date with `sequences` and return what was done; `progress` hears of items, and of the bytes
     written for them, as they finish.
 
     Raises StoppedError at the first failure when the job is strict. When it is left by an exception, sequences that
     were complete by then are committed, unless the store itself failed.
     """
     counts = Counts()
-    recorder = _Recorder(job, existing, writer, counts, on_progress)
+    recorder = _Recorder(job, existing, writer, counts, progress)
     with ThreadPoolExecutor(job.workers, "decode") as decode, ThreadPoolExecutor(1, "write") as write:
         under_way: deque[tuple[_Batch, Future[Encoded] | None]] = deque()
         written: deque[Future[None]] = deque()
@@ -328,10 +329,10 @@ class _Recorder:
         existing: Mapping[str, Row],
         writer: DatasetWriter,
         counts: Counts,
-        on_progress: Callable[[int, int], None],
+        progress: Progress,
     ) -> None:
         self._job, self._existing, self._writer, self._counts = job, existing, writer, counts
-        self._on_progress = on_progress
+        self._progress = progress
         self._mapped: tuple[int, MappedShard] | None = None
         self._stopped = False
         self._key = ""
@@ -369,7 +370,7 @@ class _Recorder:
                         self._keep_older(problem.frame)
                 case _Skipped(row):
                     self._counts.skipped += row.length
-                    self._on_progress(row.length, 0)
+                    self._progress.advance(row.length)
                 case _Close():
                     self._close(step)
 
@@ -388,14 +389,14 @@ class _Recorder:
             arrays |= {f"{n}_mirror": v[mirrored_slot : mirrored_slot + 1] for n, v in encoded.arrays.items()}
         self._extend(step.number, step.digest, arrays)
         self._counts.encoded += 1
-        self._on_progress(1, sum(values.nbytes for values in arrays.values()))
+        self._progress.advance(written=sum(values.nbytes for values in arrays.values()))
 
     def _add_reused(self, number: int, frame_digest: bytes, place: int) -> None:
         # From the very row that the place was found in: a Ray task that is repeated has written newer ones since.
         row = self._existing[self._key]
         self._extend(number, frame_digest, self._older_arrays(row, place))
         self._counts.skipped += 1
-        self._on_progress(1, 0)
+        self._progress.advance()
 
     def _keep_older(self, number: int | None) -> None:
         """Bad input takes nothing away: where the store has the frame from a time when it could be read, that stays."""

@@ -12,7 +12,6 @@ from halfstep.encode.job import EncodeJob, EncodeOptions
 from halfstep.encode.pipeline import Counts, StoppedError
 from halfstep.encode.runner import (
     EncodeReport,
-    Progress,
     encode_share,
     finish_run,
     merge_counts,
@@ -24,6 +23,7 @@ from halfstep.encode.runner import (
     write_failures,
 )
 from halfstep.errors import HalfstepError, InputError
+from halfstep.progress import SILENT, Progress
 from halfstep.store.index import Index
 from halfstep.team import Team
 
@@ -46,20 +46,12 @@ class _Actor:
     def __call__(self, block: dict[str, Any]) -> dict[str, list[Counts | HalfstepError]]:
         share = [self._sequences[index] for index in block["index"]]
         try:
-            return {
-                "outcome": [encode_share(self._job, self._autoencoder, share, self._existing, _silent, lane_count=1)]
-            }
+            return {"outcome": [encode_share(self._job, self._autoencoder, share, self._existing, lane_count=1)]}
         except HalfstepError as error:  # carried as a value: raised, it would arrive wrapped in a traceback
             return {"outcome": [error]}
 
 
-def _silent(items: int, latent_bytes: int) -> None:
-    """Progress is told once a block, by the driver."""
-
-
-def encode_on_ray(
-    sources: list[SourceConfig], options: EncodeOptions, progress: Progress | None = None
-) -> EncodeReport:
+def encode_on_ray(sources: list[SourceConfig], options: EncodeOptions, progress: Progress = SILENT) -> EncodeReport:
     """`encode`, with the sequences spread over a Ray cluster (the one RAY_ADDRESS names, or one started here).
 
     The store's folder and the sources must be reachable under the same path from every node.
@@ -68,7 +60,6 @@ def encode_on_ray(
         import ray
     except ImportError:
         raise InputError("--ray: ray is not installed; pip install 'halfstep[ray]'") from None
-    progress = progress or Progress()
     team = Team()
     with reserved(options.output):
         job, autoencoder, listed, existing = prepare_run(sources, options, team)
@@ -76,7 +67,7 @@ def encode_on_ray(
         for line in warnings_before(job, existing, options):
             progress.note(line)
         job = open_store(job, autoencoder)
-        progress.start(sum(sequence.expected for sequence in listed))
+        progress.start(sum(sequence.expected for sequence in listed) or None)
         started = time.monotonic()
         own_cluster = not ray.is_initialized()
         if own_cluster:
@@ -114,5 +105,5 @@ def _map(ray: Any, job: EncodeJob, sequences: list[FrameSequence], existing: Ind
         if isinstance(outcome, HalfstepError):
             raise outcome
         parts.append(outcome)
-        progress.advance(outcome.encoded + outcome.skipped, 0)
+        progress.advance(outcome.encoded + outcome.skipped)
     return parts

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,14 +17,15 @@ from halfstep.encode.lanes import Lanes
 from halfstep.encode.pipeline import Counts, Failure, StoppedError, plan_only, run
 from halfstep.errors import InputError
 from halfstep.files import alone, file_errors, write_durably
-from halfstep.precision import open_device, slowness
+from halfstep.machine import open_device
+from halfstep.progress import SILENT, Progress
 from halfstep.store.dataset import DatasetStore
 from halfstep.store.index import Index
 from halfstep.store.maintenance import compact
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import Manifest
 from halfstep.store.writer import DatasetWriter, claim_store, create_store, read_manifest, require_same_spec
-from halfstep.team import Team
+from halfstep.team import Team, own_cores
 
 FAILURES_FILE = "failures.jsonl"
 
@@ -54,21 +54,8 @@ class EncodeReport:
     dry_run: bool = False
 
 
-class Progress:
-    """Told how the run goes; the base class keeps silent."""
-
-    def start(self, items: int) -> None:
-        """The run begins; about `items` are to be looked at."""
-
-    def advance(self, items: int, latent_bytes: int) -> None:
-        """`items` more are done; `latent_bytes` were written for them, none for those that did not change."""
-
-    def note(self, line: str) -> None:
-        """Something the user should know before it starts."""
-
-
 def encode(
-    sources: list[SourceConfig], options: EncodeOptions, *, dry_run: bool = False, progress: Progress | None = None
+    sources: list[SourceConfig], options: EncodeOptions, *, dry_run: bool = False, progress: Progress = SILENT
 ) -> EncodeReport:
     """Encode all frames of `sources` into the store at `options.output`, or only what changed since the last run.
 
@@ -76,7 +63,6 @@ def encode(
     when the sources or options cannot be used or the store holds latents of another kind, StoreError when it cannot be
     written, StoppedError at the first failure when `options.strict`.
     """
-    progress = progress or Progress()
     with Team.join() as team, ExitStack() as stack:
         if not dry_run:
             team.on_leader(lambda: stack.enter_context(reserved(options.output)))
@@ -94,10 +80,10 @@ def encode(
             return _report(job, totals, removed, missing, 0.0, stored, dry_run=True)
         job = replace(team.on_leader(lambda: open_store(job, autoencoder)), device=job.device)
         started = time.monotonic()
-        progress.start(sum(sequence.expected for sequence in mine))
+        progress.start(sum(sequence.expected for sequence in mine) or None)
 
         def share() -> Counts:
-            return encode_share(job, autoencoder, mine, existing, progress.advance)
+            return encode_share(job, autoencoder, mine, existing, progress)
 
         try:
             totals = merge_counts(team.gather(share))
@@ -116,8 +102,7 @@ def prepare_run(
     found = find_sources(sources)
     manifest = read_manifest(options.output) if (options.output / MANIFEST_NAME).exists() else None
     device = str(open_device(team.device(options.device, shared=True)))
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    job, autoencoder = settle(options, found, manifest, device, options.workers or max(1, min(cores, 16)))
+    job, autoencoder = settle(options, found, manifest, device, options.workers or min(own_cores(), 16))
     settled = job
     job = replace(team.on_leader(lambda: settled), device=device)
     if manifest is not None:
@@ -148,9 +133,7 @@ def open_store(job: EncodeJob, autoencoder: Autoencoder | None) -> EncodeJob:
 
 def warnings_before(job: EncodeJob, existing: Index, options: EncodeOptions) -> list[str]:
     """What the user should know before it starts: an emulated type, or that all of the store will be made anew."""
-    lines = []
-    if not job.imports_latents and (line := slowness(job.policy, job.device, "encode")):
-        lines.append(line)
+    lines = list(job.notes)
     if existing and (changes := _changes(read_manifest(options.output), job)):
         lines.append(f"{options.output}: was made with {changes}; its {len(existing)} sequences are encoded again")
     return lines
@@ -170,12 +153,12 @@ def encode_share(
     autoencoder: Autoencoder | None,
     sequences: list[FrameSequence],
     existing: Index,
-    on_progress: Callable[[int, int], None],
+    progress: Progress = SILENT,
     lane_count: int | None = None,
 ) -> Counts:
     """Encode one process's share of the sequences into shards of its own."""
     with Lanes.open(job, autoencoder, lane_count) as lanes, DatasetWriter(job.output, job.manifest) as writer:
-        return run(job, sequences, existing, lanes, writer, on_progress)
+        return run(job, sequences, existing, lanes, writer, progress)
 
 
 def finish_run(job: EncodeJob, totals: Counts, drop: list[str], missing: list[str], seconds: float) -> EncodeReport:

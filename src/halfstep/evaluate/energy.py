@@ -13,8 +13,10 @@ from sklearn.metrics import roc_auc_score
 
 from halfstep.data.frames import FrameReader, open_latents, windows
 from halfstep.errors import InputError, NumericsError
+from halfstep.machine import open_device
 from halfstep.models import EqM, read_checkpoint
-from halfstep.precision import PrecisionPolicy, open_device, prepare
+from halfstep.precision import prepare, settle
+from halfstep.progress import SILENT, Progress
 from halfstep.sampling import energy_score
 from halfstep.spec import LatentSpec
 
@@ -36,7 +38,13 @@ class EnergyReport:
 
 
 def compare_energies(
-    ckpt: Path, data: Path, against: Path | None = None, *, precision: str = "fp32", device: str = "auto"
+    ckpt: Path,
+    data: Path,
+    against: Path | None = None,
+    *,
+    precision: str = "fp32",
+    device: str = "auto",
+    progress: Progress = SILENT,
 ) -> EnergyReport:
     """Energies of the latents in store `data`, like those that the model was trained on, and of others in `against`,
     of the same number of channels; of an autoencoder's posterior the means.
@@ -49,7 +57,9 @@ def compare_energies(
     if not isinstance(network, EqM):
         raise InputError(f"{ckpt}: is of a CDiT; an EqM trained with an energy has one")
     place = open_device(device)
-    policy = PrecisionPolicy.parse(precision).resolve(place, "sample")
+    policy, notes = settle(precision, place, "sample")
+    for line in notes:
+        progress.note(line)
     prepare(network.to(place), policy)
 
     def energies(path: Path, known: LatentSpec | None) -> npt.NDArray[np.float64]:

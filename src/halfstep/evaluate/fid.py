@@ -15,7 +15,7 @@ from torch import nn
 from halfstep.data.base import Array
 from halfstep.data.pictures import EXTENSIONS, load_picture
 from halfstep.errors import InputError
-from halfstep.precision import open_device
+from halfstep.machine import open_device
 
 _BATCH = 32
 _FEATURES = 2048

@@ -6,8 +6,9 @@ Axes: N samples, K context frames, S steps, C channels, H W latents.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from halfstep.data.navigation import REL_T_FRAMES, follow, goal_actions, local_s
 from halfstep.errors import InputError, NumericsError
 from halfstep.evaluate.pictures import PictureMetrics
 from halfstep.evaluate.planning import cross_entropy_method
+from halfstep.machine import open_device
 from halfstep.models import CDiT, read_checkpoint
-from halfstep.precision import PrecisionPolicy, open_device, prepare
-from halfstep.sampling import rollout, sample_cdit
+from halfstep.precision import PrecisionPolicy, prepare, settle
+from halfstep.progress import SILENT, Progress
+from halfstep.sampling import Prediction, SamplerState, drive, rollout, sample_cdit
 from halfstep.sampling.cdit import make_scheduler
 from halfstep.sampling.noise import own_generator
 
@@ -121,8 +124,10 @@ class _World:
         part = slice(first + self.context_size - 1, first + self.context_size + count)
         return np.asarray(position[part], np.float64), np.asarray(yaw[part], np.float64).reshape(-1)
 
-    def generators(self, numbers: Sequence[int], what: int) -> list[torch.Generator]:
-        return [own_generator(self.options.seed, what, number) for number in numbers]
+    def sampler(self, steps: int, numbers: Sequence[int], what: int) -> Callable[[Prediction], Iterator[SamplerState]]:
+        """The sampler of predictions for walks `numbers`, each with noise of its own for each `what`."""
+        generators = [own_generator(self.options.seed, what, number) for number in numbers]
+        return partial(sample_cdit, scheduler=self.options.sampler, steps=steps, generators=generators)
 
     def require_finite(self, latents: torch.Tensor, what: str) -> torch.Tensor:
         """The latents themselves. Raises NumericsError when they are not numbers."""
@@ -132,19 +137,18 @@ class _World:
         return latents
 
 
-def evaluate_walks(options: WalkOptions, on_part: Callable[[int, int], None] = lambda *_: None) -> WalkReport:
+def evaluate_walks(options: WalkOptions, progress: Progress = SILENT) -> WalkReport:
     """Evaluate the CDiT of `options.ckpt` on walks of a store with poses; pictures are compared with the decoded real
-    latents. `on_part` hears how many parts of how many are done. Raises InputError when they do not fit together,
+    latents. Raises InputError when they do not fit together,
     NumericsError when a prediction is not finite."""
-    world, name = _open(options)
+    world, name = _open(options, progress)
     metrics = PictureMetrics(world.device)
     direct: dict[int, list[list[dict[str, float]]]] = {h: [] for h in options.horizons}
     rolled, copied = copy.deepcopy(direct), copy.deepcopy(direct)
     numbers = list(range(len(world.starts)))
     batches = [numbers[i : i + options.batch_size] for i in range(0, len(numbers), options.batch_size)]
     plans = min(options.plans, len(numbers))
-    parts = len(batches) * (len(options.horizons) + 1) + plans
-    done = 0
+    progress.start(len(batches) * (len(options.horizons) + 1) + plans)
     for batch in batches:
         longest = max(options.horizons)
         frames = torch.stack([world.frames(number, longest) for number in batch]).to(world.device)
@@ -154,37 +158,33 @@ def evaluate_walks(options: WalkOptions, on_part: Callable[[int, int], None] = l
         poses = [world.poses(number, longest) for number in batch]
         for h in options.horizons:
             actions = np.stack([goal_actions(p, yaw, 0, [h], world.spacing)[0] for p, yaw in poses])
-            predicted = sample_cdit(
+            prediction = Prediction(
                 world.network,
                 context,
                 torch.from_numpy(actions).float().to(world.device),
                 torch.full((len(batch),), h / REL_T_FRAMES, device=world.device),
-                scheduler=options.sampler,  # type: ignore[arg-type]
-                steps=options.steps,
-                generators=world.generators(batch, h),
             )
+            predicted = drive(world.sampler(options.steps, batch, h)(prediction))
             world.require_finite(predicted, f"frames {h} ahead")
             direct[h].append(metrics(world.autoencoder.pictures(predicted), real[h]))
             copied[h].append(metrics(last, real[h]))
-            on_part(done := done + 1, parts)
+            progress.advance()
         actions = np.stack([to_actions(local_steps(p, yaw), world.spacing) for p, yaw in poses])
         walked = rollout(
             world.network,
             context,
             torch.from_numpy(actions).float().to(world.device),
             1 / REL_T_FRAMES,
-            scheduler=options.sampler,  # type: ignore[arg-type]
-            steps=options.steps,
-            generators=world.generators(batch, 0),
+            world.sampler(options.steps, batch, 0),
         )
         world.require_finite(walked, "frames of a rollout")
         for h in options.horizons:
             rolled[h].append(metrics(world.autoencoder.pictures(walked[:, h - 1]), real[h]))
-        on_part(done := done + 1, parts)
+        progress.advance()
     scored = []
     for number in range(plans):
         scored.append(_plan_scores(world, number))
-        on_part(done := done + 1, parts)
+        progress.advance()
     plan = PlanScores(*np.mean(scored, axis=0).tolist()) if scored else None
     return WalkReport(
         network=name,
@@ -214,9 +214,7 @@ def _plan_scores(world: _World, number: int) -> tuple[float, ...]:
                 context.expand(len(part), *context.shape),
                 part.to(world.device),
                 1 / REL_T_FRAMES,
-                scheduler=options.sampler,  # type: ignore[arg-type]
-                steps=options.plan_sampling_steps,
-                generators=world.generators([number] * len(part), _PLANNING),
+                world.sampler(options.plan_sampling_steps, [number] * len(part), _PLANNING),
             )
             world.require_finite(imagined, "imagined frames")
             costs.append((imagined[:, -1] - goal).square().flatten(1).mean(dim=1).double().cpu().numpy())
@@ -250,7 +248,7 @@ def _wrapped(angles: Float) -> Float:
     return turned
 
 
-def _open(options: WalkOptions) -> tuple[_World, str]:
+def _open(options: WalkOptions, progress: Progress) -> tuple[_World, str]:
     if not options.horizons or min(options.horizons) < 1 or min(options.walks, options.plan_steps) < 1:
         raise InputError("eval nwm: horizons, walks and plan steps are at least 1")
     if not 1 <= options.elites <= options.candidates:
@@ -267,7 +265,9 @@ def _open(options: WalkOptions) -> tuple[_World, str]:
     order = np.random.default_rng(options.seed).permutation(len(found))
     starts = [found[place] for place in order[: options.walks]]
     device = open_device(options.device)
-    policy = PrecisionPolicy.parse(options.precision).resolve(device, "sample")
+    policy, notes = settle(options.precision, device, "sample")
+    for line in notes:
+        progress.note(line)
     prepare(network.to(device), policy)
     autoencoder = load_for(spec, network.in_channels, options.autoencoder).prepared(device, PrecisionPolicy())
     steps = np.concatenate([local_steps(*(part[a:b] for part in reader.poses(key))) for key, a, b in _runs(reader)])

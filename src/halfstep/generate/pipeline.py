@@ -13,7 +13,7 @@ import torch
 from halfstep.autoencoders.hub import cached_models, hub_answers
 from halfstep.errors import InputError
 from halfstep.generate.config import MemorySettings, ModelSettings
-from halfstep.precision import PrecisionPolicy, prepare, torch_dtype
+from halfstep.precision import Gate, PrecisionPolicy, prepare, torch_dtype
 
 # Names of a sampler: scheduler for flow matching, and for variance-preserving models.
 _SCHEDULERS = {
@@ -28,36 +28,56 @@ _NETWORKS = ("transformer", "transformer_2", "unet")
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-@dataclass
-class VaeGate:
-    """Decodes in bf16 where that is shown to be enough: the first sample is decoded in fp32 too, and bf16 stays when
-    the root-mean-square difference is below one level of 8-bit pixels (2/255). A result that is not finite is computed
-    again in fp32. Weights stay fp32; fp16 is never tried, autoencoders overflow it."""
+_ENOUGH = 2 / 255  # one level of 8-bit pixels, of which -1 to 1 has 255
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the autoencoder of a batch decodes in bf16, and the root-mean-square difference from fp32 that decided
+    it; None where nothing was compared."""
 
     half: bool
     difference: float | None = None
-    retried: int = 0
 
-    def attach(self, vae: Any) -> None:
-        """Stand before `vae.decode`."""
-        original = vae.decode
 
-        def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self.half:
-                return original(latents, *args, **kwargs)
-            with torch.autocast(latents.device.type, torch.bfloat16):
-                result = original(latents, *args, **kwargs)
-            if self.difference is None:
-                exact = original(latents, *args, **kwargs)
-                self.difference = float((result[0].float() - exact[0].float()).square().mean().sqrt())
-                self.half = self.difference < 2 / 255  # false for NaN too
-                return exact
-            if not torch.isfinite(result[0]).all():
-                self.retried += 1
-                return original(latents, *args, **kwargs)
-            return result
+class Decoder:
+    """Stands before a pipeline's `vae.decode`: bf16 where that is shown to be enough, and again in fp32 what bf16
+    spoils. Weights stay fp32; fp16 is never tried, autoencoders overflow it.
 
-        vae.decode = decode
+    The verdict is given once a batch, on the first latents that are decoded: bf16 is enough when it differs from fp32
+    by less than one level of 8-bit pixels. All samples of the batch are then decoded by it, those latents too; kept
+    with the batch, it makes pixels independent of the order of samples and of a resume.
+    """
+
+    def __init__(self, vae: Any, verdict: Verdict | None) -> None:
+        self.verdict, self.retried = verdict, 0
+        self._decode = vae.decode
+        vae.decode = self.decode
+
+    def decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the autoencoder's own `decode`, by the verdict."""
+        verdict = self.verdict or self._compared(latents)
+        self.verdict = verdict
+        if not verdict.half:
+            return self._decode(latents, *args, **kwargs)
+        template: list[Any] = []
+
+        def half(inputs: torch.Tensor) -> list[torch.Tensor]:
+            with torch.autocast(inputs.device.type, torch.bfloat16):
+                template.append(self._decode(inputs, *args, **kwargs))
+            return [template[0][0]]
+
+        checked = Gate(half, lambda: lambda inputs: [self._decode(inputs, *args, **kwargs)[0]])(latents)
+        self.retried += len(checked.retried)
+        pixels = checked.outputs[0]
+        return (pixels, *template[0][1:]) if isinstance(template[0], tuple) else type(template[0])(sample=pixels)
+
+    def _compared(self, latents: torch.Tensor) -> Verdict:
+        exact = self._decode(latents, return_dict=False)[0].float()
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            half = self._decode(latents, return_dict=False)[0].float()
+        difference = float((half - exact).square().mean().sqrt())
+        return Verdict(difference < _ENOUGH, difference)  # not half for NaN too
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,7 @@ class Generator:
 
     pipe: Any
     policy: PrecisionPolicy
-    gate: VaeGate
+    decoder: Decoder | None
     device: torch.device
 
     def takes(self, name: str) -> bool:
@@ -74,12 +94,14 @@ class Generator:
         return name in inspect.signature(self.pipe.__call__).parameters
 
 
-def load_generator(model: ModelSettings, memory: MemorySettings, policy: PrecisionPolicy, device: str) -> Generator:
+def load_generator(
+    model: ModelSettings, memory: MemorySettings, policy: PrecisionPolicy, device: str, verdict: Verdict | None
+) -> Generator:
     """The pipeline `model.model_id` on `device`.
 
     *true* policies load transformer or U-Net and text encoders in the half type, minding the modules that the library
     keeps in fp32; *mixed* policies and tf32 run them prepared by `halfstep.precision.prepare`. The autoencoder is
-    gated. Raises InputError when the pipeline cannot be loaded or does not have the sampler.
+    gated; `verdict` is that of the batch, once there is one. Raises InputError when the pipeline cannot be loaded or does not have the sampler.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -112,14 +134,14 @@ def load_generator(model: ModelSettings, memory: MemorySettings, policy: Precisi
         for name in (*_NETWORKS, *_ENCODERS):
             if getattr(pipe, name, None) is not None:
                 prepare(getattr(pipe, name), policy)
-    gate = VaeGate(half=policy.compute == "bf16")
+    decoder = None
     if getattr(pipe, "vae", None) is not None:
         if memory.tiles:
             pipe.vae.enable_tiling()
-        gate.attach(pipe.vae)
+        decoder = Decoder(pipe.vae, verdict if policy.compute == "bf16" else Verdict(half=False))
     where = torch.device(device)
     _place(pipe, where, memory.offload_kind)
-    return Generator(pipe, policy, gate, where)
+    return Generator(pipe, policy, decoder, where)
 
 
 def _place(pipe: Any, device: torch.device, offload: str) -> None:

@@ -2,6 +2,20 @@
 
 from halfstep.models.cdit import CDIT_SIZES, CDiT
 from halfstep.models.eqm import EQM_SIZES, EqM
-from halfstep.models.weights import About, Checkpoint, Network, read_checkpoint
+from halfstep.models.family import Family, Network
+from halfstep.models.registry import FAMILIES, family_of
+from halfstep.models.weights import About, Checkpoint, read_checkpoint
 
-__all__ = ["CDIT_SIZES", "EQM_SIZES", "About", "CDiT", "Checkpoint", "EqM", "Network", "read_checkpoint"]
+__all__ = [
+    "CDIT_SIZES",
+    "EQM_SIZES",
+    "FAMILIES",
+    "About",
+    "CDiT",
+    "Checkpoint",
+    "EqM",
+    "Family",
+    "Network",
+    "family_of",
+    "read_checkpoint",
+]

@@ -5,6 +5,7 @@ Axes: N samples, C channels, K context frames, H W latents, L tokens of a frame,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import repeat
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from halfstep.errors import InputError
+from halfstep.models.family import Family, Items, Network, Objective, StateDict
 from halfstep.models.layers import (
     FinalLayer,
     Mlp,
@@ -22,15 +24,14 @@ from halfstep.models.layers import (
     layer_norm,
     modulate,
     modulation,
-    named_sizes,
     run_blocks,
     token_grid,
     unpatchify,
 )
+from halfstep.models.objectives import diffusion_loss
 
 # The published sizes: depth, width, heads. A name is CDiT-<size>/2.
 CDIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-CDIT_PATCHES = (2,)
 
 
 class ActionEmbedder(nn.Module):
@@ -73,7 +74,7 @@ class CDiTBlock(nn.Module):
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm3(x), shift_m, scale_m)))
 
 
-class CDiT(nn.Module):
+class CDiT(Network):
     """Predicts the noise and the learned variance of a frame from context frames, an action and a time offset.
 
     input_size: H and W of the latents, or one number for both; context_size: frames of context. State dicts have the
@@ -82,7 +83,6 @@ class CDiT(nn.Module):
 
     # Sinusoids of a time need all its digits.
     keep_in_fp32 = ("t_embedder", "time_embedder")
-    recomputed_blocks = 0  # of the first blocks the activations are computed again in the backward pass
 
     def __init__(
         self,
@@ -124,8 +124,7 @@ class CDiT(nn.Module):
     @classmethod
     def named(cls, name: str, input_size: int | tuple[int, int], context_size: int, **options: Any) -> CDiT:
         """The published size `CDiT-{S,B,L,XL}/2`."""
-        sizes = named_sizes(name, "CDiT", CDIT_SIZES, CDIT_PATCHES)
-        return cls(input_size, context_size, **sizes, **options)
+        return cls(input_size, context_size, **FAMILY.named(name), **options)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -151,3 +150,43 @@ class CDiT(nn.Module):
         tokens = run_blocks(self.blocks, self.recomputed_blocks, tokens.to(x.dtype), arguments)
         tokens = self.final_layer(tokens, self.final_layer.adaLN_modulation(condition))
         return unpatchify(tokens, self.grid, self.patch_size)
+
+
+def _objective(settings: Mapping[str, Any]) -> Objective:
+    context_size = settings["context_size"]
+
+    def losses(network: Any, items: Items) -> torch.Tensor:
+        frames, actions, rel_t = items
+        context, goals = frames.tensor_split([context_size], dim=1)
+        context = context.repeat_interleave(goals.shape[1], dim=0)
+        return diffusion_loss(network, goals.flatten(0, 1), actions.flatten(0, 1), context, rel_t.flatten())
+
+    return losses
+
+
+def _example(network: CDiT) -> Items:
+    frame, one = torch.empty(1, *network.latent_shape), torch.empty(1)
+    return frame, one, torch.empty(1, 3), torch.empty(1, network.context_size, *network.latent_shape), one
+
+
+def _read(state: StateDict) -> dict[str, Any] | None:
+    return {"context_size": len(state["pos_embed"]) - 1} if "time_embedder.mlp.0.weight" in state else None
+
+
+FAMILY = Family(
+    name="CDiT",
+    build=CDiT,
+    sizes=CDIT_SIZES,
+    patches=(2,),
+    items="walks",
+    settings=("context_size", "len_traj_pred", "distance", "goals_per_obs", "metric_waypoint_spacing", "datasets"),
+    learning_rate=8e-5,
+    clip_norm=10.0,
+    batch=lambda processes: 8 * processes,
+    arguments=lambda settings, latent_shape, classes: {"context_size": settings["context_size"]},
+    objective=_objective,
+    example=_example,
+    read=_read,
+    silent={},
+    samplers=("ancestral", "ddim", "dpm++"),
+)

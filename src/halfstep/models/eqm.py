@@ -5,7 +5,7 @@ Axes: N samples, C channels, T frames, H W latents, L tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import noop_context_fn
 
 from halfstep.errors import InputError
+from halfstep.models.family import Family, Items, Network, Objective, StateDict
 from halfstep.models.layers import (
     FinalLayer,
     Mlp,
@@ -26,26 +27,20 @@ from halfstep.models.layers import (
     layer_norm,
     modulate,
     modulation,
-    named_sizes,
     run_blocks,
     sincos,
     sincos_grid,
     token_grid,
     unpatchify,
 )
+from halfstep.models.objectives import eqm_loss
 
 Energy = Literal["none", "l2", "dot"]
 ENERGY_NAMES: dict[str, Energy] = {"none": "none", "l2": "l2", "dot": "dot", "mean": "dot"}  # as published; two are one
 
 # The published sizes: depth, width, heads. A name is EqM-<size>/<patch>.
 EQM_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-EQM_PATCHES = (2, 4, 8)
 LABEL_DROPOUT = 0.1
-
-
-def gradient_magnitude(gamma: torch.Tensor) -> torch.Tensor:
-    """c(gamma) = 4 min(1, 5 (1 - gamma)): the field vanishes at the data (truncated decay, eq. 8 with a = 0.8)."""
-    return 4 * torch.clamp(5 * (1 - gamma), max=1)
 
 
 class LabelEmbedder(nn.Module):
@@ -81,7 +76,7 @@ class EqMBlock(nn.Module):
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
 
 
-class EqM(nn.Module):
+class EqM(Network):
     """A transformer that returns the field at x.
 
     input_size: H and W of the latents, or one number for both. num_frames: above 1, latents are [N, C, T, H, W] and
@@ -93,7 +88,6 @@ class EqM(nn.Module):
 
     # Position embeddings are added to tokens of many sizes, and sinusoids of a time need all its digits.
     keep_in_fp32 = ("pos_embed", "frame_embed", "t_embedder")
-    recomputed_blocks = 0  # of the first blocks the activations are computed again in the backward pass
 
     pos_embed: nn.Parameter
     frame_embed: torch.Tensor
@@ -153,7 +147,7 @@ class EqM(nn.Module):
     @classmethod
     def named(cls, name: str, input_size: int | tuple[int, int], num_classes: int, **options: Any) -> EqM:
         """The published size `EqM-{S,B,L,XL}/{2,4,8}`."""
-        return cls(input_size, num_classes=num_classes, **named_sizes(name, "EqM", EQM_SIZES, EQM_PATCHES), **options)
+        return cls(input_size, num_classes=num_classes, **FAMILY.named(name), **options)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -289,3 +283,44 @@ class _PlainAttention(AbstractContextManager[None]):
 def _second_derivatives() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Around a block, where `_PlainAttention` is entered already, and around its recomputation."""
     return nullcontext(), _PlainAttention()
+
+
+def _arguments(settings: Mapping[str, Any], latent_shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+    frames = latent_shape[1] if len(latent_shape) == 4 else 1
+    own = {name: settings[name] for name in ("uncond", "energy")}
+    return {"num_classes": classes, **own, "num_frames": frames}
+
+
+def _objective(settings: Mapping[str, Any]) -> Objective:
+    weight = settings["dispersive_weight"]
+    return lambda network, items: eqm_loss(network, *items, dispersive_weight=weight)
+
+
+def _example(network: EqM) -> Items:
+    return torch.empty(1, *network.latent_shape), torch.empty(1), torch.zeros(1, dtype=torch.int64)
+
+
+def _read(state: StateDict) -> dict[str, Any] | None:
+    if "time_embedder.mlp.0.weight" in state:
+        return None
+    table = state.get("y_embedder.embedding_table.weight")
+    return {"num_classes": 0 if table is None else len(table) - 1}
+
+
+FAMILY = Family(
+    name="EqM",
+    build=EqM,
+    sizes=EQM_SIZES,
+    patches=(2, 4, 8),
+    items="labeled",
+    settings=("clip_len", "num_classes", "uncond", "energy", "dispersive_weight"),
+    learning_rate=1e-4,
+    clip_norm=float("inf"),
+    batch=lambda processes: 256,
+    arguments=_arguments,
+    objective=_objective,
+    example=_example,
+    read=_read,
+    silent={"uncond": True, "energy": "none", "num_frames": 1},
+    samplers=("ngd", "gd", "euler", "heun"),
+)

@@ -6,7 +6,7 @@ Axes: N samples, L tokens, D width, h w tokens along height and width, p pixels 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,6 @@ from halfstep.errors import InputError
 
 FREQUENCIES = 256  # numbers in the sinusoid of a scalar
 _MAX_PERIOD = 10000.0
-
-
-def named_sizes(
-    name: str, family: str, sizes: Mapping[str, tuple[int, int, int]], patches: Sequence[int]
-) -> dict[str, Any]:
-    """Arguments of the published size `FAMILY-SIZE/PATCH`. Raises InputError for a name that is not published."""
-    size, _, patch = name.removeprefix(f"{family}-").partition("/")
-    if not name.startswith(f"{family}-") or size not in sizes or patch not in map(str, patches):
-        choices = f"{{{','.join(map(str, patches))}}}" if len(patches) > 1 else str(patches[0])
-        raise InputError(f"model: got {name!r}; expected {family}-{{{','.join(sizes)}}}/{choices}")
-    depth, width, heads = sizes[size]
-    return {"patch_size": int(patch), "hidden_size": width, "depth": depth, "num_heads": heads}
 
 
 def token_grid(network: str, input_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:

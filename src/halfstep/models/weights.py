@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from halfstep.errors import InputError, some
-from halfstep.models.cdit import CDIT_SIZES, CDiT
-from halfstep.models.eqm import ENERGY_NAMES, EQM_SIZES, EqM
+from halfstep.models.cdit import CDIT_SIZES
+from halfstep.models.eqm import ENERGY_NAMES, EQM_SIZES
+from halfstep.models.family import Family, Network
+from halfstep.models.registry import family_of
 from halfstep.spec import LatentSpec
 
-Network = EqM | CDiT
 State = dict[str, torch.Tensor]
 
 # What wrappers put before the names of a module's parameters.
@@ -28,8 +29,8 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True)
 class About:
-    """What a network is and what it was trained on. `network`: "EqM" or "CDiT", `config`: its arguments; `latents`: of
-    what it makes, None when unknown; `classes`: names of the labels; `spacing`: metres a waypoint, of a CDiT."""
+    """What a network is and what it was trained on. `network`: its family's name, `config`: its arguments; `latents`:
+    of what it makes, None when unknown; `classes`: names of the labels; `spacing`: meters a waypoint, of a CDiT."""
 
     network: str
     config: dict[str, Any]
@@ -38,9 +39,14 @@ class About:
     spacing: float | None = None
 
     @property
+    def family(self) -> Family:
+        """The row of the registry that it is of."""
+        return family_of(self.network)
+
+    @property
     def name(self) -> str:
         """The published name, `EqM-S/2`, or the class and its sizes."""
-        size = next((s for s, sizes in _sizes(self.network).items() if sizes == self._sizes), None)
+        size = next((s for s, sizes in self.family.sizes.items() if sizes == self._sizes), None)
         patch = self.config["patch_size"]
         if size is None:
             depth, width, heads = self._sizes
@@ -53,7 +59,7 @@ class About:
 
     def build(self) -> Network:
         """A new network with random weights."""
-        return EqM(**self.config) if self.network == "EqM" else CDiT(**self.config)
+        return self.family.build(**self.config)
 
     def to_metadata(self) -> dict[str, str]:
         """As the strings that a safetensors file carries."""

@@ -1,21 +1,30 @@
 """Choose a precision in one place, measure whether the device has it, apply it to a module."""
 
 from halfstep.precision.apply import change_compute, prepare
+from halfstep.precision.cast import cast, cast_to, map_tensors
+from halfstep.precision.choose import Settled, choose, resolve, settle
+from halfstep.precision.gate import Checked, Gate
 from halfstep.precision.policy import PRESETS, STORAGE_TYPES, PrecisionPolicy, torch_dtype
-from halfstep.precision.probe import ProbeResult, TypeReport, open_device, probe, slowness, tf32, usable
+from halfstep.precision.probe import ProbeResult, TypeReport, probe, tf32
 
 __all__ = [
     "PRESETS",
     "STORAGE_TYPES",
+    "Checked",
+    "Gate",
     "PrecisionPolicy",
     "ProbeResult",
+    "Settled",
     "TypeReport",
+    "cast",
+    "cast_to",
     "change_compute",
-    "open_device",
+    "choose",
+    "map_tensors",
     "prepare",
     "probe",
-    "slowness",
+    "resolve",
+    "settle",
     "tf32",
     "torch_dtype",
-    "usable",
 ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,12 +10,12 @@ import torch
 from torch import nn
 
 from halfstep.errors import InputError
+from halfstep.precision.cast import TensorMap, cast_to, map_tensors
+from halfstep.precision.choose import resolve
 from halfstep.precision.policy import PrecisionPolicy, torch_dtype
 from halfstep.precision.probe import probe, tf32
 
 _KEPT = "keep_in_fp32"
-
-TensorMap = Callable[[torch.Tensor], torch.Tensor]
 
 
 def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool | None = None) -> nn.Module:
@@ -37,7 +35,7 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
     for child in module.modules():  # what an earlier call made of it is undone
         child.__class__ = _ORIGINALS.get(type(child), type(child))
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    policy = policy.resolve(device, "sample")
+    policy = resolve(policy, device, "sample")
     islands = list(
         {id(child): child for child in _find_islands(module, policy.islands) + _own_islands(module)}.values()
     )
@@ -45,7 +43,7 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
     kept = {id(getattr(module, name)) for name in getattr(module, _KEPT, ())}
 
     def cast(child: nn.Module) -> TensorMap:
-        to_its_type = _cast_to(torch.float32 if id(child) in inside_islands else torch_dtype(policy.params))
+        to_its_type = cast_to(torch.float32 if id(child) in inside_islands else torch_dtype(policy.params))
         return lambda tensor: tensor if id(tensor) in kept else to_its_type(tensor)
 
     for child in module.modules():
@@ -94,31 +92,6 @@ def _own_islands(module: nn.Module) -> list[nn.Module]:
     return [child for child in named if isinstance(child, nn.Module)]
 
 
-def _cast_to(dtype: torch.dtype) -> TensorMap:
-    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _map_tensors(fn: TensorMap, value: Any) -> Any:
-    """`fn` over the tensors in nested tuples, lists and dicts; what holds no tensor that changes stays the same object,
-    because some networks pass lists on to be filled in place."""
-    if isinstance(value, torch.Tensor):
-        return fn(value)
-    if type(value) in (tuple, list):
-        mapped = [_map_tensors(fn, item) for item in value]
-        return value if all(a is b for a, b in zip(mapped, value, strict=True)) else type(value)(mapped)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_tensors(fn, item) for item in value))
-    if isinstance(value, dict):
-        mapped_items = {key: _map_tensors(fn, item) for key, item in value.items()}
-        if all(mapped_items[key] is value[key] for key in value):
-            return value
-        # The libraries' model outputs are dicts and dataclasses at once, made from keywords.
-        return type(value)(**mapped_items) if is_dataclass(value) else type(value)(mapped_items)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _map_tensors(fn, getattr(value, f.name)) for f in fields(value) if f.init})
-    return value
-
-
 class _Pinned(nn.Module):
     """A module whose floating-point types do not follow `.to(dtype)`."""
 
@@ -152,7 +125,7 @@ class _Prepared(_Pinned):
                 return tensor.to(dtype, memory_format=torch.channels_last)
             return tensor.to(dtype)
 
-        args, kwargs = _map_tensors(enter, args), _map_tensors(enter, kwargs)
+        args, kwargs = map_tensors(enter, args), map_tensors(enter, kwargs)
         device_type = _device_type(self, args, kwargs)
         if policy.is_mixed:
             # The cache keeps a half copy of every weight beside the fp32 one for the length of the call. Training needs
@@ -165,15 +138,15 @@ class _Prepared(_Pinned):
                 result = super().forward(*args, **kwargs)
         else:
             result = super().forward(*args, **kwargs)
-        return _map_tensors(_cast_to(output_dtype), result)
+        return map_tensors(cast_to(output_dtype), result)
 
 
 class _Island(_Pinned):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = (_map_tensors(_cast_to(torch.float32), values) for values in (args, kwargs))
+        args, kwargs = (map_tensors(cast_to(torch.float32), values) for values in (args, kwargs))
         with torch.autocast(_device_type(self, args, kwargs), enabled=False):
             result = super().forward(*args, **kwargs)
-        return _map_tensors(_cast_to(torch_dtype(self._halfstep_policy.params)), result)
+        return map_tensors(cast_to(torch_dtype(self._halfstep_policy.params)), result)
 
 
 def _device_type(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -55,7 +55,8 @@ class PrecisionPolicy:
     loss_scale: None, "dynamic" or a fixed factor, for fp16 training.
 
     A policy prints as the nearest preset and what differs from it, `bf16-true,storage=fp16,islands=*norm*|head`, and
-    `PrecisionPolicy.parse(str(policy)) == policy`. `auto` stands for a policy that is still to be measured: see `auto`.
+    `PrecisionPolicy.parse(str(policy)) == policy`. `auto` stands for a policy that is still to be chosen on a
+    device: see `choose`.
     """
 
     params: str = "fp32"
@@ -119,31 +120,6 @@ class PrecisionPolicy:
                 changes[key] = value
         return replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
-    @classmethod
-    def auto(cls, device: str | torch.device = "cpu", task: str = "encode") -> PrecisionPolicy:
-        """The fastest format that this device really has, decided by `probe(device)`.
-
-        `task` is "encode", "sample" or "train". Inference holds the weights in the half type; training keeps fp32
-        weights and computes mixed. A half type that is not at least 1.1 times as fast as fp32 here is not chosen.
-        Latents go to fp16, which rounds eight times finer than bf16 in the same bytes; values that do not fit are
-        caught when they are written.
-        """
-        from halfstep.precision.probe import choose
-
-        return choose(str(device), task)
-
-    def resolve(self, device: str | torch.device, task: str) -> PrecisionPolicy:
-        """This policy, or for `auto` the measured one; what was set beside `auto` is kept."""
-        if not self.is_auto:
-            return self
-        chosen = PrecisionPolicy.auto(device, task)
-        set_by_user = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.compare and getattr(self, f.name) != getattr(PRESETS["auto"], f.name)
-        }
-        return replace(chosen, **set_by_user)
-
     @property
     def is_auto(self) -> bool:
         return self.params == "auto"
@@ -156,7 +132,7 @@ class PrecisionPolicy:
     def explain(self) -> str:
         """What the policy does, in words, and for a measured policy the figures that decided it."""
         if self.is_auto:
-            return "auto: the format is measured on the device when it is first needed (PrecisionPolicy.auto)."
+            return "auto: the format is measured on the device when it is first needed."
         if self.is_mixed:
             how = f"weights stay fp32 and products run in {self.compute} under autocast"
         elif self.params != "fp32":

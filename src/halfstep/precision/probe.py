@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,16 +16,16 @@ import torch
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.utils.benchmark import Timer
 
-from halfstep.errors import InputError
-from halfstep.precision.policy import PrecisionPolicy, torch_dtype
+from halfstep.files import write_durably
+from halfstep.machine import device_name, open_device
+from halfstep.precision.policy import torch_dtype
 
 _CACHE_VERSION = 2
 _ROUNDS = 3
-_WORTHWHILE = 1.1  # below this a half type costs accuracy and buys nothing that a rerun would still see
 
 # The share of each operation in a task's time. An autoencoder is convolutions with one attention block; the
 # transformers spend 62% of their time in products and 10% in attention (measured on EqM-XL/2), the rest alike.
-_TASKS = {
+TASKS = {
     "encode": {"conv": 0.9, "attention": 0.1},
     "sample": {"matmul": 0.85, "attention": 0.15},
     "train": {"matmul": 0.85, "attention": 0.15},
@@ -71,7 +70,7 @@ class ProbeResult:
     def speedup(self, type_name: str, task: str) -> float:
         """How many times as fast as fp32 the task's mix of operations runs; 1.0 for fp32."""
         report, fp32 = self.types[type_name], self.types["fp32"]
-        return 1 / sum(share * report.time_ms(op) / fp32.time_ms(op) for op, share in _TASKS[task].items())
+        return 1 / sum(share * report.time_ms(op) / fp32.time_ms(op) for op, share in TASKS[task].items())
 
     def products_per_second(self, type_name: str) -> float:
         """Floating-point operations a second in the product of two square matrices. A device without tf32 computes it
@@ -87,7 +86,7 @@ def probe(device: str | torch.device = "cpu", *, refresh: bool = False) -> Probe
     threads. `refresh` measures again. Raises InputError when torch has no such device.
     """
     target = open_device(device)
-    name = _device_name(target)
+    name = device_name(target)
     identity = f"{_CACHE_VERSION}|{name}|{torch.__version__}|{torch.get_num_threads()}"
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache_root / "halfstep" / f"probe-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
@@ -97,59 +96,10 @@ def probe(device: str | torch.device = "cpu", *, refresh: bool = False) -> Probe
         result = ProbeResult(name, torch.__version__, torch.get_num_threads(), _sizes(target)[0], _measure(target))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(result), indent=1))
-        temporary.replace(path)
+        write_durably(path, json.dumps(asdict(result), indent=1).encode())
     except OSError as error:
         warnings.warn(f"{path}: could not keep the measurement ({error}); it is repeated next time", stacklevel=2)
     return result
-
-
-def choose(device: str, task: str) -> PrecisionPolicy:
-    """The policy for `task` that the measurement of `device` supports. See `PrecisionPolicy.auto`."""
-    if task not in _TASKS:
-        raise InputError(f"precision: got task {task!r}; expected one of {', '.join(_TASKS)}")
-    result = probe(device)
-    speedups = {name: result.speedup(name, task) for name in result.types if name != "fp32"}
-    told = ", ".join(
-        f"{name} {speedup:.2f}x" + ("" if result.types[name].sound else " (unsound range or rounding)")
-        for name, speedup in speedups.items()
-    )
-    usable = [name for name, speedup in speedups.items() if speedup >= _WORTHWHILE and result.types[name].sound]
-    best = max(usable, key=speedups.__getitem__, default="fp32")
-    reason = f"Measured on {result.device} for {task}, speed against fp32: {told}; {best} is the fastest sound type."
-    if best in ("fp32", "tf32"):
-        return PrecisionPolicy(compute=best, storage="fp16", reason=reason)
-    if task == "train":
-        loss_scale = "dynamic" if best == "fp16" else None
-        return PrecisionPolicy(compute=best, storage="fp16", loss_scale=loss_scale, reason=reason)
-    return PrecisionPolicy(params=best, compute=best, storage="fp16", reason=reason)
-
-
-def slowness(policy: PrecisionPolicy, device: str | torch.device, task: str) -> str | None:
-    """A line when a half type asked for by name is slower than fp32 on `device`, which means that it is emulated.
-
-    Raises InputError when the device does not have the type at all.
-    """
-    if policy.compute in ("fp32", "tf32"):
-        return None
-    result = probe(device)
-    speedup = result.speedup(policy.compute, task)
-    if speedup == 0.0:
-        raise InputError(f"precision: {result.device} cannot compute in {policy.compute}; use fp32 or auto")
-    if speedup < 1:
-        return (
-            f"{policy.compute} is {1 / speedup:.1f} times as slow as fp32 on {result.device}; auto would not choose it"
-        )
-    return None
-
-
-def usable(policy: PrecisionPolicy, device: str | torch.device, task: str) -> tuple[PrecisionPolicy, str | None]:
-    """`policy`, or fp32 where `device` does not have its type, and a line that says so or that the type is slow."""
-    if policy.compute in ("fp32", "tf32") or probe(device).speedup(policy.compute, task) > 0:
-        return policy, slowness(policy, device, task)
-    plain = PrecisionPolicy(storage=policy.storage)
-    return plain, f"{probe(device).device} cannot compute in {policy.compute}; fp32 is used instead"
 
 
 @contextmanager
@@ -161,37 +111,6 @@ def tf32(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
-
-
-def open_device(device: str | torch.device) -> torch.device:
-    """The device, `auto` for a GPU where there is one, once torch has put a tensor on it. Raises InputError when it
-    cannot."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device: got {str(device)!r}; expected one that torch can use here ({reason})") from error
-    return target
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
-    return device.type
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _read_cache(path: Path) -> ProbeResult | None:

@@ -1,25 +1,23 @@
 """Frames of a navigation world model (arXiv 2412.03572), by the schedulers of diffusers.
 
-Axes: N samples, K context frames, S steps of a rollout, C channels, H W latents. The state is fp32 whatever the model
+Axes: N samples, K context frames, S frames of a rollout, C channels, H W latents. The state is fp32 whatever the model
 computes in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from halfstep.errors import InputError
 from halfstep.models import CDiT
+from halfstep.models.cdit import FAMILY
+from halfstep.models.objectives import TIMESTEPS
 from halfstep.sampling.noise import draw
-from halfstep.sampling.recorder import Recorder, Step, one_each
-
-Scheduler = Literal["ancestral", "ddim", "dpm++"]
-SCHEDULERS = ("ancestral", "ddim", "dpm++")
-TIMESTEPS = 1000
+from halfstep.sampling.states import SamplerState, drive
 
 
 def make_scheduler(name: str, steps: int) -> Any:
@@ -32,8 +30,8 @@ def make_scheduler(name: str, steps: int) -> Any:
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
     fewest = 2 if name == "ancestral" else 1
-    if name not in SCHEDULERS:
-        raise InputError(f"sampler: got {name!r}; expected one of {', '.join(SCHEDULERS)}")
+    if name not in FAMILY.samplers:
+        raise InputError(f"sampler: got {name!r}; expected one of {', '.join(FAMILY.samplers)}")
     if not fewest <= steps <= TIMESTEPS:
         raise InputError(f"steps: got {steps}; expected {fewest} to {TIMESTEPS}")
     common = {
@@ -54,43 +52,51 @@ def make_scheduler(name: str, steps: int) -> Any:
     return scheduler
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """The frames that a CDiT is asked for: N of them at time offsets rel_t [N], in units of 128 frames, after actions
+    [N, 3] from context [N, K, C, H, W]. Called as prediction(x, timestep)."""
+
+    model: CDiT
+    context: torch.Tensor
+    actions: torch.Tensor
+    rel_t: torch.Tensor
+
+    def __call__(self, x: torch.Tensor, timestep: int) -> torch.Tensor:
+        """Noise and variance [N, 2 C, H, W], fp32, of the noised frames x [N, C, H, W]."""
+        t = torch.full((len(x),), timestep, device=x.device)
+        output: torch.Tensor = self.model(x, t, self.actions, self.context, self.rel_t)
+        return output.float()
+
+
+@torch.no_grad()
 def sample_cdit(
-    model: CDiT,
-    x_cond: torch.Tensor,
-    y: torch.Tensor,
-    rel_t: torch.Tensor,
+    prediction: Prediction,
     *,
-    scheduler: Scheduler = "ancestral",
+    scheduler: str = "ancestral",
     steps: int = 250,
     generators: Sequence[torch.Generator],
-    recorder: Recorder | Sequence[Recorder] | None = None,
-    on_step: Callable[[int], None] = lambda _: None,
-) -> torch.Tensor:
-    """Frames [N, C, H, W], fp32, at time offsets rel_t [N] after actions y [N, 3] from context x_cond [N, K, C, H, W].
+) -> Iterator[SamplerState]:
+    """Frames [N, C, H, W] by a scheduler of `make_scheduler`; yields each state, with the scheduler's sigma =
+    sqrt((1 - abar) / abar) as noise level.
 
-    Each sample draws from its own CPU generator, so that it does not depend on what else is in the batch. `recorder`
-    takes every state, one recorder a sample, with the scheduler's sigma = sqrt((1 - abar) / abar) as noise level.
-    `on_step` hears the number of each step that is done. Raises InputError for an unknown scheduler, or when generators
-    or recorders are not N.
+    Each sample draws from its own CPU generator, so that it does not depend on what else is in the batch. Raises
+    InputError for an unknown scheduler, or when generators are not N.
     """
-    recorders = one_each(recorder, len(x_cond))
-    if len(generators) != len(x_cond):
-        raise InputError(f"generators: got {len(generators)} for {len(x_cond)} samples; give one each")
+    context = prediction.context
+    if len(generators) != len(context):
+        raise InputError(f"generators: got {len(generators)} for {len(context)} samples; give one each")
     library = make_scheduler(scheduler, steps)
-    device = x_cond.device
     more = {"generator": list(generators)} if scheduler == "ancestral" else {}
-    with torch.no_grad():
-        x = draw(model.latent_shape, generators).to(device)
-        timesteps = library.timesteps  # on the host, where the schedulers look their coefficients up
-        _record(recorders, library, 0, timesteps[0], x)
-        for k, t in enumerate(timesteps, start=1):
-            output = model(x, torch.full((len(x),), int(t), device=device), y, x_cond, rel_t).float()
-            if scheduler != "ancestral":
-                output = output.chunk(2, dim=1)[0]  # the learned variance is for ancestral sampling alone
-            x = library.step(output, t, x, **more).prev_sample
-            _record(recorders, library, k, timesteps[k] if k < len(timesteps) else None, x)
-            on_step(k)
-    return x
+    x = draw(prediction.model.latent_shape, generators).to(context.device)
+    timesteps = library.timesteps  # on the host, where the schedulers look their coefficients up
+    yield _state(library, 0, timesteps[0], x)
+    for k, t in enumerate(timesteps, start=1):
+        output = prediction(x, int(t))
+        if scheduler != "ancestral":
+            output = output.chunk(2, dim=1)[0]  # the learned variance is for ancestral sampling alone
+        x = library.step(output, t, x, **more).prev_sample
+        yield _state(library, k, timesteps[k] if k < len(timesteps) else None, x)
 
 
 def rollout(
@@ -98,47 +104,26 @@ def rollout(
     context: torch.Tensor,
     actions: torch.Tensor,
     rel_t: float,
-    *,
-    scheduler: Scheduler = "ancestral",
-    steps: int = 250,
-    generators: Sequence[torch.Generator],
-    recorders: Callable[[int], Sequence[Recorder]] = lambda _: (),
-    on_step: Callable[[int], None] = lambda _: None,
+    sampler: Callable[[Prediction], Iterator[SamplerState]],
+    follow: Callable[[int, Iterator[SamplerState]], torch.Tensor] = lambda _, states: drive(states),
 ) -> torch.Tensor:
     """Walk on from context [N, K, C, H, W] along actions [N, S, 3], one frame after the other, each prediction becoming
     context of the next: frames [N, S, C, H, W].
 
     An action is seen from where the one before it ended: `halfstep.data.navigation.local_steps` and `to_actions`
-    make them of a path. `rel_t`: the time offset of one action, in units of 128 frames. `recorders(s)`: those of the
-    s-th frames.
+    make them of a path. `rel_t`: the time offset of one action, in units of 128 frames. `sampler` makes the states of a
+    prediction, `partial(sample_cdit, ...)`; `follow(s, states)` takes those of the s-th frames to their end.
     """
     frames = []
     offset = torch.full((len(context),), rel_t, device=context.device)
     for number in range(actions.shape[1]):
-        frame = sample_cdit(
-            model,
-            context,
-            actions[:, number],
-            offset,
-            scheduler=scheduler,
-            steps=steps,
-            generators=generators,
-            recorder=recorders(number),
-            on_step=partial(_after, number * steps, on_step),
-        )
+        frame = follow(number, sampler(Prediction(model, context, actions[:, number], offset)))
         frames.append(frame)
         context = torch.cat([context[:, 1:], frame.unsqueeze(1)], dim=1)
     return torch.stack(frames, dim=1)
 
 
-def _after(before: int, on_step: Callable[[int], None], step: int) -> None:
-    on_step(before + step)
-
-
-def _record(recorders: Sequence[Recorder], library: Any, k: int, t: torch.Tensor | None, x: torch.Tensor) -> None:
-    if not recorders:
-        return
+def _state(library: Any, k: int, t: torch.Tensor | None, x: torch.Tensor) -> SamplerState:
     timestep = 0 if t is None else int(t)
     bar = 1.0 if t is None else float(library.alphas_cumprod[timestep])
-    for recorder, latent in zip(recorders, x, strict=True):
-        recorder.record(Step(k, float(timestep), ((1 - bar) / bar) ** 0.5, latent))
+    return SamplerState(k, float(timestep), ((1 - bar) / bar) ** 0.5, x)

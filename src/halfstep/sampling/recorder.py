@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -214,14 +213,6 @@ class StoreRecorder:
             warnings.warn(
                 f"{self._where}: recording stopped, sampling goes on: {self._failure}", RuntimeWarning, stacklevel=3
             )
-
-
-def one_each(recorder: Recorder | Sequence[Recorder] | None, samples: int) -> list[Recorder]:
-    """The recorders of a batch, one a sample, or none at all. Raises InputError when they are not as many."""
-    recorders = [] if recorder is None else list(recorder) if isinstance(recorder, Sequence) else [recorder]
-    if recorders and len(recorders) != samples:
-        raise InputError(f"recorder: got {len(recorders)} for {samples} samples; give one each")
-    return recorders
 
 
 class _Copy:

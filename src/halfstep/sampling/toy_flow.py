@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from halfstep.sampling.recorder import NullRecorder, Recorder, Step
+from halfstep.sampling.states import SamplerState
 
 
 @dataclass(frozen=True)
@@ -27,23 +28,20 @@ class ToyFlow:
         mixed: torch.Tensor = torch.tensordot(weights, posterior, dims=1)
         return mixed
 
-    def sample(
-        self, seed: int, *, steps: int = 24, shift: float = 3.0, recorder: Recorder | None = None
-    ) -> torch.Tensor:
-        """Solve dx/dsigma = noise - clean from noise to data by Euler's method (Lipman et al. 2023, eq. 23).
+    def sample(self, seed: int, *, steps: int = 24, shift: float = 3.0) -> Iterator[SamplerState]:
+        """Solve dx/dsigma = noise - clean from noise to data by Euler's method (Lipman et al. 2023, eq. 23), for one
+        sample, and yield each state: `drive` takes it to its end.
 
-        `shift` makes the noisy steps smaller, as video models do (Esser et al. 2024, eq. 23). Every state goes to
-        `recorder`. The same seed gives the same sample.
+        `shift` makes the noisy steps smaller, as video models do (Esser et al. 2024, eq. 23). The same seed gives the
+        same sample.
         """
-        recorder = NullRecorder() if recorder is None else recorder
         even = torch.linspace(1, 0, steps + 1)
         sigmas = (shift * even / (1 + (shift - 1) * even)).tolist()
         x = torch.randn(self.centres.shape[1:], generator=torch.Generator().manual_seed(seed))
-        recorder.record(Step(0, 1000.0, 1.0, x))
+        yield SamplerState(0, 1000.0, 1.0, x[None])
         for k, (sigma, following) in enumerate(pairwise(sigmas), start=1):
             x = x + (following - sigma) * (x - self.denoise(x, sigma)) / sigma
-            recorder.record(Step(k, 1000 * following, following, x))
-        return x
+            yield SamplerState(k, 1000 * following, following, x[None])
 
 
 def smooth_field(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

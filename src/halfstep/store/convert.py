@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halfstep.errors import InputError, StoreError
 from halfstep.files import claim, file_errors, write_durably
+from halfstep.progress import SILENT, Progress
 from halfstep.store.legacy import LegacyBatch, step_bytes
 from halfstep.store.open import find_trajectory_store
 from halfstep.store.run import Float32, Run
@@ -33,17 +34,19 @@ class ConvertReport:
 
 
 def to_store(
-    runs: Mapping[str, Run], root: Path | str, format: TrajectoryFormat, say: Callable[[str], None] = lambda _: None
+    runs: Mapping[str, Run], root: Path | str, format: TrajectoryFormat, progress: Progress = SILENT
 ) -> ConvertReport:
     """Copy `runs` into the store at `root`, made when it is not there; runs that are complete there are left alone.
 
-    Problems of a run stay with it, and a run that did not finish stays incomplete. `say` hears of each run. Raises
+    Problems of a run stay with it, and a run that did not finish stays incomplete. `progress` hears of each run. Raises
     InputError when a run of the name is there that this did not write.
     """
     store = TrajectoryStore.create(root)
     skipped, steps, fp32_bytes, notes = 0, 0, 0, []
+    progress.start(len(runs))
     for key in runs:
         run = runs[key]
+        progress.advance()
         if key in store:
             there = store[key].attributes
             if "converted" not in there:
@@ -69,11 +72,11 @@ def to_store(
         steps += written
         fp32_bytes += 4 * written * math.prod(run.latents.shape[1:])
         notes += [f"{key}: {line}" for line in problems]
-        say(f"{key}: {written} steps")
+        progress.show(f"{key}: {written} steps")
     return ConvertReport(len(runs) - skipped, skipped, steps, folder_bytes(store.root), fp32_bytes, notes)
 
 
-def to_batch(runs: Mapping[str, Run], root: Path | str, say: Callable[[str], None] = lambda _: None) -> ConvertReport:
+def to_batch(runs: Mapping[str, Run], root: Path | str, progress: Progress = SILENT) -> ConvertReport:
     """Write `runs` as a batch folder of the older format at `root`: `.npy.gz` in float32, or float16 where the run says
     that it came from such files. A run whose summary.json is there is left alone.
 
@@ -86,8 +89,10 @@ def to_batch(runs: Mapping[str, Run], root: Path | str, say: Callable[[str], Non
         raise InputError(f"{root}: is a trajectory store; name a folder for the batch")
     claim(root, "batch of recorded runs", ("latents",))
     skipped, steps, fp32_bytes, notes = 0, 0, 0, []
+    progress.start(len(runs))
     for key in runs:
         run = runs[key]
+        progress.advance()
         folder = latents_folder / _folder_name(key)
         if (folder / "summary.json").exists():
             _hold_against(LegacyBatch(root)[key], run, str(folder))
@@ -102,7 +107,7 @@ def to_batch(runs: Mapping[str, Run], root: Path | str, say: Callable[[str], Non
         notes += [f"{key}: {line}" for line in problems]
         steps += written
         fp32_bytes += 4 * written * math.prod(run.latents.shape[1:])
-        say(f"{key}: {written} steps")
+        progress.show(f"{key}: {written} steps")
     return ConvertReport(len(runs) - skipped, skipped, steps, folder_bytes(latents_folder), fp32_bytes, notes)
 
 

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from halfstep.errors import FileError, InputError, NumericsError, StoreError, some
 from halfstep.files import file_errors, is_unfinished, new_folder
 from halfstep.models import About, Checkpoint, read_checkpoint
+from halfstep.models.family import StateDict
 from halfstep.models.weights import newest_checkpoint
 from halfstep.team import Team
-from halfstep.train.state import State, TrainState
+from halfstep.train.state import TrainState
 
 _FORMAT, _VERSION = "halfstep-training", 1
 _FACTS = frozenset(
@@ -78,7 +79,7 @@ def save(state: TrainState, about: About, run: Path, team: Team, facts: dict[str
     return folder
 
 
-def _write(path: Path, tensors: State, about: About | None) -> None:
+def _write(path: Path, tensors: StateDict, about: About | None) -> None:
     try:
         save_file(tensors, path, None if about is None else about.to_metadata())
     except SafetensorError as error:  # as which it reports a full disk

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from halfstep.config import Config
-from halfstep.data.latents import Distance, NavigationDatasetConfig
+from halfstep.data.latents import Distance, NavigationDatasetConfig, Place
 from halfstep.errors import InputError
-from halfstep.models import About
-from halfstep.models.cdit import CDIT_PATCHES, CDIT_SIZES
-from halfstep.models.eqm import EQM_PATCHES, EQM_SIZES, Energy
-from halfstep.models.layers import named_sizes
+from halfstep.models import FAMILIES, About, Family, family_of
+from halfstep.models.eqm import Energy
+from halfstep.spec import PixelSpec
+from halfstep.train.state import Updates
 
 # Settings that a run may change when it goes on; all others are part of what it is.
 MAY_CHANGE = frozenset(
     {"epochs", "steps", "num_workers", "log_every", "ckpt_every", "compile", "tensorboard", "wandb", "results_dir"}
     | {"run_name", "activation_budget", "batch_size", "global_batch_size", "fsdp", "precision", "device"}
 )
-_EQM_ONLY = ("clip_len", "num_classes", "uncond", "energy", "dispersive_weight")
-_CDIT_ONLY = ("context_size", "len_traj_pred", "distance", "goals_per_obs", "metric_waypoint_spacing", "datasets")
+# Where data lies: it may lie elsewhere when a run goes on, as long as it is the same data.
+PLACES = frozenset({"data_path", "latent_folder", "data_folder", "train", "test"})
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -32,7 +31,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class NetworkSizes(Config):
     """A network of sizes that have no published name."""
 
-    network: Literal["EqM", "CDiT"]
+    network: str
     hidden_size: Positive
     depth: Positive
     num_heads: Positive
@@ -52,7 +51,7 @@ class TrainConfig(Config):
     """
 
     model: str | NetworkSizes
-    data_path: Path | None = None
+    data_path: Place | None = None
     autoencoder: str = "dct8"
     revision: str | None = None
     image_size: Positive | None = None
@@ -99,12 +98,10 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        network = self.network
-        fields = type(self).model_fields
-        others = _CDIT_ONLY if network == "EqM" else _EQM_ONLY
-        foreign = [n for n in others if getattr(self, n) != fields[n].get_default(call_default_factory=True)]
-        if foreign:
-            raise ValueError(f"{foreign[0]} is not a setting of {network}")
+        family, fields = self.family, type(self).model_fields
+        for name in (name for other in FAMILIES.values() if other is not family for name in other.settings):
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"{name} is not a setting of {family.name}")
         if (self.data_path is None) == (not self.datasets):
             raise ValueError(
                 "data_path: is not given" if self.data_path is None else "give data_path or datasets, not both"
@@ -120,64 +117,71 @@ class TrainConfig(Config):
         return self
 
     @property
-    def network(self) -> str:
-        """EqM or CDiT."""
-        if isinstance(self.model, NetworkSizes):
-            return self.model.network
-        return "CDiT" if self.model.startswith("CDiT") else "EqM"
+    def family(self) -> Family:
+        """The registry's row of the network."""
+        return family_of(self.model.network if isinstance(self.model, NetworkSizes) else self.model)
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The settings that only this network's family has."""
+        return {name: getattr(self, name) for name in self.family.settings}
 
     @property
     def folder(self) -> Path:
         """Where the run is kept: the same command finds it again."""
         if self.run_name is not None:
             return self.results_dir / self.run_name
-        name = self.model.replace("/", "-") if isinstance(self.model, str) else self.network
+        name = self.model.replace("/", "-") if isinstance(self.model, str) else self.family.name
         return self.results_dir / (f"{name}-clip{self.clip_len}" if self.clip_len > 1 else name)
 
     @property
-    def learning_rate(self) -> float:
-        """As published: 1e-4 for EqM, 8e-5 for CDiT."""
-        return self.lr if self.lr is not None else {"EqM": 1e-4, "CDiT": 8e-5}[self.network]
+    def places(self) -> dict[str, str]:
+        """Where the data lies, by the names of the settings that say it."""
+        found = {"data_path": self.data_path}
+        for dataset, entry in self.datasets.items():
+            found |= {f"datasets.{dataset}.{name}": getattr(entry, name) for name in sorted(PLACES - {"data_path"})}
+        return {name: str(where) for name, where in found.items() if where is not None}
 
     @property
-    def clip_norm(self) -> float:
-        """Gradients are clipped to this norm; as published 10 for CDiT and, without end, for EqM."""
-        if self.grad_clip_val is not None:
-            return self.grad_clip_val or float("inf")
-        return {"EqM": float("inf"), "CDiT": 10.0}[self.network]
+    def pixels(self) -> PixelSpec:
+        """How pixels are fitted, where they are what is trained on."""
+        if self.family.items == "walks":
+            return PixelSpec(self.image_size or 224, self.image_size or 224, "4:3")
+        return PixelSpec(self.image_size or 256, self.image_size or 256)
 
-    def local_batch(self, processes: int) -> int:
-        """Items of one process to a step; by default as published 256 of all for EqM, and 8 a process for CDiT-XL.
-        Raises InputError when they cannot be shared out evenly."""
-        published = {"EqM": 256, "CDiT": 8 * processes}[self.network]
-        total = self.global_batch_size or (self.batch_size * processes if self.batch_size else published)
+    @property
+    def updates(self) -> Updates:
+        """How the weights are moved; the rate and the clipping as published where they are not given."""
+        clip_norm = self.family.clip_norm if self.grad_clip_val is None else self.grad_clip_val or float("inf")
+        return Updates(
+            learning_rate=self.family.learning_rate if self.lr is None else self.lr,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            clip_norm=clip_norm,
+            ema_decay=self.ema_decay,
+            sharded=self.fsdp,
+            compiled=self.compile,
+            recomputed=1 - self.activation_budget,
+        )
+
+    def items_per_step(self, processes: int) -> int:
+        """Items of all processes to a step, by default as published. Raises InputError when they cannot be shared out
+        evenly."""
+        own = self.batch_size * processes if self.batch_size else self.family.batch(processes)
+        total = self.global_batch_size or own
         if total % (processes * self.gradient_accumulation_steps):
             raise InputError(
                 f"batch: {total} items cannot be shared out to {processes} processes in "
                 f"{self.gradient_accumulation_steps} micro-batches each; give a multiple of their product"
             )
-        return total // processes
-
-    def workers(self, device_type: str) -> int:
-        """Processes that read ahead. On a CPU none: the training needs all cores, and a store is read in no time."""
-        if self.num_workers is not None:
-            return self.num_workers
-        return min(4, len(os.sched_getaffinity(0))) if device_type == "cuda" else 0
+        return total
 
     def about(self, latent_shape: tuple[int, ...], num_classes: int) -> About:
         """The network for latents (C, (T,) H, W). Raises InputError for a name that is not published."""
-        sizes = self._sizes()
-        channels, size = latent_shape[0], (latent_shape[-2], latent_shape[-1])
-        config: dict[str, Any] = {**sizes, "input_size": size, "in_channels": channels}
-        if self.network == "CDiT":
-            return About("CDiT", {**config, "context_size": self.context_size})
-        frames = latent_shape[1] if len(latent_shape) == 4 else 1
-        own = {"num_classes": num_classes, "uncond": self.uncond, "energy": self.energy, "num_frames": frames}
-        return About("EqM", {**config, **own})
-
-    def _sizes(self) -> dict[str, int]:
         if isinstance(self.model, NetworkSizes):
-            return self.model.model_dump(exclude={"network"})
-        if self.network == "CDiT":
-            return named_sizes(self.model, "CDiT", CDIT_SIZES, CDIT_PATCHES)
-        return named_sizes(self.model, "EqM", EQM_SIZES, EQM_PATCHES)
+            sizes = self.model.model_dump(exclude={"network"})
+        else:
+            sizes = self.family.named(self.model)
+        common = {"input_size": (latent_shape[-2], latent_shape[-1]), "in_channels": latent_shape[0]}
+        own = self.family.arguments(self.own_settings, latent_shape, num_classes)
+        return About(self.family.name, {**sizes, **common, **own})

@@ -1,19 +1,17 @@
-"""What a run trains on: items from a store, a `.pt` tree or pixels, and their way into a loss.
-
-Axes: B items, K context frames, G goals, C channels, T frames, H W latents.
-"""
+"""What a run trains on: items from a store, a `.pt` tree or pixels, in an order that resumes anywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 
-from halfstep.autoencoders import Autoencoder, load_autoencoder
+from halfstep.autoencoders import load_autoencoder
+from halfstep.data.base import SourceError, digest
 from halfstep.data.frames import FrameReader, latents_spec, open_frames
 from halfstep.data.latents import (
     ClipLatents,
@@ -26,174 +24,166 @@ from halfstep.data.latents import (
 )
 from halfstep.data.navigation import METRIC_WAYPOINT_SPACING
 from halfstep.errors import InputError, some
+from halfstep.models.family import Items
 from halfstep.precision import PrecisionPolicy
-from halfstep.spec import LatentSpec, PixelSpec
+from halfstep.spec import LatentSpec
+from halfstep.team import Team, own_cores
 from halfstep.train.config import TrainConfig
-from halfstep.train.objectives import diffusion_loss, eqm_loss
+from halfstep.train.encoder import PixelEncoder
 
-Items = tuple[torch.Tensor, ...]
+_MOST_UNREADABLE = 64  # in a row: more are no odd files, the data is gone
+
+
+class Batch(NamedTuple):
+    """A process's items of one step; `unreadable`: why some that should have been there are others."""
+
+    items: Items
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """Items of `datasets`, one after the other, and what the network sees of them: latents of `latent_shape`
-    (C, (T,) H, W). An item of a walk has `goals` samples. `encoder` makes latents of items that are pixels."""
+    (C, (T,) H, W). A step has `items_per_step`, of all processes. An item of a walk has `goals` samples. `encoder`
+    makes latents of items that are pixels."""
 
-    config: TrainConfig
     datasets: tuple[SeededDataset, ...]
     spec: LatentSpec
     latent_shape: tuple[int, ...]
+    items_per_step: int
+    seed: int
+    workers: int | None
     goals: int = 1
     classes: tuple[str, ...] = ()
+    num_classes: int = 0
     spacing: float | None = None
-    encoder: Autoencoder | None = None
+    encoder: PixelEncoder | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self.datasets))  # type: ignore[arg-type]
 
     @property
-    def num_classes(self) -> int:
-        """Those of the data, or as many as the config says. Raises InputError when that is fewer."""
-        found = max(1, len(self.classes))
-        wanted = self.config.num_classes or found
-        if wanted < found:
-            raise InputError(
-                f"num_classes: got {wanted}; the data has {found} classes ({some(self.classes)}), give {found} or more"
-            )
-        return wanted
+    def steps_per_epoch(self) -> int:
+        """What does not fill a step at the end of an epoch is left out."""
+        return len(self) // self.items_per_step
 
-    def items_per_step(self, processes: int) -> int:
-        """All processes' items of one step. Raises InputError when the data does not fill one."""
-        total = self.config.local_batch(processes) * processes
-        if len(self) < total:
-            smallest = processes * self.config.gradient_accumulation_steps
-            most = len(self) // smallest * smallest
-            raise InputError(
-                f"data: got {len(self)} items ({'sequences long enough' if self.config.clip_len > 1 else 'frames'}); "
-                f"a batch has {total}: use {f'a batch of {most} or less' if most else 'fewer processes, or more data'}"
-            )
-        return total
+    @property
+    def identity(self) -> str:
+        """A digest of what the data is, wherever it lies: its sequences, by name, and how much is in each."""
+        parts = (f"{key}\t{count}" for dataset in self.datasets for key, count in dataset.contents())
+        return digest(*(part.encode(errors="surrogateescape") for part in parts)).hex()
 
-    def sequence(self, step: int, rank: int, processes: int, number: int) -> str:
-        """The sequence of item `number` of what process `rank` gets in a step."""
-        index = list(islice(self._order(step, rank, processes), number + 1))[-1]
+    def prepared(self, device: torch.device, policy: PrecisionPolicy) -> TrainingData:
+        """The same with its encoder, where there is one, on `device`, in the precision of the training."""
+        return self if self.encoder is None else replace(self, encoder=self.encoder.moved(device, policy))
+
+    def sequence(self, step: int, team: Team, number: int) -> str:
+        """The sequence of item `number` of what this process gets in a step."""
+        index = list(islice(self._order(step, team), number + 1))[-1]
         for dataset in self.datasets:
             if index < len(dataset):  # type: ignore[arg-type]
                 return dataset.key(index)
             index -= len(dataset)  # type: ignore[arg-type]
         raise IndexError(number)
 
-    def batches(self, step: int, rank: int, processes: int, device: torch.device) -> Iterator[Items]:
-        """This process's share of the items of step `step` and all after it, epoch after epoch; what does not fill a
-        step at the end of an epoch is left out. An item is drawn by (seed, epoch, index) alone."""
-        total = self.items_per_step(processes)
-        per_epoch = len(self) // total
+    def batches(self, step: int, team: Team, device: torch.device) -> Iterator[Batch]:
+        """This process's share of the items of step `step` and all after it, epoch after epoch. An item is drawn by
+        (seed, epoch, index) alone."""
         while True:
-            epoch, within = divmod(step, per_epoch)
+            epoch, within = divmod(step, self.steps_per_epoch)
             for dataset in self.datasets:
                 dataset.set_epoch(epoch)
-            loader: DataLoader[Items] = DataLoader(
-                ConcatDataset(self.datasets),
-                batch_size=total // processes,
-                sampler=self._order(step, rank, processes),
-                num_workers=self.config.workers(device.type),
+            loader: DataLoader[Any] = DataLoader(
+                _Readable(self.datasets),
+                batch_size=self.items_per_step // team.size,
+                sampler=self._order(step, team),
+                num_workers=self._workers(device),
                 pin_memory=device.type == "cuda",
                 collate_fn=_collate,
             )
-            yield from islice(loader, per_epoch - within)
-            step += per_epoch - within
+            yield from islice(loader, self.steps_per_epoch - within)
+            step += self.steps_per_epoch - within
 
-    def _order(self, step: int, rank: int, processes: int) -> SeededOrder:
+    def latents(self, items: Items) -> Items:
+        """The same items, with latents in place of pixels."""
+        return items if self.encoder is None else (self.encoder(items[0]), *items[1:])
+
+    def _order(self, step: int, team: Team) -> SeededOrder:
         """Indices of a process's items from `step` to the end of its epoch."""
-        total = self.items_per_step(processes)
-        epoch, within = divmod(step, len(self) // total)
-        seed = self.config.global_seed
-        return SeededOrder(len(self), seed=seed, epoch=epoch, start=within * total, rank=rank, size=processes)
+        epoch, within = divmod(step, self.steps_per_epoch)
+        start = within * self.items_per_step
+        return SeededOrder(len(self), seed=self.seed, epoch=epoch, start=start, rank=team.rank, size=team.size)
 
-    def losses(self, network: Any, items: Items) -> torch.Tensor:
-        """The loss of each sample, fp32: [B] for EqM, [B G] for CDiT."""
-        if self.config.network == "EqM":
-            latents, labels = items
-            weight = self.config.dispersive_weight
-            return eqm_loss(network, self.latents(latents), labels, dispersive_weight=weight)
-        frames, actions, rel_t = items
-        context, goals = self.latents(frames).tensor_split([self.config.context_size], dim=1)
-        context = context.repeat_interleave(goals.shape[1], dim=0)
-        return diffusion_loss(network, goals.flatten(0, 1), actions.flatten(0, 1), context, rel_t.flatten())
-
-    def latents(self, items: torch.Tensor) -> torch.Tensor:
-        """Items [B, C, H, W], clips [B, C, T, H, W] or frames of a walk [B, K + G, C, H, W] as model-ready latents; a
-        fresh sample of the posterior where they are pixels."""
-        if self.encoder is None:
-            return items
-        if self.spec.temporal_factor > 1:
-            return self._encoded(items)
-        if self.config.clip_len > 1:
-            pictures = self._encoded(items.transpose(1, 2).flatten(0, 1))
-            return pictures.reshape(len(items), -1, *pictures.shape[1:]).transpose(1, 2)
-        if items.dim() == 5:
-            frames = self._encoded(items.flatten(0, 1))
-            return frames.reshape(*items.shape[:2], *frames.shape[1:])
-        return self._encoded(items)
-
-    @torch.no_grad()
-    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
-        assert self.encoder is not None
-        mean, logvar = (None if value is None else value.float() for value in self.encoder.encode(pixels))
-        assert mean is not None
-        drawn = mean if logvar is None else mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        # A tensor of inference mode cannot take part in a gradient, a clone of it can.
-        return self.encoder.scaled(drawn).clone()
+    def _workers(self, device: torch.device) -> int:
+        """Processes that read ahead. On a CPU none: the training needs all cores, and a store is read in no time."""
+        if self.workers is not None:
+            return self.workers
+        return min(4, own_cores()) if device.type == "cuda" else 0
 
 
-def open_data(config: TrainConfig) -> TrainingData:
-    """Find what there is to train on. Raises InputError when it is not there or does not suit the network."""
-    readers: list[FrameReader]
-    datasets: tuple[SeededDataset, ...]
-    if config.network == "CDiT":
+def open_data(config: TrainConfig, processes: int) -> TrainingData:
+    """Find what there is to train on, by so many processes. Raises InputError when it is not there, does not fill a
+    step or does not suit the network."""
+    if config.family.items == "walks":
         walks = navigation_datasets(_navigation(config), seed=config.global_seed)
-        datasets, readers = tuple(walks.values()), [walk.reader for walk in walks.values()]
-        spacings = {walk.spacing for walk in walks.values()}
-        data = _describe(config, datasets, readers)
         goals = {walk.goals_per_obs for walk in walks.values()}
         if len(goals) > 1:
             raise InputError(f"goals_per_obs: the datasets have {sorted(goals)}; expected one number for all")
-        return replace(data, goals=goals.pop(), spacing=spacings.pop() if len(spacings) == 1 else None)
+        spacings = {walk.spacing for walk in walks.values()}
+        spacing = spacings.pop() if len(spacings) == 1 else None
+        data = _describe(config, processes, tuple(walks.values()), [walk.reader for walk in walks.values()])
+        return replace(data, goals=goals.pop(), spacing=spacing)
     assert config.data_path is not None
-    reader = open_frames(config.data_path, _pixels(config))
+    reader = open_frames(config.data_path, config.pixels)
     seed = config.global_seed
     over_time = config.clip_len > 1
     if over_time and _holds_clips(reader):
         raise InputError("clip_len: the stored items are clips already; leave it out")
     dataset = ClipLatents(reader, config.clip_len, seed=seed) if over_time else ImageLatents(reader, seed=seed)
-    return replace(_describe(config, (dataset,), [reader]), classes=tuple(dataset.classes))
+    data = _describe(config, processes, (dataset,), [reader])
+    return replace(data, classes=tuple(dataset.classes), num_classes=_num_classes(dataset.classes, config.num_classes))
 
 
-def _describe(config: TrainConfig, datasets: tuple[SeededDataset, ...], readers: list[FrameReader]) -> TrainingData:
+def _describe(
+    config: TrainConfig, processes: int, datasets: tuple[SeededDataset, ...], readers: list[FrameReader]
+) -> TrainingData:
     specs = [latents_spec(reader) for reader in readers]
-    if sum(map(len, datasets)) == 0:  # type: ignore[arg-type]
-        needed = "use a shorter context or horizon" if config.network == "CDiT" else "encode something into it first"
+    items = sum(map(len, datasets))  # type: ignore[arg-type]
+    walks = config.family.items == "walks"
+    if items == 0:
+        needed = "use a shorter context or horizon" if walks else "encode something into it first"
         raise InputError(f"data: no sequence is long enough for a sample; {needed}")
-    encoder = load_autoencoder(config.autoencoder, config.revision) if None in specs else None
-    if encoder is not None:
-        specs = [spec or replace(encoder.spec, pixels=_pixels(config)) for spec in specs]
+    encoder = None
+    if None in specs:
+        autoencoder = load_autoencoder(config.autoencoder, config.revision)
+        encoder = PixelEncoder.on(autoencoder, clips=config.clip_len > 1)
+        specs = [spec or replace(autoencoder.spec, pixels=config.pixels) for spec in specs]
     known = [spec for spec in specs if spec is not None]
     for spec in known[1:]:
         if differences := known[0].differences(spec):
             raise InputError(f"data: the datasets do not hold the same kind of latents: {'; '.join(differences)}")
-    first = next(dataset for dataset in datasets if len(dataset))  # type: ignore[arg-type]
-    data = TrainingData(config, datasets, known[0], (), encoder=encoder)
-    shape = tuple(data.latents(first[0][0].unsqueeze(0)).shape[1:])
-    return replace(data, latent_shape=shape[1:] if config.network == "CDiT" else shape)
+    per_step = config.items_per_step(processes)
+    if items < per_step:
+        smallest = processes * config.gradient_accumulation_steps
+        most = items // smallest * smallest
+        raise InputError(
+            f"data: got {items} items ({'sequences long enough' if config.clip_len > 1 else 'frames'}); a batch has "
+            f"{per_step}: use {f'a batch of {most} or less' if most else 'fewer processes, or more data'}"
+        )
+    data = TrainingData(datasets, known[0], (), per_step, config.global_seed, config.num_workers, encoder=encoder)
+    first, _ = _Readable(datasets)[0]
+    shape = tuple(data.latents((first[0].unsqueeze(0),))[0].shape[1:])
+    return replace(data, latent_shape=shape[1:] if walks else shape)
 
 
-def prepared_encoder(data: TrainingData, device: torch.device, policy: PrecisionPolicy) -> TrainingData:
-    """The same data with its autoencoder, where there is one, on `device`: in bf16 when the training computes in it,
-    else in fp32, because autoencoders overflow fp16."""
-    if data.encoder is None:
-        return data
-    half = PrecisionPolicy.parse("bf16-true" if policy.compute == "bf16" else "fp32")
-    return replace(data, encoder=data.encoder.prepared(device, half))
+def _num_classes(found: list[str], wanted: int | None) -> int:
+    """Those of the data, or as many as the config says. Raises InputError when that is fewer."""
+    least = max(1, len(found))
+    if wanted is not None and wanted < least:
+        raise InputError(
+            f"num_classes: got {wanted}; the data has {least} classes ({some(found)}), give {least} or more"
+        )
+    return wanted or least
 
 
 def _navigation(config: TrainConfig) -> NavigationConfig:
@@ -201,30 +191,25 @@ def _navigation(config: TrainConfig) -> NavigationConfig:
     if not datasets:
         path = config.data_path
         assert path is not None
-        spacing = config.metric_waypoint_spacing or METRIC_WAYPOINT_SPACING.get(path.name)
+        name = str(path).rstrip("/").rpartition("/")[2]
+        spacing = config.metric_waypoint_spacing or METRIC_WAYPOINT_SPACING.get(name)
         if spacing is None:
-            raise InputError("metric_waypoint_spacing: not given; it is the metres of one waypoint, 0.25 for instance")
-        pixels = latents_spec(open_frames(path, _pixels(config))) is None
+            raise InputError("metric_waypoint_spacing: not given; it is the meters of one waypoint, 0.25 for instance")
+        pixels = latents_spec(open_frames(path, config.pixels)) is None
         entry = NavigationDatasetConfig(
             latent_folder=None if pixels else path,
             data_folder=path if pixels else None,
             goals_per_obs=config.goals_per_obs,
             metric_waypoint_spacing=spacing,
         )
-        datasets = {path.name: entry}
+        datasets = {name: entry}
     return NavigationConfig(
         context_size=config.context_size,
         len_traj_pred=config.len_traj_pred,
         distance=config.distance,
-        image_size=_pixels(config).width,
+        image_size=config.pixels.width,
         datasets=datasets,
     )
-
-
-def _pixels(config: TrainConfig) -> PixelSpec:
-    if config.network == "CDiT":
-        return PixelSpec(config.image_size or 224, config.image_size or 224, "4:3")
-    return PixelSpec(config.image_size or 256, config.image_size or 256)
 
 
 def _holds_clips(reader: FrameReader) -> bool:
@@ -233,5 +218,26 @@ def _holds_clips(reader: FrameReader) -> bool:
     return spec is not None and spec.temporal_factor > 1
 
 
-def _collate(items: list[Any]) -> Items:
-    return tuple(default_collate(items))
+class _Readable(Dataset[tuple[Any, str | None]]):
+    """The items of datasets, one after the other; in place of one whose picture or video cannot be read the next one,
+    with the reason. Raises SourceError where nothing can be read."""
+
+    def __init__(self, datasets: tuple[SeededDataset, ...]) -> None:
+        self._items: ConcatDataset[Any] = ConcatDataset(datasets)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Any, str | None]:
+        reason: str | None = None
+        for tried in range(min(_MOST_UNREADABLE, len(self._items))):
+            try:
+                return self._items[(index + tried) % len(self._items)], reason
+            except SourceError as error:
+                reason = reason or str(error)
+        raise SourceError(f"{reason}; nor can the {tried} items after it be read")
+
+
+def _collate(read: list[tuple[Any, str | None]]) -> Batch:
+    items = tuple(default_collate([item for item, _ in read]))
+    return Batch(items, tuple(reason for _, reason in read if reason is not None))

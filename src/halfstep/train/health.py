@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from halfstep.train.state import State, TrainState, own_part
+from halfstep.errors import NumericsError
+from halfstep.models.family import Items, StateDict
+from halfstep.models.weights import newest_checkpoint
+from halfstep.train.state import COLLAPSE, TrainState, own_part
+from halfstep.train.work import StepWork
 
 _TENSORS, _NUMBERS = 16, 4096  # looked at of all weights: enough to tell shares of one percent
 _APART = 1e-3  # relative; an average that is nearer to the weights than this has arrived
@@ -38,12 +44,54 @@ class Movement:
         apart = (weights - self._ema).abs() > _APART * weights.abs()
         return _share((weights == self._weights) & pushed, pushed), _share((ema == self._ema) & apart, apart)
 
-    def _sample(self, values: State) -> torch.Tensor:
+    def _sample(self, values: StateDict) -> torch.Tensor:
         return torch.cat([own_part(values[name]).flatten()[:_NUMBERS] for name in self._names])
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
     return round(float(part.sum()) / max(1, int(whole.sum())), 4)
+
+
+def require_finite(state: TrainState, work: StepWork, run: Path) -> None:
+    """Raise NumericsError when a step since the last look was not finite and the range of fp16 does not explain it. All
+    processes find it at the same step. `run`: the folder whose newest checkpoint is named."""
+    if state.collapsed and not state.may_overflow:
+        raise NumericsError(
+            f"step {state.step}: the gradients of {COLLAPSE} steps in a row are not finite, in {state.policy}, though "
+            "the loss is; lower the loss scale or the learning rate, and go on from the last checkpoint"
+        )
+    bad = int(state.first_bad_step)
+    if bad < 0:
+        return
+    items = next(work.batches(bad)).items
+    found = work.team.gather(lambda: _bad_data(work, bad, items))
+    if not any(found):
+        if state.may_overflow:
+            state.first_bad_step.fill_(-1)
+            return
+        microbatches = work.begin(bad, items)
+        failure = find_failure(state, [partial(_losses_of, work, microbatch) for microbatch in microbatches])
+        found = work.team.gather(lambda: failure)
+    told = next((line for line in found if line), "something, not found again,")
+    kept = newest_checkpoint(run)
+    advice = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+    raise NumericsError(
+        f"step {bad + 1}: {told} is not finite, in {state.policy}; training stopped before anything was moved by it, "
+        f"{advice}"
+    )
+
+
+def _bad_data(work: StepWork, step: int, items: Items) -> str | None:
+    """The item of this process, or its latents, that is not finite before any network of ours has seen it."""
+    number, what = not_finite_item(items), "an item"
+    if number is None and work.data.encoder is not None:
+        latents = [work.data.latents(part)[:1] for part in work.begin(step, items)]
+        number, what = not_finite_item([torch.cat([part for (part,) in latents])]), "the latents of an item"
+    return None if number is None else f"{what} of {work.data.sequence(step, work.team, number)!r} in the data"
+
+
+def _losses_of(work: StepWork, microbatch: Items, network: Any) -> torch.Tensor:
+    return work.losses(network, microbatch)
 
 
 def not_finite_item(items: Sequence[torch.Tensor]) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,28 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from halfstep.errors import InputError, some
-from halfstep.models import Network
+from halfstep.models.family import Network, StateDict
 from halfstep.precision import PrecisionPolicy, change_compute, prepare, tf32, torch_dtype
-from halfstep.train.config import TrainConfig
-
-State = dict[str, torch.Tensor]
 
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 
 COLLAPSE = 20  # updates skipped in a row: the scale has fallen by 2^20, from 65536 to below one
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How weights are moved. learning_rate: after `warmup_steps` of a linear rise. clip_norm: of gradients, infinite
+    for none. ema_decay: of the moving average. sharded: over processes, by FSDP. compiled: by torch.compile.
+    recomputed: the share of blocks whose activations are computed again in the backward pass."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    clip_norm: float = float("inf")
+    ema_decay: float = 0.9999
+    sharded: bool = False
+    compiled: bool = False
+    recomputed: float = 0.0
 
 
 class TrainState:
@@ -39,27 +52,27 @@ class TrainState:
 
     network: computes, in the policy's types. model: the same with what stands before it between processes. weights:
     fp32 by name, what the optimizer moves; the network's own parameters, or copies where those are half (Micikevicius
-    et al. 2018, "Mixed Precision Training"). ema: fp32, as are the moments of the optimizer. With `config.fsdp` all of
-    them are sharded.
+    et al. 2018, "Mixed Precision Training"). ema: fp32, as are the moments of the optimizer. With `updates.sharded`
+    all of them are sharded.
     """
 
-    def __init__(self, network: Network, policy: PrecisionPolicy, config: TrainConfig, device: torch.device) -> None:
-        self.config, self.device, self.policy = config, device, policy
+    def __init__(self, network: Network, policy: PrecisionPolicy, updates: Updates, device: torch.device) -> None:
+        self.device, self.policy, self._rule = device, policy, updates
         self.step = 0
         self.switched_at: int | None = None  # the step at which fp16 was given up
         self.network = network.to(device).train()
         keep_all = policy.params != "fp32"
         full = {n: p.detach().clone() for n, p in network.named_parameters() if keep_all or not p.requires_grad}
         blocks = list(network.blocks)
-        network.recomputed_blocks = round((1 - config.activation_budget) * len(blocks))
+        network.recomputed_blocks = round(updates.recomputed * len(blocks))
         # One memory format for weights, moments and average: the fused optimizer goes through them side by side.
         prepare(network, policy, channels_last=False)
         self.model: nn.Module = network
-        if dist.is_initialized() and config.fsdp:
+        if dist.is_initialized() and updates.sharded:
             self._shard(blocks)
         elif dist.is_initialized():
             self.model = _data_parallel(network, policy, device)
-        if config.compile:
+        if updates.compiled:
             self.model.compile()
         self._own = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.weights: dict[str, torch.Tensor] = {
@@ -69,10 +82,10 @@ class TrainState:
         self._copied = [name for name, weight in self.weights.items() if weight is not self._own[name]]
         self.fixed = {name: value for name, value in full.items() if name not in self._own}
         self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self._average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+        self._average = get_ema_multi_avg_fn(updates.ema_decay)  # type: ignore[no-untyped-call]
         # In one kernel, and the only one that can leave an update out without asking the host.
         self.optimizer = AdamW(
-            self.weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            self.weights.values(), lr=updates.learning_rate, weight_decay=updates.weight_decay, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self._set_scaler()
@@ -106,12 +119,12 @@ class TrainState:
         found with.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+            group["lr"] = self._rule.learning_rate * min(1.0, (self.step + 1) / max(1, self._rule.warmup_steps))
         for name in self._copied:
             gradient, self._own[name].grad = self._own[name].grad, None
             self.weights[name].grad = None if gradient is None else gradient.float()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(list(self.weights.values()), self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(list(self.weights.values()), self._rule.clip_norm)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = torch.isfinite(self.grad_norm)
         bad = self._bad_anywhere() if self.scaler.is_enabled() else ~finite
@@ -150,17 +163,17 @@ class TrainState:
         self._set_scaler()
         self.skipped_in_row.zero_()
 
-    def full_weights(self) -> State:
+    def full_weights(self) -> StateDict:
         """fp32 weights by the published names, on the CPU; every process must ask, process 0 gets them."""
         return {**_gathered(self.weights), **_gathered(self.fixed)}
 
-    def full_ema(self) -> State:
+    def full_ema(self) -> StateDict:
         """The moving average, likewise."""
         return {**_gathered(self.ema), **_gathered(self.fixed)}
 
-    def full_moments(self) -> State:
+    def full_moments(self) -> StateDict:
         """The optimizer's moments, likewise, as `exp_avg.NAME` and `exp_avg_sq.NAME`; none before the first update."""
-        moments: State = {}
+        moments: StateDict = {}
         for name, weight in self.weights.items():
             kept = self.optimizer.state.get(weight, {})
             moments |= {f"{moment}.{name}": kept[moment] for moment in ("exp_avg", "exp_avg_sq") if moment in kept}
@@ -172,7 +185,7 @@ class TrainState:
         kept = next(iter(self.optimizer.state.values()), None)
         return 0 if kept is None else int(kept["step"])
 
-    def restore(self, ema: State, moments: State, updates: int, where: Path) -> None:
+    def restore(self, ema: StateDict, moments: StateDict, updates: int, where: Path) -> None:
         """Put back an average that fits the network, whose weights are there, and moments of all weights, or none.
         Raises InputError naming `where` when moments are missing or of another shape."""
         if moments:
@@ -257,7 +270,7 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     return part.detach()
 
 
-def _gathered(values: State) -> State:
+def _gathered(values: StateDict) -> StateDict:
     """Whole tensors on the CPU; one at a time, so that no device holds more than one of them."""
     whole = {}
     leads = not dist.is_initialized() or dist.get_rank() == 0

@@ -23,10 +23,7 @@ import torch
 from PIL import Image
 
 from halfstep.autoencoders import Autoencoder, load_for
-from halfstep.errors import InputError, NumericsError, StoreError
-from halfstep.files import alone, claim, write_durably
-from halfstep.generate.makers import EqMMaker, Made, Maker, Progress, Recorders, SampleOptions, WalkMaker
-from halfstep.generate.outputs import (
+from halfstep.data.outputs import (
     Pixels,
     contact_sheet,
     grid,
@@ -37,21 +34,26 @@ from halfstep.generate.outputs import (
     write_picture,
     write_video,
 )
-from halfstep.models import Checkpoint, EqM, read_checkpoint
-from halfstep.precision import PrecisionPolicy, open_device, prepare, usable
+from halfstep.errors import InputError, NumericsError, StoreError
+from halfstep.files import alone, write_durably
+from halfstep.machine import open_device
+from halfstep.models import Checkpoint, read_checkpoint
+from halfstep.precision import PrecisionPolicy, prepare, settle
+from halfstep.progress import SILENT, Progress
+from halfstep.sample.makers import MAKERS, Made, Maker, Recorders
+from halfstep.sample.options import FORMATS, SampleOptions
 from halfstep.sampling import NullRecorder, Recorder, StoreRecorder
+from halfstep.settings import require_same
 from halfstep.spec import LatentSpec
 from halfstep.store import TrajectoryFormat, TrajectoryStore
 from halfstep.team import Team
 
 _YOUNG = 0.05  # an average that has more of its first weights than this is not one of a trained network yet
 _SHEET = 64  # samples on the contact sheet
-_FORMATS = ("png", "mp4", "gif", "npy")
 _PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # of the published checkpoints, which do not say it
 _PUBLISHED_CLIP = 16  # frames, as the published commands have it
 # What may differ when the same folder is filled further; instead of the precision the policy is kept that it gave.
 _MAY_GROW = ("number", "device", "output", "precision")
-_OURS = ("samples.json", "samples.npz", "contact_sheet.png", "runs")
 
 
 @dataclass(frozen=True)
@@ -70,33 +72,27 @@ class SampleReport:
     npz: str | None = None
 
 
-def sample(options: SampleOptions, progress: Progress | None = None) -> SampleReport:
+def sample(options: SampleOptions, progress: Progress = SILENT) -> SampleReport:
     """Make the samples of `options` that are not in the folder yet. Under torchrun the processes share them.
 
     Raises InputError when checkpoint, options or folder do not fit together, NumericsError when a sample is not finite.
     """
-    progress = progress or Progress()
     with Team.join() as team, ExitStack() as stack:
+        progress = progress if team.leads else SILENT
         device = open_device(team.device(options.device, shared=True))
+        options.require_sound()
         checkpoint = _read(options)
-        policy, line = team.on_leader(lambda: _policy(options, device))
-        if line is not None and team.leads:
+        about, before = checkpoint.about, _settings(options.output)
+        kept = None if before is None else before["policy"]
+        policy, notes = team.on_leader(lambda: settle(options.precision, device, "sample", kept))
+        for line in (*notes, *_on_average(options, checkpoint)):
             progress.note(line)
-        if options.ema and (checkpoint.ema_start or 0) > _YOUNG and team.leads:
-            progress.note(
-                f"{checkpoint.path}: {checkpoint.ema_start:.0%} of the average are still the weights that training "
-                "began with; those last trained (--no-ema) may be better"
-            )
+        options.require_for(about.network)
         network = checkpoint.build(ema=options.ema).to(device)
         prepare(network, policy)
-        maker: Maker
-        if isinstance(network, EqM):
-            maker = EqMMaker(options, network, checkpoint.about, device)
-        else:
-            maker = WalkMaker(options, network, checkpoint.about, device)
-        autoencoder = _autoencoder(options, maker.spec, network.in_channels, progress if team.leads else Progress())
+        maker = MAKERS[about.network](options, network, about, device)
+        autoencoder = _autoencoder(options, maker.spec, network.in_channels, progress)
         writer = _Writer(options, None if autoencoder is None else autoencoder.prepared(device, PrecisionPolicy()))
-        team.on_leader(lambda: claim(options.output, "folder of samples", _OURS))
         team.on_leader(lambda: stack.enter_context(alone(options.output)))
         team.on_leader(lambda: _claim(options, checkpoint, policy))
         store = TrajectoryStore.create(options.output / "runs") if options.record else None
@@ -108,7 +104,7 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
         )
         there = team.on_leader(lambda: sum(map(writer.is_there, range(options.number))))
         mine = missing[team.rank :: team.size]
-        progress.start(sum(map(len, mine)), maker.steps)
+        progress.start(sum(map(len, mine)) * maker.steps)
 
         def make_mine() -> list[float]:
             """The number of updates of each sample."""
@@ -128,14 +124,14 @@ def sample(options: SampleOptions, progress: Progress | None = None) -> SampleRe
         seconds = time.monotonic() - started
         report = SampleReport(
             output=str(options.output),
-            network=checkpoint.about.name,
+            network=about.name,
             policy=str(policy),
             made=options.number - there,
             there=there,
             samples_per_second=round(len(everyone) / seconds, 3) if everyone else None,
             updates=round(float(np.mean(everyone)), 1) if everyone else None,
         )
-        pictures = isinstance(network, EqM) and len(network.latent_shape) == 3
+        pictures = about.family.items == "labeled" and len(network.latent_shape) == 3
         return team.on_leader(lambda: writer.finish(maker, report, pictures=pictures))
 
 
@@ -146,7 +142,7 @@ class _Writer:
         self._options, self._autoencoder, self._folder = options, autoencoder, options.output
 
     def is_there(self, number: int) -> bool:
-        return any(self._path(number, suffix).exists() for suffix in _FORMATS)
+        return any(self._path(number, suffix).exists() for suffix in FORMATS)
 
     def write(self, numbers: list[int], made: Made) -> None:
         """Decode and write the samples of a batch, which begins with `numbers`, but those that are there."""
@@ -217,7 +213,7 @@ class _Writer:
         picture = self._path(number, "png")
         if picture.exists():
             return np.asarray(Image.open(picture).convert("RGB"))
-        path = next(self._path(number, suffix) for suffix in _FORMATS if self._path(number, suffix).exists())
+        path = next(self._path(number, suffix) for suffix in FORMATS if self._path(number, suffix).exists())
         with av.open(str(path)) as container:
             return strip(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
 
@@ -226,15 +222,6 @@ class _Writer:
 
 
 def _read(options: SampleOptions) -> Checkpoint:
-    if options.format not in (None, *_FORMATS):
-        raise InputError(f"format: got {options.format!r}; expected one of {', '.join(_FORMATS)}")
-    if options.number < 1 or options.batch_size < 1 or options.steps < 2 or options.frames < 1:
-        raise InputError("sample: number, batch size and frames are at least 1, steps at least 2")
-    if options.clip_len is not None and not options.video:
-        raise InputError("clip_len: is of video; add video")
-    if options.storage != "fp16" and not options.record:
-        raise InputError("storage: is of recorded steps; add record")
-    TrajectoryFormat(storage=options.storage)  # which refuses what it cannot keep
     checkpoint = read_checkpoint(options.ckpt, num_frames=options.clip_len, energy=options.energy)
     if options.video and options.clip_len is None and checkpoint.about.config.get("num_frames") == 1:
         checkpoint = read_checkpoint(options.ckpt, num_frames=_PUBLISHED_CLIP, energy=options.energy)
@@ -243,14 +230,14 @@ def _read(options: SampleOptions) -> Checkpoint:
     return checkpoint
 
 
-def _policy(options: SampleOptions, device: torch.device) -> tuple[PrecisionPolicy, str | None]:
-    """That which is asked for, or for `auto` that of the samples which are there; and what should be said of it."""
-    wanted = PrecisionPolicy.parse(options.precision)
-    before = _settings(options.output)
-    if wanted.is_auto and before is not None:
-        return usable(PrecisionPolicy.parse(before["policy"]), device, "sample")
-    policy, line = usable(wanted.resolve(device, "sample"), device, "sample")
-    return policy, None if wanted.is_auto else line
+def _on_average(options: SampleOptions, checkpoint: Checkpoint) -> list[str]:
+    """A line where the moving average is still too young to sample from."""
+    if not options.ema or (checkpoint.ema_start or 0) <= _YOUNG:
+        return []
+    return [
+        f"{checkpoint.path}: {checkpoint.ema_start:.0%} of the average are still the weights that training began with; "
+        "those last trained (--no-ema) may be better"
+    ]
 
 
 def _autoencoder(
@@ -278,7 +265,7 @@ def _settings(folder: Path) -> dict[str, Any] | None:
         settings: dict[str, Any] = json.loads(path.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: does not tell the settings of samples ({error}); name a new folder") from error
-    begun = any(found.stem.isdecimal() and found.suffix[1:] in _FORMATS for found in folder.iterdir())
+    begun = any(found.stem.isdecimal() and found.suffix[1:] in FORMATS for found in folder.iterdir())
     return settings if begun else None
 
 
@@ -292,9 +279,7 @@ def _claim(options: SampleOptions, checkpoint: Checkpoint, policy: PrecisionPoli
     wanted = json.loads(json.dumps(whole, default=str))
     there = _settings(folder)
     if there is not None:
-        changed = [f"{n} {there.get(n)!r}, not {wanted[n]!r}" for n in wanted if there.get(n) != wanted[n]]
-        if changed:
-            raise InputError(f"{folder}: holds samples of other settings ({'; '.join(changed)}); name a new folder")
+        require_same(folder, "folder of samples", there, wanted, advice="name a new folder")
         return
     write_durably(folder / "samples.json", json.dumps({"settings": wanted, "samples": []}, indent=1).encode())
 

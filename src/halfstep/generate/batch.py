@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,14 +19,17 @@ import numpy as np
 import torch
 
 import halfstep
+from halfstep.data.outputs import write_picture, write_video
 from halfstep.errors import FileError, HalfstepError, InputError, NumericsError, StoreError
 from halfstep.files import alone, claim, file_errors, write_durably
 from halfstep.generate.config import GenerateConfig, VideoSettings
-from halfstep.generate.outputs import write_picture, write_video
-from halfstep.generate.pipeline import Generator, load_generator
+from halfstep.generate.pipeline import Decoder, Generator, Verdict, load_generator
 from halfstep.generate.template import expand_template
-from halfstep.precision import PrecisionPolicy, open_device
+from halfstep.machine import open_device
+from halfstep.precision import Settled, settle
+from halfstep.progress import SILENT, Progress
 from halfstep.sampling import record
+from halfstep.settings import require_same
 from halfstep.store import TrajectoryStore
 
 
@@ -68,21 +70,19 @@ def generate(
     output: Path,
     *,
     resume: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-    on_step: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = SILENT,
 ) -> GenerateReport:
     """Make every run of `template` in folder `output`.
 
     With `resume`, complete runs are left alone and the others made again, in the precision of the batch; it must be
     the same batch but for more videos a prompt. A run whose result is not finite, or whose
-    latents could not be kept, fails alone. `say` hears what a user
-    should know; `on_step(key, step, steps)` is called after each sampling step. Raises InputError for a folder that
-    holds a batch already (without `resume`) or another one.
+    latents could not be kept, fails alone. `progress` hears of each
+    sampling step. Raises InputError for a folder that holds a batch already (without `resume`) or another one.
     """
     runs = plan(config, template)
     claim(output, "batch", ("batch.json",))
     with alone(output):
-        return _generate(config, template, output, runs, resume, say, on_step)
+        return _generate(config, template, output, runs, resume, progress)
 
 
 def _generate(
@@ -91,27 +91,31 @@ def _generate(
     output: Path,
     runs: list[PlannedRun],
     resume: bool,
-    say: Callable[[str], None],
-    on_step: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> GenerateReport:
     started = time.monotonic()
     device = str(open_device(config.model_settings.device))
-    policy = _claim(output, config, template, runs, resume, device)
+    (policy, notes), verdict = _claim(output, config, template, runs, resume, device)
+    for line in notes:
+        progress.note(line)
     done = {run.key for run in runs if _status(output, run) == "complete"}
     report = GenerateReport(str(output), str(policy), skipped=[run.key for run in runs if run.key in done])
     unused = config.memory_settings.without_effect()
     if unused:
-        say(f"memory_settings: {', '.join(unused)} have no effect here; attention is memory-efficient as it is")
+        progress.note(
+            f"memory_settings: {', '.join(unused)} have no effect here; attention is memory-efficient as it is"
+        )
     if len(done) < len(runs):
-        generator = load_generator(config.model_settings, config.memory_settings, policy, device)
+        generator = load_generator(config.model_settings, config.memory_settings, policy, device, verdict)
         frames = _frames(generator, config.video_settings)
         if frames not in (None, wanted_frames := config.video_settings.wanted_frames):
-            say(f"video_settings: {wanted_frames} frames do not fit the model, {frames} are made")
+            progress.note(f"video_settings: {wanted_frames} frames do not fit the model, {frames} are made")
+        progress.start(config.model_settings.steps * (len(runs) - len(done)))
         for run in runs:
             if run.key in done:
                 continue
             try:
-                _make(generator, config, run, frames, output, say, on_step)
+                _make(generator, config, run, frames, output, progress)
                 report.generated.append(run.key)
             except (NumericsError, FileError) as error:
                 report.failed[run.key] = str(error)
@@ -124,39 +128,41 @@ def _generate(
 
 def _claim(
     output: Path, config: GenerateConfig, template: str, runs: list[PlannedRun], resume: bool, device: str
-) -> PrecisionPolicy:
-    """Write batch.json, or hold the one that is there against this batch; the precision of all of its runs."""
+) -> tuple[Settled, Verdict | None]:
+    """Write batch.json, or hold the one that is there against this batch; the precision of all of its runs, and the
+    verdict on their decoder."""
     path = output / "batch.json"
     wanted = {"template": template, "config": config.model_dump(mode="json")}
-    policy = PrecisionPolicy.parse(config.model_settings.precision)
-    begun = any((output / "runs").glob("*/metadata.json"))
-    if path.exists() and begun:
+    kept: dict[str, Any] = {}
+    if path.exists() and any((output / "runs").glob("*/metadata.json")):
         if not resume:
             raise InputError(f"{output}: holds a batch already; --resume goes on with it, or name a new folder")
-        there = json.loads(path.read_text())
-        difference = _difference({name: there.get(name) for name in wanted}, wanted)
-        if difference:
-            raise InputError(f"{output}: is another batch: {difference}; name a new folder")
-        policy = PrecisionPolicy.parse(there["policy"])  # what auto chose then
-    policy = policy.resolve(device, "sample")
-    content = {**wanted, "policy": str(policy), "halfstep": halfstep.__version__, "runs": [asdict(run) for run in runs]}
+        kept = json.loads(path.read_text())
+        may_differ = {
+            f"config.{name}" for name in ("output_dir", "batch_name", "use_timestamp", "model_settings.device")
+        }
+        if kept["config"].get("videos_per_variation", 1) <= config.videos_per_variation:
+            may_differ.add("config.videos_per_variation")  # more of them are added
+        require_same(output, "batch", kept, wanted, may_differ=may_differ, advice="name a new folder")
+    settled = settle("auto" if kept else config.model_settings.precision, device, "sample", kept.get("policy"))
+    decoder = kept.get("decoder")
+    content = {
+        **wanted,
+        "policy": str(settled.policy),
+        "decoder": decoder,
+        "halfstep": halfstep.__version__,
+        "runs": [asdict(run) for run in runs],
+    }
     write_durably(path, _json(content))
-    return policy
+    return settled, None if decoder is None else Verdict(**decoder)
 
 
-def _difference(there: Any, wanted: Any, place: str = "") -> str | None:
-    """The first setting that differs, in words; more videos a prompt, and where the batch lies, are no difference."""
-    if isinstance(there, dict) and isinstance(wanted, dict):
-        for name in wanted:
-            found = _difference(there.get(name), wanted[name], f"{place}.{name}" if place else name)
-            if found:
-                return found
-        return None
-    if place in ("config.output_dir", "config.batch_name", "config.use_timestamp", "config.model_settings.device"):
-        return None
-    if place == "config.videos_per_variation" and isinstance(there, int) and there <= wanted:
-        return None
-    return None if there == wanted else f"{place.removeprefix('config.')} is {there!r} there and {wanted!r} here"
+def _keep_verdict(output: Path, verdict: Verdict) -> None:
+    """Note the verdict on the decoder with the batch, once there is one."""
+    path = output / "batch.json"
+    content = json.loads(path.read_text())
+    if content["decoder"] is None:
+        write_durably(path, _json({**content, "decoder": asdict(verdict)}))
 
 
 def _status(output: Path, run: PlannedRun) -> str | None:
@@ -171,8 +177,7 @@ def _make(
     run: PlannedRun,
     frames: int | None,
     output: Path,
-    say: Callable[[str], None],
-    on_step: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> None:
     model, video, latents = config.model_settings, config.video_settings, config.latent_analysis_settings
     folder = output / "runs" / run.key
@@ -217,7 +222,7 @@ def _make(
 
         def after_step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             kept: dict[str, Any] = record_step(pipe, i, t, tensors)
-            on_step(run.key, i + 1, pipe.num_timesteps)
+            progress.advance()
             return kept
 
         try:
@@ -235,11 +240,7 @@ def _make(
     metadata["file"] = _write_result(folder, pixels, video.fps)
     metadata |= {
         "shape": list(pixels.shape),
-        "decoder": {
-            "precision": "bf16-mixed" if generator.gate.half else "fp32",
-            "bf16_rms_difference": generator.gate.difference,
-            "retried_in_fp32": generator.gate.retried,
-        },
+        "decoder": _decoder_facts(output, generator.decoder),
     }
     if latents.store_latents:
         kept = store[run.key]
@@ -249,7 +250,19 @@ def _make(
             raise StoreError(f"{run.key}: its latents were not recorded whole ({'; '.join(kept.problems)})")
     write_durably(folder / "metadata.json", _json({**metadata, "status": "complete"}))
     _log(output, {"run": run.key, "event": "complete", "seconds": metadata["sampling_seconds"]})
-    say(f"{run.key}: {metadata['sampling_seconds']:.1f} s, seed {run.seed}, {run.prompt}")
+    progress.show(f"{run.key}: {metadata['sampling_seconds']:.1f} s, seed {run.seed}, {run.prompt}")
+
+
+def _decoder_facts(output: Path, decoder: Decoder | None) -> dict[str, Any] | None:
+    """How this run was decoded; its verdict is kept for all others."""
+    if decoder is None or decoder.verdict is None:
+        return None
+    _keep_verdict(output, decoder.verdict)
+    return {
+        "precision": "bf16-mixed" if decoder.verdict.half else "fp32",
+        "bf16_rms_difference": decoder.verdict.difference,
+        "retried_in_fp32": decoder.retried,
+    }
 
 
 def _frames(generator: Generator, video: VideoSettings) -> int | None:

@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from halfstep.models.eqm import gradient_magnitude
-
 TIMESTEPS = 1000  # of the diffusion, with betas from 1e-4 to 0.02
 
 # --- Equilibrium Matching (arXiv 2510.02300) --------------------------------------------------------------------------
+
+
+def gradient_magnitude(gamma: torch.Tensor) -> torch.Tensor:
+    """c(gamma) = 4 min(1, 5 (1 - gamma)): the field vanishes at the data (truncated decay, eq. 8 with a = 0.8)."""
+    return 4 * torch.clamp(5 * (1 - gamma), max=1)
 
 
 def eqm_loss(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from halfstep.models import CDiT, EqM
-from halfstep.models.eqm import gradient_magnitude
-from halfstep.train.objectives import diffusion_loss, dispersive_loss, eqm_loss
+from halfstep.models.objectives import gradient_magnitude
+from halfstep.models.objectives import diffusion_loss, dispersive_loss, eqm_loss
 from tests.models import test_cdit as cdit
 from tests.models import test_eqm as eqm
 

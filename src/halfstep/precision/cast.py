@@ -1,0 +1,45 @@
+"""Casts of whole trees of tensors: floating-point tensors change their type, everything else stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from halfstep.precision.policy import torch_dtype
+
+TensorMap = Callable[[torch.Tensor], torch.Tensor]
+
+
+def cast(tree: Any, type_name: str) -> Any:
+    """`tree`, a tensor or nested tuples, lists, dicts and dataclasses of them, with its floating-point tensors in
+    fp32, bf16 or fp16; integers keep their type."""
+    return map_tensors(cast_to(torch_dtype(type_name)), tree)
+
+
+def cast_to(dtype: torch.dtype) -> TensorMap:
+    """The cast of one tensor: to `dtype` where it is floating-point."""
+    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def map_tensors(fn: TensorMap, tree: Any) -> Any:
+    """`fn` over the tensors of `tree`; what holds no tensor that changes stays the same object, because some networks
+    pass lists on to be filled in place."""
+    if isinstance(tree, torch.Tensor):
+        return fn(tree)
+    if type(tree) in (tuple, list):
+        mapped = [map_tensors(fn, item) for item in tree]
+        return tree if all(a is b for a, b in zip(mapped, tree, strict=True)) else type(tree)(mapped)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(fn, item) for item in tree))
+    if isinstance(tree, dict):
+        mapped_items = {key: map_tensors(fn, item) for key, item in tree.items()}
+        if all(mapped_items[key] is tree[key] for key in tree):
+            return tree
+        # The libraries' model outputs are dicts and dataclasses at once, made from keywords.
+        return type(tree)(**mapped_items) if is_dataclass(tree) else type(tree)(mapped_items)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{f.name: map_tensors(fn, getattr(tree, f.name)) for f in fields(tree) if f.init})
+    return tree

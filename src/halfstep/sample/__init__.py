@@ -1,0 +1,6 @@
+"""Samples of trained networks as files: pictures and videos from an EqM, walks from a CDiT."""
+
+from halfstep.sample.options import SampleOptions
+from halfstep.sample.samples import SampleReport, sample
+
+__all__ = ["SampleOptions", "SampleReport", "sample"]
