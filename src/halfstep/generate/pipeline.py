@@ -101,7 +101,8 @@ def load_generator(
 
     *true* policies load transformer or U-Net and text encoders in the half type, minding the modules that the library
     keeps in fp32; *mixed* policies and tf32 run them prepared by `halfstep.precision.prepare`. The autoencoder is
-    gated; `verdict` is that of the batch, once there is one. Raises InputError when the pipeline cannot be loaded or does not have the sampler.
+    gated; `verdict` is that of the batch, once there is one. Raises InputError when the pipeline cannot be loaded or
+    does not have the sampler.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
