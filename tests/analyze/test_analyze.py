@@ -21,7 +21,7 @@ from halfstep.analyze import (
 from halfstep.errors import InputError
 from halfstep.store import Run, TrajectoryFormat, TrajectoryStore, open_trajectories
 from halfstep.store.run import Latents
-from tests.conftest import run_cli
+from tests.support.cli import run_cli
 
 SHAPE = (4, 8, 8)
 STATES = 12

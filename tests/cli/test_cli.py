@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halfstep.store import DatasetStore
-from tests.conftest import run_cli
+from tests.support.cli import run_cli
 
 SMALL = ["--size", "32", "--batch-size", "4", "--quiet"]
 

@@ -8,7 +8,7 @@ import pytest
 from halfstep.errors import StoreBusyError, StoreError
 from halfstep.store import DatasetStore, DatasetWriter, Manifest, compact, repair, verify
 from halfstep.store.commit import FileLock
-from tests.conftest import latents
+from tests.support.arrays import latents
 
 
 @pytest.fixture
