@@ -52,6 +52,7 @@ def test_a_killed_run_is_finished_by_the_next(toy_world: Path, tmp_path: Path) -
     assert len(stages) > 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_line_and_the_store_stays(toy_world: Path, tmp_path: Path) -> None:
     run(toy_world, tmp_path / "s")
     before = content(tmp_path / "s")
@@ -88,6 +89,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_control_c_keeps_what_was_complete(tmp_path: Path, toy_world: Path) -> None:
     many = tmp_path / "many"
     for i in range(30):

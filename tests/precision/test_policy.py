@@ -109,6 +109,7 @@ def test_auto_stays_with_fp32_where_half_is_emulated(tmp_path, monkeypatch) -> N
     assert "fp16 1." in policy.explain()
 
 
+@pytest.mark.slow
 def test_probe_measures_again_when_its_cache_is_damaged(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = probe("cpu")

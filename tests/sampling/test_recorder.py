@@ -242,11 +242,12 @@ def run(name, steps):
             recorder.record(Step(k, float(k), float(k), latent))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 few = run("few", 8)
-print(run("many", 100) - few)
+print(run("many", 40) - few)
 """
 
 
+@pytest.mark.slow
 def test_the_limit_on_waiting_steps_holds(tmp_path: Path) -> None:
-    """A sampler that is faster than the disk waits: 100 steps, 400 MB, need no more memory than 8."""
+    """A sampler that is faster than the disk waits: 40 steps, 160 MB, need no more memory than 8."""
     done = run_script(MEMORY, tmp_path / "s")
     assert int(done.stdout) < 60_000  # kB

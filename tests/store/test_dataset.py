@@ -160,6 +160,7 @@ def _write_many(root: Path, manifest: Manifest, worker: int) -> None:
             writer.append(f"w{worker}/{i}", latents(2, seed=100 * worker + i))
 
 
+@pytest.mark.slow
 def test_several_processes_write_one_store(tmp_path: Path, manifest: Manifest) -> None:
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_write_many, args=(tmp_path / "s", manifest, w)) for w in range(3)]

@@ -31,6 +31,8 @@ from tests.support.training import (
     run_folder,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "changes",
@@ -203,7 +205,6 @@ def test_the_loss_scale_skips_and_collapses(tmp_path: Path, latents: Path, monke
     assert read_state(tmp_path)["updates"] == 12
 
 
-@pytest.mark.slow
 def test_compiled_training_learns_the_same(tmp_path: Path, latents: Path) -> None:
     for precision, tolerance in (("fp32", 1e-4), ("bf16-mixed", 0.02)):  # fused, so rounded elsewhere
         plain, compiled = tmp_path / f"plain-{precision}", tmp_path / f"compiled-{precision}"
