@@ -130,6 +130,7 @@ def test_items_are_what_the_definition_says(encoded: Path, toy_world: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_items_depend_on_seed_epoch_and_index_alone(encoded: Path) -> None:
     def items(seed: int, epoch: int, workers: int = 0) -> list[torch.Tensor]:
         dataset = NavigationLatents(open_frames(encoded), goals_per_obs=2, seed=seed, **SAMPLING)

@@ -67,6 +67,7 @@ def test_a_picture_is_the_samplers_decoded(runs: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (104, 68)
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_in_every_batch_and_process(runs: Path, tmp_path: Path) -> None:
     sample(options(runs, tmp_path / "whole", number=5))
     sample(options(runs, tmp_path / "parts", number=2))

@@ -117,6 +117,7 @@ def test_labels_beyond_the_classes_are_named(tmp_path: Path, toy_world: Path) ->
         train(config(tmp_path, tmp_path / "data", image_size=32, num_classes=2))
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path, latents: Path) -> None:
     train(config(tmp_path, latents, steps=1))
     weights = load_file(tmp_path / "run" / "checkpoints" / "0000001" / "model.safetensors")
@@ -160,6 +161,7 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path, latents: Path) ->
             train(config(tmp_path / "new", latents, ckpt=str(tmp_path / name)))
 
 
+@pytest.mark.slow
 def test_parts_of_a_checkpoint_that_do_not_fit_are_named(tmp_path: Path, latents: Path) -> None:
     """The average, the optimizer, and what the trainer's arguments say."""
     whole = EqM.named("EqM-S/2", (4, 4), 1, in_channels=16)
