@@ -35,9 +35,11 @@ def outside_data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is measured once is measured once for all workers."""
+    """What is measured or compiled once is there for all workers, and nothing that another run left is."""
     root = tmp_path_factory.getbasetemp()
-    os.environ["XDG_CACHE_HOME"] = str((root.parent if _WORKER else root) / "cache")
+    cache = (root.parent if _WORKER else root) / "cache"
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
 
 
 @pytest.fixture(autouse=True)
