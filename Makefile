@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-fast lint
 setup: .venv/.installed
 
 # torch first and on its own: a resolver that is free to choose would fetch gigabytes of CUDA libraries.
@@ -14,8 +14,14 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/halfstep demo -o demo
 
+# Two workers with one thread each: small networks are faster so than with all cores in turn.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: setup
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .

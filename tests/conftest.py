@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
+from halfstep.encode import EncodeOptions, encode
 from halfstep.spec import LatentSpec
 from halfstep.store import Manifest
 
 OUTSIDE_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_configure() -> None:
+    """Workers that share the cores have a thread each, and so have the processes that they start."""
+    if _WORKER:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +35,17 @@ def outside_data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """What is measured or compiled once is there for all workers, and nothing that another run left is."""
+    root = tmp_path_factory.getbasetemp()
+    cache = (root.parent if _WORKER else root) / "cache"
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Whatever ran before, a test that draws without a seed draws the same."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +54,14 @@ def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("toy") / "world"
     write_toy_world(root, trajectories=3, frames=10, size=(80, 60), seed=7)
     return root
+
+
+@pytest.fixture(scope="session")
+def latents(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the toy world's 30 frames in three walks, fp32 [16, 4, 4]; not to be changed, copy it."""
+    output = tmp_path_factory.mktemp("latents") / "store"
+    encode([SourceConfig(path=toy_world)], EncodeOptions(output, size=(32, 32), precision="fp32", storage="fp32"))
+    return output
 
 
 @pytest.fixture(scope="session")
@@ -106,17 +131,3 @@ def small_wan_pipeline(tmp_path_factory: pytest.TempPathFactory, small_wan: Path
 def manifest() -> Manifest:
     """A store of fp16 latents with 2 channels."""
     return Manifest(LatentSpec("test", 2, 8, scale=(0.5,), shift=(1.0,)), "fp16")
-
-
-def latents(frames: int, seed: int = 0, shape: tuple[int, ...] = (2, 3, 4)) -> np.ndarray:
-    """Latents that fp16 holds exactly."""
-    return np.random.default_rng(seed).integers(-512, 512, (frames, *shape)).astype(np.float32) / 64
-
-
-def run_cli(*arguments: object, check: int | None = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own and hold its exit code against `check`."""
-    command = [sys.executable, "-m", "halfstep", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
-    if check is not None:
-        assert result.returncode == check, f"exit {result.returncode}: {result.stderr}"
-    return result

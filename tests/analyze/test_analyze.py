@@ -21,7 +21,7 @@ from halfstep.analyze import (
 from halfstep.errors import InputError
 from halfstep.store import Run, TrajectoryFormat, TrajectoryStore, open_trajectories
 from halfstep.store.run import Latents
-from tests.conftest import run_cli
+from tests.support.cli import run_cli
 
 SHAPE = (4, 8, 8)
 STATES = 12
@@ -103,6 +103,7 @@ def test_what_cannot_be_compared_is_left_out_and_named(store: TrajectoryStore) -
         analyze(store, only_broken)
 
 
+@pytest.mark.slow
 def test_one_bad_run_does_not_stop_the_comparison_of_formats(store: TrajectoryStore) -> None:
     broken = trajectory(50, 0.2, 0.1)
     broken[3, 0, 0, 0] = np.nan
@@ -141,6 +142,7 @@ def test_states_of_unknown_noise_level_are_left_out() -> None:
     assert np.isfinite(analysis.runs[0].profiles["speed"][1]).all()
 
 
+@pytest.mark.slow
 def test_half_precision_against_the_exact_analysis(store: TrajectoryStore) -> None:
     exact = analyze(store, group_by_prompt(store))
     found = {item.format: item for item in compare_storage(store, group_by_prompt(store), exact)}
@@ -170,6 +172,7 @@ def test_groups_from_a_file(store: TrajectoryStore, tmp_path: Path) -> None:
             group_by_file(store, path)
 
 
+@pytest.mark.slow
 def test_everything_is_written(store: TrajectoryStore, tmp_path: Path) -> None:
     groups = group_by_prompt(store)
     analysis = analyze(store, groups, pairwise=True)
@@ -207,6 +210,7 @@ def test_everything_is_written(store: TrajectoryStore, tmp_path: Path) -> None:
         write_output(analysis, tmp_path / "mine", "t")
 
 
+@pytest.mark.slow
 def test_the_command_line(store: TrajectoryStore, tmp_path: Path) -> None:
     base = ["analyze", "--batch-dir", store.root]
     listed = run_cli(*base, "--list-videos").stdout

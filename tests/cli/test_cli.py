@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halfstep.store import DatasetStore
-from tests.conftest import run_cli
+from tests.support.cli import run_cli
 
 SMALL = ["--size", "32", "--batch-size", "4", "--quiet"]
 
@@ -187,14 +187,17 @@ def test_toy_world_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
-    result = run_cli("demo", "-o", tmp_path / "demo", "--train-seconds", 3)
+    old = tmp_path / "demo" / "walks" / "walk_099"
+    old.mkdir(parents=True)
+    (tmp_path / "demo" / ".halfstep-demo").touch()  # a demo replaces a demo, and nothing else
+    result = run_cli("demo", "-o", tmp_path / "demo", "--train-seconds", 1)
+    assert not old.exists()
     report = tmp_path / "demo" / "report.html"
     assert result.stdout.strip().endswith(str(report.resolve()))
     page = report.read_text()
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 27
     assert {"fp16", "bf16", "fp32"} <= {cell for cell in ("fp16", "bf16", "fp32") if f"<td>{cell}</td>" in page}
-    run_cli("demo", "-o", tmp_path / "demo", "--train-seconds", 1)  # a demo replaces a demo, and nothing else
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     assert "and is no demo" in run_cli("demo", "-o", tmp_path / "mine", check=2).stderr

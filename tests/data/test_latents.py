@@ -30,14 +30,12 @@ from halfstep.encode import EncodeOptions, encode
 from halfstep.errors import InputError
 from halfstep.spec import LatentSpec, PixelSpec
 from halfstep.store import DatasetStore, DatasetWriter, Manifest
-from tests.conftest import latents
-from tests.data.test_videos import write_video
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "nwm_dataset.npz"
+from tests.support.arrays import GOLDEN, latents
+from tests.support.media import write_video
 
 
 def test_index_and_actions_equal_the_reference() -> None:
-    golden = np.load(GOLDEN)
+    golden = np.load(GOLDEN / "nwm_dataset.npz")
     facts = json.loads(str(golden["meta"]))
     positions = [golden[f"{name}.position"] for name in facts["names"]]
     yaws = [golden[f"{name}.yaw"] for name in facts["names"]]
@@ -132,6 +130,7 @@ def test_items_are_what_the_definition_says(encoded: Path, toy_world: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_items_depend_on_seed_epoch_and_index_alone(encoded: Path) -> None:
     def items(seed: int, epoch: int, workers: int = 0) -> list[torch.Tensor]:
         dataset = NavigationLatents(open_frames(encoded), goals_per_obs=2, seed=seed, **SAMPLING)

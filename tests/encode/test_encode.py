@@ -15,29 +15,14 @@ from halfstep.autoencoders import load_autoencoder
 from halfstep.data.pickles import load_poses
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
-from halfstep.encode import EncodeOptions, EncodeReport, encode
+from halfstep.encode import EncodeOptions, encode
 from halfstep.encode.pipeline import StoppedError
 from halfstep.errors import BusyError, InputError
 from halfstep.files import FileLock
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, verify
-from tests.conftest import OUTSIDE_DATA
-from tests.data.test_videos import write_video
-
-
-def run(source: Path | list[Path], output: Path, **options) -> EncodeReport:
-    sources = source if isinstance(source, list) else [source]
-    defaults = {"precision": "fp32", "storage": "fp32", "size": (32, 32), "batch_size": 4}
-    return encode([SourceConfig(path=path) for path in sources], EncodeOptions(output, **{**defaults, **options}))
-
-
-def content(root: Path, *, raw: bool = True) -> dict[str, np.ndarray]:
-    store = DatasetStore.open(root)
-    return {key: np.array(store.read(key, raw=raw)) for key in store.keys()}
-
-
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+from tests.support.encoding import content, run, same
+from tests.support.media import write_video
 
 
 @pytest.fixture
@@ -475,14 +460,13 @@ def test_several_sources_in_one_store(world: Path, toy_world: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not OUTSIDE_DATA.is_dir(), reason=f"{OUTSIDE_DATA} is not there")
-def test_the_real_clip_and_photographs_with_taef2(tmp_path: Path) -> None:
+def test_the_real_clip_and_photographs_with_taef2(tmp_path: Path, outside_data: Path) -> None:
     from skimage import data
 
     (tmp_path / "photos").mkdir()
     for name in ("astronaut", "coffee", "chelsea"):
         Image.fromarray(getattr(data, name)()).save(tmp_path / "photos" / f"{name}.png")
-    autoencoder = str(OUTSIDE_DATA / "autoencoders")
+    autoencoder = str(outside_data / "autoencoders")
     report = run(tmp_path / "photos", tmp_path / "p", autoencoder=autoencoder, size=(128, 128), storage="fp16")
     assert (report.items, report.failed) == (3, 0)
     again = encode([SourceConfig(path=tmp_path / "photos")], EncodeOptions(tmp_path / "p"))
@@ -496,6 +480,6 @@ def test_the_real_clip_and_photographs_with_taef2(tmp_path: Path) -> None:
             decoded - (torch.from_numpy(np.array(original)).permute(2, 0, 1)[None] / 127.5 - 1)
         ).square().mean() / 4
         assert -10 * torch.log10(error) > 24
-    clip = SourceConfig(path=OUTSIDE_DATA / "video" / "wan_clip.mp4", stride=27)
+    clip = SourceConfig(path=outside_data / "video" / "wan_clip.mp4", stride=27)
     options = EncodeOptions(tmp_path / "v", autoencoder=autoencoder, size=(208, 120), batch_size=1)
     assert encode([clip], replace(options, precision="fp32")).items == 3

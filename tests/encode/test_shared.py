@@ -2,37 +2,28 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
-from subprocess import run as run_process
 
 import pytest
 
 from halfstep.store import verify
-from tests.conftest import run_cli
-from tests.encode.test_encode import content, run, same
+from tests.support.cli import run_process, torchrun
+from tests.support.encoding import content, run, same
 
 OPTIONS = ["--precision", "fp32", "--storage", "fp32", "--size", "32", "--batch-size", "4", "--json", "--quiet"]
-
-
-def _torchrun(processes: int, *arguments: object) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "-m", "halfstep"]
-    result = run_process([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 @pytest.mark.slow
 def test_torchrun_gives_the_same_store_and_resumes_under_another_count(toy_world: Path, tmp_path: Path) -> None:
     world = shutil.copytree(toy_world, tmp_path / "world")
     run(world, tmp_path / "one")
-    report = _torchrun(2, "encode", "-i", world, "-o", tmp_path / "two", *OPTIONS)
+    report = json.loads(torchrun(2, "encode", "-i", world, "-o", tmp_path / "two", *OPTIONS).stdout)
     assert (report["encoded"], report["items"], report["failed"]) == (30, 30, 0)
     assert same(content(tmp_path / "two"), content(tmp_path / "one"))
     assert verify(tmp_path / "two").ok
     shutil.rmtree(world / "walk_000")
     shutil.copy(world / "walk_001" / "0.jpg", world / "walk_002" / "5.jpg")
-    report = _torchrun(3, "encode", "-i", world, "-o", tmp_path / "two", *OPTIONS)
+    report = json.loads(torchrun(3, "encode", "-i", world, "-o", tmp_path / "two", *OPTIONS).stdout)
     assert (report["encoded"], report["skipped"], report["removed"], report["items"]) == (1, 19, 10, 20)
     assert run(world, tmp_path / "two").encoded == 0
 
@@ -41,9 +32,7 @@ def test_torchrun_gives_the_same_store_and_resumes_under_another_count(toy_world
 def test_a_failing_process_says_why_and_the_others_stop(toy_world: Path, tmp_path: Path) -> None:
     world = shutil.copytree(toy_world, tmp_path / "world")
     (world / "walk_001" / "4.jpg").write_bytes(b"")  # belongs to the second process
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "halfstep", "encode"]
-    command += ["-i", str(world), "-o", str(tmp_path / "s"), "--strict", *OPTIONS]
-    result = run_process(command, capture_output=True, text=True, timeout=300)
+    result = torchrun(2, "encode", "-i", world, "-o", tmp_path / "s", "--strict", *OPTIONS, check=None)
     assert result.returncode != 0
     own = [line for line in result.stderr.splitlines() if line.startswith("halfstep: ")]
     assert own
@@ -56,14 +45,14 @@ def test_ray_gives_the_same_store(toy_world: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     world = shutil.copytree(toy_world, tmp_path / "world")
     run(world, tmp_path / "one")
-    result = run_cli("encode", "-i", world, "-o", tmp_path / "ray", *OPTIONS, "--ray")
+    result = run_process("encode", "-i", world, "-o", tmp_path / "ray", *OPTIONS, "--ray")
     report = json.loads(result.stdout)
     assert (report["encoded"], report["items"], report["failed"]) == (30, 30, 0)
     assert same(content(tmp_path / "ray"), content(tmp_path / "one"))
     assert verify(tmp_path / "ray").ok
     (world / "walk_001" / "3.jpg").write_bytes(b"")
-    report = json.loads(run_cli("encode", "-i", world, "-o", tmp_path / "ray", *OPTIONS, "--ray", check=1).stdout)
+    report = json.loads(run_process("encode", "-i", world, "-o", tmp_path / "ray", *OPTIONS, "--ray", check=1).stdout)
     assert (report["encoded"], report["failed"]) == (0, 1)
     assert same(content(tmp_path / "ray"), content(tmp_path / "one"))  # the frame that broke keeps its older latent
-    strict = run_cli("encode", "-i", world, "-o", tmp_path / "ray", *OPTIONS, "--ray", "--strict", check=1)
+    strict = run_process("encode", "-i", world, "-o", tmp_path / "ray", *OPTIONS, "--ray", "--strict", check=1)
     assert "3.jpg: an empty file; stopped because of --strict" in strict.stderr.splitlines()[-1]

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 from torch import nn
 
+from halfstep.data.outputs import write_npz
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
@@ -22,13 +23,13 @@ from halfstep.evaluate.fid import fid
 from halfstep.evaluate.pictures import PictureMetrics
 from halfstep.evaluate.planning import cross_entropy_method
 from halfstep.evaluate.walks import WalkOptions, evaluate_walks
-from halfstep.data.outputs import write_npz
 from halfstep.models import EqM, read_checkpoint
 from halfstep.sampling import cdit, energy_score
 from halfstep.store import DatasetStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
-from tests.conftest import run_cli
+from tests.support.cli import run_cli
+from tests.support.training import SMALL, SMALL_CDIT, WALKS
 
 
 class Corners(nn.Module):
@@ -131,14 +132,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_toy_world(folder / "walks", trajectories=2, frames=12, size=(80, 60), seed=3)
     options = EncodeOptions(folder / "latents", size=(32, 32), precision="fp32", storage="fp32")
     encode([SourceConfig(path=folder / "walks")], options)
-    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2}
     common: dict[str, Any] = {
         "data_path": folder / "latents", "results_dir": folder, "precision": "fp32", "steps": 2, "device": "cpu"
     }  # fmt: skip
-    walks: dict[str, Any] = {"context_size": 2, "len_traj_pred": 4, "goals_per_obs": 2, "metric_waypoint_spacing": 0.25}
-    walks |= {"distance": {"min_dist_cat": -2, "max_dist_cat": 4}, "batch_size": 4}
-    train(TrainConfig(model={"network": "CDiT", **sizes}, run_name="cdit", **walks, **common))
-    train(TrainConfig(model={"network": "EqM", **sizes}, run_name="eqm", energy="dot", global_batch_size=4, **common))
+    train(TrainConfig(model=SMALL_CDIT, run_name="cdit", batch_size=4, **WALKS, **common))
+    train(TrainConfig(model=SMALL, run_name="eqm", energy="dot", global_batch_size=4, **common))
     return folder
 
 

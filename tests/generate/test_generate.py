@@ -20,7 +20,7 @@ from halfstep.generate import GenerateConfig, expand_template, generate
 from halfstep.generate.pipeline import VaeGate, load_generator
 from halfstep.precision import PrecisionPolicy
 from halfstep.store import open_trajectories, verify_trajectories
-from tests.conftest import run_cli
+from tests.support.cli import run_cli
 
 # The form of the files that people have.
 YAML = """

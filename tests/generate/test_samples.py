@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,16 @@ from halfstep.autoencoders import load_autoencoder
 from halfstep.data.sources import SourceConfig
 from halfstep.encode import EncodeOptions, encode
 from halfstep.errors import InputError, NumericsError, StoreError
+from halfstep.models import About, CDiT, EqM, read_checkpoint
 from halfstep.sample.makers import Progress, SampleOptions
 from halfstep.sample.samples import sample
-from halfstep.models import About, CDiT, EqM, read_checkpoint
 from halfstep.sampling import rollout, sample_eqm
 from halfstep.sampling.noise import own_generator
 from halfstep.store import DatasetStore, TrajectoryStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
-from tests.conftest import run_cli
-
-SIZES = {"network": "EqM", "hidden_size": 32, "depth": 2, "num_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def latents(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("latents") / "store"
-    encode([SourceConfig(path=toy_world)], EncodeOptions(output, size=(32, 32), precision="fp32", storage="fp32"))
-    return output
+from tests.support.cli import run_cli, torchrun
+from tests.support.training import SMALL, SMALL_CDIT, WALKS
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +35,9 @@ def runs(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     common: dict[str, Any] = {
         "data_path": latents, "results_dir": folder, "precision": "fp32", "steps": 2, "lr": 1e-2, "device": "cpu"
     }  # fmt: skip
-    train(TrainConfig(model=SIZES, run_name="pictures", num_classes=3, global_batch_size=8, **common))
-    train(TrainConfig(model=SIZES, run_name="clips", clip_len=3, global_batch_size=2, **common))
-    walks = {
-        "context_size": 2, "len_traj_pred": 4, "distance": {"min_dist_cat": -2, "max_dist_cat": 4},
-        "goals_per_obs": 2, "metric_waypoint_spacing": 0.25, "batch_size": 4,
-    }  # fmt: skip
-    train(TrainConfig(model={**SIZES, "network": "CDiT"}, run_name="walks", **walks, **common))
+    train(TrainConfig(model=SMALL, run_name="pictures", num_classes=3, global_batch_size=8, **common))
+    train(TrainConfig(model=SMALL, run_name="clips", clip_len=3, global_batch_size=2, **common))
+    train(TrainConfig(model=SMALL_CDIT, run_name="walks", batch_size=4, **WALKS, **common))
     return folder
 
 
@@ -81,16 +67,14 @@ def test_a_picture_is_the_samplers_decoded(runs: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size == (104, 68)
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_in_every_batch_and_process(runs: Path, tmp_path: Path) -> None:
     sample(options(runs, tmp_path / "whole", number=5))
     sample(options(runs, tmp_path / "parts", number=2))
     sample(options(runs, tmp_path / "parts", number=5))
     sample(options(runs, tmp_path / "large", batch_size=5))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "halfstep"]
-    command += ["sample", "--ckpt", str(runs / "pictures"), "-o", str(tmp_path / "two"), "-n", "5", "--steps", "6"]
-    command += ["--batch-size", "2", "--precision", "fp32", "--device", "cpu", "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ)
-    assert result.returncode == 0, result.stderr
+    command = ["sample", "--ckpt", runs / "pictures", "-o", tmp_path / "two", "-n", 5, "--steps", 6]
+    torchrun(2, *command, "--batch-size", 2, "--precision", "fp32", "--device", "cpu", "--quiet")
     whole = pictures(tmp_path / "whole")
     assert len({picture.tobytes() for picture in whole}) == 5
     for other in ("parts", "two"):
@@ -322,7 +306,7 @@ def test_a_young_average_is_told(runs: Path, latents: Path, tmp_path: Path) -> N
     notes.clear()
     sample(options(runs, tmp_path / "last", number=1, ema=False), Listening())
     common: dict[str, Any] = {"data_path": latents, "results_dir": tmp_path, "precision": "fp32", "device": "cpu"}
-    started = {"model": SIZES, "num_classes": 3, "global_batch_size": 8, "steps": 1, "ckpt": runs / "pictures"}
+    started = {"model": SMALL, "num_classes": 3, "global_batch_size": 8, "steps": 1, "ckpt": runs / "pictures"}
     train(TrainConfig(run_name="tuned", **started, **common))
     sample(options(tmp_path, tmp_path / "tuned-samples", "tuned", number=1), Listening())
     assert notes == []  # what a tuned average began with was trained

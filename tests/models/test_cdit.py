@@ -1,35 +1,22 @@
 """CDiT against the reference implementation's numbers."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from halfstep.errors import InputError
 from halfstep.models import CDiT
 from halfstep.precision import PrecisionPolicy, prepare
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "cdit_tiny.safetensors"
-NUMBERS = load_file(GOLDEN)
-with safe_open(GOLDEN, "pt") as file:
-    CONFIG = json.loads(file.metadata()["config"])
-STATE = {name.removeprefix("weights."): value for name, value in NUMBERS.items() if name.startswith("weights.")}
-INPUTS = [NUMBERS[f"in.{name}"] for name in ("x", "t", "y", "x_cond", "rel_t")]
+from tests.support.golden_cdit import CONFIG, INPUTS, NUMBERS, golden_model
 
 
 def test_the_output_is_the_references() -> None:
-    model = CDiT(**CONFIG, patch_size=2).eval()
-    model.load_state_dict(STATE, strict=True)
+    model = golden_model()
     with torch.no_grad():
         torch.testing.assert_close(model(*INPUTS), NUMBERS["out"], rtol=1e-4, atol=1e-5)
 
 
 def test_every_input_counts() -> None:
-    model = CDiT(**CONFIG, patch_size=2).eval()
-    model.load_state_dict(STATE, strict=True)
+    model = golden_model()
     with torch.no_grad():
         plain = model(*INPUTS)
         for i in range(5):
@@ -67,8 +54,7 @@ def test_mistakes_are_named() -> None:
 
 @pytest.mark.parametrize("preset", ["bf16-mixed", "bf16-true"])
 def test_half_is_near_fp32(preset: str) -> None:
-    model = CDiT(**CONFIG, patch_size=2).eval()
-    model.load_state_dict(STATE, strict=True)
+    model = golden_model()
     prepare(model, PrecisionPolicy.parse(preset))
     kept = {name.partition(".")[0] for name, value in model.state_dict().items() if value.dtype == torch.float32}
     assert preset == "bf16-mixed" or kept == {"t_embedder", "time_embedder"}

@@ -1,30 +1,14 @@
 """EqM against the reference implementation's numbers, and what its variants promise."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from halfstep.errors import InputError
 from halfstep.models import EqM
 from halfstep.precision import PrecisionPolicy, prepare
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "eqm_tiny.safetensors"
-NUMBERS = load_file(GOLDEN)
-with safe_open(GOLDEN, "pt") as file:
-    CONFIG = json.loads(file.metadata()["config"])
-STATE = {name.removeprefix("weights."): value for name, value in NUMBERS.items() if name.startswith("weights.")}
-X, T, Y = (NUMBERS[f"in.{name}"] for name in "xty")
-
-
-def golden_model(**changes: Any) -> EqM:
-    model = EqM(**{**CONFIG, **changes}).eval()
-    model.load_state_dict(STATE, strict=True)
-    return model
+from tests.support.golden_eqm import CONFIG, NUMBERS, STATE, T, X, Y, golden_model
 
 
 def test_the_field_is_the_references() -> None:

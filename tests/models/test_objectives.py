@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from halfstep.models import CDiT, EqM
-from halfstep.models.objectives import gradient_magnitude
-from halfstep.models.objectives import diffusion_loss, dispersive_loss, eqm_loss
-from tests.models import test_cdit as cdit
-from tests.models import test_eqm as eqm
+from halfstep.models import EqM
+from halfstep.models.objectives import diffusion_loss, dispersive_loss, eqm_loss, gradient_magnitude
+from tests.support import golden_cdit as cdit
+from tests.support import golden_eqm as eqm
 
 
 def test_the_eqm_loss_is_the_references() -> None:
@@ -56,8 +55,7 @@ def test_a_new_network_starts_where_it_must() -> None:
 
 def test_the_diffusion_loss_is_the_references() -> None:
     numbers = cdit.NUMBERS
-    model = CDiT(**cdit.CONFIG, patch_size=2).eval()
-    model.load_state_dict(cdit.STATE)
+    model = cdit.golden_model()
     x, t, *condition = cdit.INPUTS
     seen = []
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

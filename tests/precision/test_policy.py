@@ -1,4 +1,8 @@
+import json
+import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -73,18 +77,22 @@ def test_resolve_keeps_what_was_set_beside_auto() -> None:
     assert (resolved.storage, resolved.islands) == ("bf16", ("head",))
 
 
-def _probe_that_measured(tmp_path, monkeypatch, **reports: dict[str, object]) -> None:
-    """Put another device's measurement where `probe` keeps its own."""
-    import json
-    from dataclasses import asdict
-
-    real = probe("cpu")
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what `probe` has kept of this machine."""
+    probe("cpu")
+    kept = Path(os.environ["XDG_CACHE_HOME"]) / "halfstep"
+    shutil.copytree(kept, tmp_path / "halfstep", ignore=shutil.ignore_patterns("*.tmp"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    probe("cpu", refresh=True)
-    (path,) = (tmp_path / "halfstep").iterdir()
-    values = asdict(real)
-    values["types"] = {name: {**values["types"][name], **reports.get(name, {})} for name in values["types"]}
-    path.write_text(json.dumps(values))
+    return tmp_path / "halfstep"
+
+
+def _measured(own_cache: Path, **reports: dict[str, object]) -> None:
+    """Put another device's measurement where `probe` keeps its own."""
+    for path in own_cache.iterdir():
+        values = json.loads(path.read_text())
+        values["types"] = {name: {**report, **reports.get(name, {})} for name, report in values["types"].items()}
+        path.write_text(json.dumps(values))
 
 
 _SLOW = {"matmul_ms": 100.0, "conv_ms": 100.0, "conv_channels_last_ms": 100.0, "attention_ms": 100.0, "sound": True}
@@ -92,32 +100,33 @@ _FAST = {"matmul_ms": 1.0, "conv_ms": 1.0, "conv_channels_last_ms": 1.0, "attent
 _FASTEST = {"matmul_ms": 0.5, "conv_ms": 0.5, "conv_channels_last_ms": 0.5, "attention_ms": 0.5, "sound": True}
 
 
-def test_auto_takes_the_fastest_sound_type(tmp_path, monkeypatch) -> None:
-    _probe_that_measured(tmp_path, monkeypatch, fp32=_SLOW, bf16=_FAST, fp16=_FASTEST)
+def test_auto_takes_the_fastest_sound_type(own_cache: Path) -> None:
+    _measured(own_cache, fp32=_SLOW, bf16=_FAST, fp16=_FASTEST)
     assert PrecisionPolicy.auto("cpu", "encode").params == "fp16"
     assert PrecisionPolicy.auto("cpu", "train") == PrecisionPolicy.parse("16-mixed")
-    _probe_that_measured(tmp_path, monkeypatch, fp32=_SLOW, bf16=_FAST, fp16={**_FASTEST, "sound": False})
+    _measured(own_cache, fp32=_SLOW, bf16=_FAST, fp16={**_FASTEST, "sound": False})
     policy = PrecisionPolicy.auto("cpu", "encode")
     assert policy.params == "bf16"
     assert "unsound" in policy.explain()
 
 
-def test_auto_stays_with_fp32_where_half_is_emulated(tmp_path, monkeypatch) -> None:
-    _probe_that_measured(tmp_path, monkeypatch, fp32=_FAST, bf16=_SLOW, fp16={**_FAST, "conv_ms": 0.99})
+def test_auto_stays_with_fp32_where_half_is_emulated(own_cache: Path) -> None:
+    _measured(own_cache, fp32=_FAST, bf16=_SLOW, fp16={**_FAST, "conv_ms": 0.99})
     policy = PrecisionPolicy.auto("cpu", "encode")
     assert (policy.params, policy.compute) == ("fp32", "fp32")
     assert "fp16 1." in policy.explain()
 
 
-def test_probe_measures_again_when_its_cache_is_damaged(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = probe("cpu")
-    (path,) = (tmp_path / "halfstep").iterdir()
+def test_probe_measures_again_when_its_cache_is_damaged(own_cache: Path) -> None:
+    first, files = probe("cpu"), sorted(own_cache.iterdir())
     assert probe("cpu") == first
-    path.write_text("{")
+    for path in files:
+        path.write_text("{")
     with pytest.warns(UserWarning, match=r"not a readable measurement"):
-        assert probe("cpu").types.keys() == first.types.keys()
-    assert list((tmp_path / "halfstep").iterdir()) == [path]
+        again = probe("cpu")
+    assert again.types.keys() == first.types.keys()
+    assert probe("cpu") == again
+    assert sorted(own_cache.iterdir()) == files
 
 
 def test_probe_finds_the_types_of_this_machine_sound() -> None:

@@ -12,15 +12,9 @@ from halfstep.models import CDiT
 from halfstep.sampling import MemoryRecorder, rollout, sample_cdit
 from halfstep.sampling.cdit import make_scheduler
 from halfstep.sampling.noise import draw
-from tests.models.test_cdit import CONFIG, INPUTS, NUMBERS, STATE
+from tests.support.golden_cdit import CONFIG, INPUTS, NUMBERS, golden_model
 
 _, _, Y, CONTEXT, REL_T = INPUTS
-
-
-def golden_model() -> CDiT:
-    model = CDiT(**CONFIG, patch_size=2).eval()
-    model.load_state_dict(STATE, strict=True)
-    return model
 
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:

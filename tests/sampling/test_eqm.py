@@ -13,7 +13,7 @@ from halfstep.models.objectives import gradient_magnitude
 from halfstep.precision import PrecisionPolicy, prepare
 from halfstep.sampling import MemoryRecorder, StoreRecorder, energy_score, sample_eqm, sample_eqm_ode
 from halfstep.store import TrajectoryFormat, TrajectoryStore
-from tests.models.test_eqm import CONFIG, NUMBERS, X, Y, golden_model
+from tests.support.golden_eqm import CONFIG, NUMBERS, X, Y, golden_model
 
 
 def test_gd_is_the_references() -> None:

@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 import warnings
 from multiprocessing.connection import Connection
@@ -16,9 +14,9 @@ import torch
 from halfstep.errors import InputError
 from halfstep.sampling import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder
 from halfstep.store import TrajectoryFormat, TrajectoryStore, repair_trajectories, verify_trajectories
+from tests.support.cli import run_script
 
 EXACT = TrajectoryFormat(storage="fp32")
-REPOSITORY = Path(__file__).parents[2]
 
 
 def sample(
@@ -104,7 +102,7 @@ def test_finishing_twice_is_finishing_once(tmp_path: Path) -> None:
 def test_nobody_waits_for_ever_for_a_step_that_is_left_out(tmp_path: Path) -> None:
     with StoreRecorder(TrajectoryStore.create(tmp_path / "s"), "a", interval=3) as recorder:
         for k in range(8):
-            recorder.record(Step(k, float(k), float(k), torch.zeros(4, 8, 8))).result(timeout=20)
+            recorder.record(Step(k, float(k), float(k), torch.zeros(4, 8, 8))).result()
 
 
 def test_bad_steps_are_named_at_once(tmp_path: Path) -> None:
@@ -145,10 +143,7 @@ print(len(states))
 
 def test_a_full_disk_does_not_stop_the_sampler(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: writes fail with EFBIG as they do with ENOSPC."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, tmp_path / "s"], capture_output=True, text=True, cwd=REPOSITORY
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_script(FULL_DISK, tmp_path / "s")
     assert done.stdout == "21\n"
     assert done.stderr.count("recording stopped, sampling goes on") == 1
     assert "free some space" in done.stderr
@@ -194,7 +189,8 @@ def _latent(run: int, k: int) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_200_kills_lose_nothing_that_was_promised(tmp_path: Path) -> None:
-    """kill -9 at random times; every step whose ticket was done before is there, exactly, before and after repair."""
+    """kill -9 after any number of done tickets, anywhere in a step; every step whose ticket was done is there, exactly,
+    before and after repair."""
     rng = np.random.default_rng(0)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
@@ -207,10 +203,11 @@ def test_200_kills_lose_nothing_that_was_promised(tmp_path: Path) -> None:
         writing.close()
         with os.fdopen(os.dup(reading.fileno()), "rb") as said:
             assert said.readline() == b"ready\n"
-            time.sleep(float(rng.uniform(0, 0.25)))
+            heard = [said.readline() for _ in range(rng.integers(1, 100))]
+            time.sleep(float(rng.uniform(0, 0.004)))  # about a step, and nothing depends on how far it got
             recording.kill()
             recording.join()
-            for line in said.read().decode().splitlines():
+            for line in b"".join([*heard, *said]).decode().splitlines():
                 run, _, step = line.partition(" ")
                 if step == "end":
                     ended.add(int(run))
@@ -221,7 +218,6 @@ def test_200_kills_lose_nothing_that_was_promised(tmp_path: Path) -> None:
     repair_trajectories(tmp_path / "s")
     _hold_promises(store, promised, ended)
     assert verify_trajectories(tmp_path / "s").ok
-    assert sum(map(len, promised.values())) > 2000
     assert 0 < len(ended) < len(promised)
 
 
@@ -246,11 +242,12 @@ def run(name, steps):
             recorder.record(Step(k, float(k), float(k), latent))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 few = run("few", 8)
-print(run("many", 100) - few)
+print(run("many", 40) - few)
 """
 
 
+@pytest.mark.slow
 def test_the_limit_on_waiting_steps_holds(tmp_path: Path) -> None:
-    """A sampler that is faster than the disk waits: 100 steps, 400 MB, need no more memory than 8."""
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "s"], capture_output=True, text=True, check=True)
+    """A sampler that is faster than the disk waits: 40 steps, 160 MB, need no more memory than 8."""
+    done = run_script(MEMORY, tmp_path / "s")
     assert int(done.stdout) < 60_000  # kB

@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from halfstep.errors import InputError, StoreError
 from halfstep.store.codecs import decode_trajectory, encode_trajectory
 from halfstep.store.zarr_codec import PredictiveCodec
+from tests.support.arrays import GOLDEN
 
 anything = st.floats(width=32, allow_subnormal=True)
 bounds = st.sampled_from([0.0, 1e-42, 1e-30, 1e-4, 0.01, 1.0, 1e10, 1e38])
@@ -64,8 +65,8 @@ def rms(values: np.ndarray) -> float:
     ("name", "group", "most"),
     [("ode_trajectory_20", 16, 0.135), ("ode_trajectory_20", 21, 0.115), ("sde_trajectory_12", 16, 0.34)],
 )
-def test_sampling_trajectories_at_the_error_of_fp16(outside_data: Path, name: str, group: int, most: float) -> None:
-    latents = np.load(outside_data / "golden" / f"{name}.npz")["latents"]
+def test_sampling_trajectories_at_the_error_of_fp16(name: str, group: int, most: float) -> None:
+    latents = np.load(GOLDEN / f"{name}.npz")["latents"]
     blob = encode_trajectory(latents, group=group)
     decoded = decode_trajectory(blob)
     cast = latents.astype(np.float16).astype(np.float32)
@@ -74,8 +75,8 @@ def test_sampling_trajectories_at_the_error_of_fp16(outside_data: Path, name: st
     assert len(blob) < len(encode_trajectory(latents, group=1))  # prediction never costs more than none
 
 
-def test_bf16_fidelity_is_coarser_and_smaller(outside_data: Path) -> None:
-    latents = np.load(outside_data / "golden" / "sde_trajectory_12.npz")["latents"]
+def test_bf16_fidelity_is_coarser_and_smaller() -> None:
+    latents = np.load(GOLDEN / "sde_trajectory_12.npz")["latents"]
     fine, coarse = encode_trajectory(latents), encode_trajectory(latents, fidelity="bf16")
     assert len(coarse) < 0.8 * len(fine)
     # bf16 has three bits of fraction less, so eight times the error.

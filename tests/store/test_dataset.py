@@ -1,7 +1,7 @@
 import multiprocessing
 import pickle
+import signal
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from halfstep.errors import FileError, InputError, NumericsError, StoreError
 from halfstep.spec import LatentSpec, PixelSpec
 from halfstep.store import DatasetStore, DatasetWriter, Manifest, compact, verify
-from tests.conftest import latents
+from tests.support.arrays import latents
+from tests.support.cli import run_script
 
 operations = st.lists(
     st.tuples(
@@ -159,6 +160,7 @@ def _write_many(root: Path, manifest: Manifest, worker: int) -> None:
             writer.append(f"w{worker}/{i}", latents(2, seed=100 * worker + i))
 
 
+@pytest.mark.slow
 def test_several_processes_write_one_store(tmp_path: Path, manifest: Manifest) -> None:
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_write_many, args=(tmp_path / "s", manifest, w)) for w in range(3)]
@@ -177,33 +179,22 @@ def test_several_processes_write_one_store(tmp_path: Path, manifest: Manifest) -
 
 
 KILLED_WRITER = """
-import os, signal, sys
+import sys
 from pathlib import Path
 from halfstep.spec import LatentSpec
 from halfstep.store import DatasetWriter, Manifest
-from tests.conftest import latents
+from tests.support.arrays import latents
+from tests.support.dying import Calls
 manifest = Manifest(LatentSpec("test", 2, 8, scale=(0.5,), shift=(1.0,)), "fp16")
-calls, stop = 0, int(sys.argv[2])
-def tick(frame, event, argument):
-    global calls
-    calls += 1
-    if calls == stop:
-        os.kill(os.getpid(), signal.SIGKILL)
 import pyarrow.parquet, numpy  # the calls of imports are not to be counted
 with DatasetWriter(Path(sys.argv[1] + "-warm"), manifest, shard_bytes=1) as writer:
     writer.append("k", latents(2))
-sys.setprofile(tick)  # dies at an arbitrary call, inside a commit as likely as between two
-with DatasetWriter(Path(sys.argv[1]), manifest, shard_bytes=400) as writer:
-    for i in range(12):
-        writer.append(f"k{i:02d}", latents(2, seed=i))
-sys.setprofile(None)
-print(calls)
+with Calls(int(sys.argv[2])) as calls:  # dies at an arbitrary call, inside a commit as likely as between two
+    with DatasetWriter(Path(sys.argv[1]), manifest, shard_bytes=400) as writer:
+        for i in range(12):
+            writer.append(f"k{i:02d}", latents(2, seed=i))
+print(calls.made)
 """
-
-
-def _run_killed_writer(root: Path, stop: int) -> str:
-    script = [sys.executable, "-c", KILLED_WRITER, str(root), str(stop)]
-    return subprocess.run(script, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout
 
 
 @pytest.mark.slow
@@ -211,10 +202,10 @@ def test_a_killed_writer_leaves_a_whole_store(tmp_path: Path, manifest: Manifest
     """Wherever it dies, what readers see verifies, holds no half sequence, and the next writer goes on."""
     rng = np.random.default_rng(0)
     seen = set()
-    last = int(_run_killed_writer(tmp_path / "whole", stop=-1))
+    last = int(run_script(KILLED_WRITER, tmp_path / "whole", -1).stdout)
     for trial, stop in enumerate(rng.integers(1, last, size=12)):
         root = tmp_path / f"s{trial}"
-        _run_killed_writer(root, stop)
+        run_script(KILLED_WRITER, root, stop, check=-signal.SIGKILL)
         if not (root / "manifest.json").exists():  # died before there was a store; the next run makes it
             DatasetWriter(root, manifest).__exit__(None, None, None)
         report = verify(root)

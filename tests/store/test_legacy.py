@@ -14,7 +14,7 @@ from halfstep.errors import InputError, StoreError, UnsafePickleError
 from halfstep.store import TrajectoryFormat, TrajectoryStore, open_trajectories, verify_trajectories
 from halfstep.store.convert import to_batch, to_store
 from halfstep.store.legacy import read_step
-from tests.conftest import run_cli
+from tests.support.cli import run_cli
 
 SIGMAS = [1.0, 0.9, 0.7, 0.4]
 

@@ -8,7 +8,7 @@ import pytest
 from halfstep.errors import BusyError, StoreError
 from halfstep.files import FileLock
 from halfstep.store import DatasetStore, DatasetWriter, Manifest, compact, repair, verify
-from tests.conftest import latents
+from tests.support.arrays import latents
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def test_verify_names_a_missing_file(store: Path, name: str) -> None:
     assert any(Path(name).stem in problem and "missing" in problem for problem in verify(store).problems)
 
 
+@pytest.mark.slow
 def test_repair_brings_everything_back_but_what_is_damaged_itself(store: Path) -> None:
     """Whatever single bit flips, repair leaves a store that verifies and loses at most the one sequence it hit."""
     before = content(store)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from halfstep.errors import HalfstepError, InputError, NumericsError
 from halfstep.models import EqM
-from halfstep.train.loop import Progress, train
-from tests.train.runs import SMALL, SMALL_CDIT, WALKS, assert_same, config, rewrite, run_folder
+from halfstep.train.loop import train
+from tests.support.training import SMALL, SMALL_CDIT, WALKS, Listening, assert_same, config, rewrite, run_folder
 
 
 def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path: Path, latents: Path) -> None:
@@ -117,6 +117,7 @@ def test_labels_beyond_the_classes_are_named(tmp_path: Path, toy_world: Path) ->
         train(config(tmp_path, tmp_path / "data", image_size=32, num_classes=2))
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path, latents: Path) -> None:
     train(config(tmp_path, latents, steps=1))
     weights = load_file(tmp_path / "run" / "checkpoints" / "0000001" / "model.safetensors")
@@ -160,6 +161,7 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path, latents: Path) ->
             train(config(tmp_path / "new", latents, ckpt=str(tmp_path / name)))
 
 
+@pytest.mark.slow
 def test_parts_of_a_checkpoint_that_do_not_fit_are_named(tmp_path: Path, latents: Path) -> None:
     """The average, the optimizer, and what the trainer's arguments say."""
     whole = EqM.named("EqM-S/2", (4, 4), 1, in_channels=16)
@@ -283,15 +285,10 @@ def test_another_run_in_the_folder_is_left_alone(tmp_path: Path, latents: Path) 
         train(config(tmp_path, latents, lr=0.01))
     with pytest.raises(InputError, match="its steps have 8 items, not 4"):
         train(config(tmp_path, latents, global_batch_size=4))
-    notes: list[str] = []
-
-    class Listening(Progress):
-        def note(self, line: str) -> None:
-            notes.append(line)
-
+    told = Listening()
     with pytest.raises(InputError, match="other settings"):
-        train(config(tmp_path, latents, lr=0.01, precision="bf16-mixed"), Listening())
-    assert notes == []  # one line is enough
+        train(config(tmp_path, latents, lr=0.01, precision="bf16-mixed"), told)
+    assert told.notes == []  # one line is enough
     assert_same(run_folder(tmp_path), before)
     report = train(config(tmp_path, latents, precision="bf16-mixed", log_every=1, steps=3))
     assert report.policy.startswith("bf16-mixed")

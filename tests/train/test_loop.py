@@ -5,8 +5,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,22 @@ from halfstep.errors import InputError
 from halfstep.models import EqM, read_checkpoint
 from halfstep.train.data import open_data
 from halfstep.train.loop import Progress, train
-from tests.conftest import run_cli
-from tests.train.runs import (
+from tests.support.cli import HALFSTEP, run_cli, run_script
+from tests.support.dying import Calls
+from tests.support.media import write_video
+from tests.support.training import (
     SMALL,
     SMALL_CDIT,
     WALKS,
+    Listening,
     assert_same,
     config,
     log,
     read_state,
     run_folder,
 )
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -53,29 +56,41 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, latents: Path, cha
     assert log(tmp_path / "parts")[-1]["grad_norm"] == whole[10]
 
 
+# Trains as sys.argv[1] says and dies at the sys.argv[3]-th call of a function after step sys.argv[2].
+DYING_RUN = """
+import sys
+from halfstep.train.config import TrainConfig
+from halfstep.train.loop import Progress, train
+from tests.support.dying import Calls
+from tests.support.media import write_video
+class Dying(Progress):
+    def step(self, step):
+        if step == int(sys.argv[2]):
+            Calls(last=int(sys.argv[3])).start()
+train(TrainConfig.model_validate_json(sys.argv[1]), Dying())
+"""
+
+
 def test_a_killed_run_goes_on_exactly(tmp_path: Path, latents: Path) -> None:
-    train(config(tmp_path / "whole", latents, steps=60))
+    """Wherever it dies in two steps and the checkpoint between them."""
+    calls = Calls()
+
+    class Counting(Progress):
+        def step(self, step: int) -> None:
+            if step == 14:
+                calls.start()
+            elif step == 16:
+                calls.stop()
+
+    train(config(tmp_path / "whole", latents, steps=60, ckpt_every=5), Counting())
     chosen = config(tmp_path / "killed", latents, steps=60, ckpt_every=5)
-    script = (
-        "from halfstep.train.loop import train; from halfstep.train.config import TrainConfig; "
-        f"train(TrainConfig.model_validate_json({chosen.model_dump_json()!r}))"
-    )
-    checkpoints = tmp_path / "killed" / "run" / "checkpoints"
-    kills = 0
-    while not (checkpoints / "0000060").exists():
-        process = subprocess.Popen([sys.executable, "-c", script])
-        seen = len(list(checkpoints.glob("[0-9]*")))
-        while process.poll() is None and len(list(checkpoints.glob("[0-9]*"))) < seen + 4:
-            time.sleep(0.002)
-        kills += process.poll() is None
-        process.kill()
-        assert process.wait() in (0, -signal.SIGKILL)
-    assert kills >= 2
+    deaths = np.random.default_rng(0).integers(1, calls.made, size=3)
+    for step, last in zip((14, 29, 44), deaths, strict=True):
+        run_script(DYING_RUN, chosen.model_dump_json(), step, last, check=-signal.SIGKILL)
+    train(chosen)
     assert_same(run_folder(tmp_path / "killed"), run_folder(tmp_path / "whole"))
-    train(chosen)  # nothing to do, and what the kills left is gone
-    assert not list(checkpoints.glob(".*"))
-    steps = [record["step"] for record in log(tmp_path / "killed")]
-    assert steps == list(range(2, 61, 2))
+    assert not list((tmp_path / "killed" / "run" / "checkpoints").glob(".*"))  # what the kills left is gone
+    assert [record["step"] for record in log(tmp_path / "killed")] == list(range(2, 61, 2))
 
 
 def test_it_learns_in_every_precision(tmp_path: Path, latents: Path) -> None:
@@ -174,16 +189,11 @@ def test_the_loss_scale_skips_and_collapses(tmp_path: Path, latents: Path, monke
         return losses * (float("inf") if half[-1] == "fp16" else 1.0)
 
     monkeypatch.setattr(data_module, "eqm_loss", overflowing)
-    notes: list[str] = []
-
-    class Listening(Progress):
-        def note(self, line: str) -> None:
-            notes.append(line)
-
-    report = train(config(tmp_path, latents, precision="16-mixed", steps=30, log_every=15), Listening())
+    told = Listening()
+    report = train(config(tmp_path, latents, precision="16-mixed", steps=30, log_every=15), told)
     assert report.skipped == 20
     assert report.policy.startswith("bf16-mixed")
-    assert any("collapsed" in line for line in notes)
+    assert any("collapsed" in line for line in told.notes)
     assert [record["switched_at"] for record in log(tmp_path)] == [None, 20]  # which is no step of the log
     assert [record["policy"].split(",")[0] for record in log(tmp_path)] == ["16-mixed", "bf16-mixed"]
     assert log(tmp_path)[0]["loss_scale"] == 65536 / 2**15
@@ -195,12 +205,12 @@ def test_the_loss_scale_skips_and_collapses(tmp_path: Path, latents: Path, monke
     assert read_state(tmp_path)["updates"] == 12
 
 
-@pytest.mark.slow
 def test_compiled_training_learns_the_same(tmp_path: Path, latents: Path) -> None:
     for precision, tolerance in (("fp32", 1e-4), ("bf16-mixed", 0.02)):  # fused, so rounded elsewhere
         plain, compiled = tmp_path / f"plain-{precision}", tmp_path / f"compiled-{precision}"
-        train(config(plain, latents, precision=precision))
-        train(config(compiled, latents, precision=precision, compile=True))
+        small = {"precision": precision, "model": {**SMALL, "depth": 1}}
+        train(config(plain, latents, **small))
+        train(config(compiled, latents, **small, compile=True))
         losses = [[record["loss"] for record in log(folder)] for folder in (plain, compiled)]
         np.testing.assert_allclose(losses[1], losses[0], rtol=tolerance)
         assert run_folder(compiled)["model.safetensors"].keys() == run_folder(plain)["model.safetensors"].keys()
@@ -217,19 +227,16 @@ def test_the_log_goes_to_tensorboard_too(tmp_path: Path, latents: Path) -> None:
 
 def test_pixels_are_encoded_on_the_way(tmp_path: Path, toy_world: Path, latents: Path) -> None:
     """The same losses as over a store of them, where neither flips nor samples are drawn."""
-    notes: list[str] = []
-
-    class Listening(Progress):
-        def note(self, line: str) -> None:
-            notes.append(line)
-
+    told = Listening()
     walks = {"model": SMALL_CDIT, **WALKS}
     over_pixels = config(tmp_path / "pixels", toy_world, image_size=32, **walks)
-    train(over_pixels, Listening())
+    train(over_pixels, told)
     train(config(tmp_path / "latents", latents, **walks))
     ours, theirs = log(tmp_path / "pixels"), log(tmp_path / "latents")
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-4)
-    assert any(f"halfstep encode -i {toy_world} -o LATENTS --autoencoder dct8 --size 32x32`" in line for line in notes)
+    assert any(
+        f"halfstep encode -i {toy_world} -o LATENTS --autoencoder dct8 --size 32x32`" in line for line in told.notes
+    )
 
 
 def test_batches_are_shared_out_without_loss(latents: Path, tmp_path: Path) -> None:
@@ -268,30 +275,27 @@ def test_a_type_that_is_not_there_is_replaced_and_said(
     from halfstep.precision import ProbeResult
 
     monkeypatch.setattr(ProbeResult, "speedup", lambda *_: 0.0)
-    notes: list[str] = []
-
-    class Listening(Progress):
-        def note(self, line: str) -> None:
-            notes.append(line)
-
-    report = train(config(tmp_path, latents, precision="bf16-mixed"), Listening())
+    told = Listening()
+    report = train(config(tmp_path, latents, precision="bf16-mixed"), told)
     assert report.policy.startswith("fp32")
-    assert [line for line in notes if "cannot compute in bf16; fp32 is used instead" in line]
+    assert [line for line in told.notes if "cannot compute in bf16; fp32 is used instead" in line]
 
 
 def test_the_command_line_stops_on_request_and_goes_on(tmp_path: Path, latents: Path) -> None:
-    command = [sys.executable, "-m", "halfstep", "train", "eqm", "--data-path", str(latents), "-o", str(tmp_path)]
-    command += [f"--set=model.{name}={value}" for name, value in SMALL.items()]
-    command += ["--run-name", "run", "--global-batch-size", "8", "--use-bf16", "--log-every", "1", "--quiet"]
-    process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    command = ["train", "eqm", "--data-path", latents, "-o", tmp_path, "--run-name", "run", "--global-batch-size", 8]
+    command += [f"--set=model.{name}={value}" for name, value in SMALL.items()] + ["--use-bf16", "--log-every", 1]
+    endless = [*HALFSTEP, *map(str, command), "--steps", "100000"]
+    with subprocess.Popen(endless, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        told = ""
+        while not told.startswith("step 1:"):
+            told = process.stderr.readline()
+            assert told, "it ended by itself"
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
     assert process.returncode == 130
     step = int(re.search(r"stopped after step (\d+)", errors)[1])  # type: ignore[index]
-    result = subprocess.run([*command, "--steps", str(step + 2), "--json"], capture_output=True, text=True, check=True)
+    result = run_cli(*command, "--steps", step + 2, "--json", "--quiet")
     report = json.loads(result.stdout)
     assert report["step"] == step + 2
     assert report["policy"].startswith("bf16-mixed")
@@ -300,8 +304,6 @@ def test_the_command_line_stops_on_request_and_goes_on(tmp_path: Path, latents: 
 
 def test_the_published_commands_and_configs_work(tmp_path: Path, toy_world: Path, latents: Path) -> None:
     """Clips of videos in class folders; and the navigation YAML over latents with its keys."""
-    from tests.data.test_videos import write_video
-
     for label in ("run", "jump"):
         (tmp_path / "ucf" / label).mkdir(parents=True)
         for number in range(2):

@@ -1,10 +1,7 @@
 """Training that torchrun's processes share, by copies (DDP) or shards (FSDP2)."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,8 @@ from halfstep.team import Team
 from halfstep.train.data import open_data
 from halfstep.train.loop import _microbatches, _seed
 from halfstep.train.state import TrainState
-from tests.conftest import run_cli
-from tests.train.runs import SMALL, SMALL_CDIT, WALKS, config, read_state, run_folder, torchrun
+from tests.support.cli import run_cli, torchrun
+from tests.support.training import SMALL, SMALL_CDIT, WALKS, config, read_state, run_folder
 
 SHARED: dict[str, Any] = {"gradient_accumulation_steps": 2, "ema_decay": 0.5}
 
@@ -33,7 +30,7 @@ def test_processes_find_a_failure_together(tmp_path: Path, options: list[str]) -
             torch.save(latent, tmp_path / "tree" / str(walk) / f"{frame}.pt")
     command = ["train", "eqm", "--data-path", tmp_path / "tree", "-o", tmp_path, "--precision", "fp32", "--steps", 4]
     sizes = [f"--set=model.{name}={value}" for name, value in SMALL.items()]
-    result = torchrun(2, *command, *sizes, "--global-batch-size", 4, "--device", "cpu", *options, check=False)
+    result = torchrun(2, *command, *sizes, "--global-batch-size", 4, "--device", "cpu", *options, check=None)
     assert result.returncode != 0
     assert re.search(r"an item of '1' in the data is not finite, in fp32", result.stderr)
 
@@ -110,8 +107,4 @@ def test_a_team_can_be_joined_again_and_ends_in_order(tmp_path: Path) -> None:
         "        assert team.gather(lambda: team.rank) == list(range(4))\n"
         "leave(0)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--standalone", str(script)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr
+    torchrun(4, script)

@@ -1,9 +1,6 @@
 """Small runs, and what they leave."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from halfstep.config import validate
 from halfstep.train.config import TrainConfig
+from halfstep.train.loop import Progress
 
 SMALL = {"network": "EqM", "hidden_size": 32, "depth": 2, "num_heads": 2}
 SMALL_CDIT = {**SMALL, "network": "CDiT"}
@@ -72,10 +70,11 @@ def rewrite(path: Path, weights: dict[str, torch.Tensor]) -> None:
     save_file(weights, path, metadata)
 
 
-def torchrun(processes: int, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    command += ["-m", "halfstep", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0 or not check, result.stderr
-    return result
+class Listening(Progress):
+    """Keeps what a user is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
