@@ -17,8 +17,9 @@ from halfstep.config import load_yaml, validate
 from halfstep.errors import BusyError, InputError
 from halfstep.files import FileLock
 from halfstep.generate import GenerateConfig, expand_template, generate
-from halfstep.generate.pipeline import VaeGate, load_generator
+from halfstep.generate.pipeline import Decoder, Verdict, load_generator
 from halfstep.precision import PrecisionPolicy
+from halfstep.progress import Progress
 from halfstep.store import open_trajectories, verify_trajectories
 from tests.support.cli import run_cli
 
@@ -134,17 +135,18 @@ class _Decoder:
 def test_the_decoder_is_half_where_that_is_enough() -> None:
     latents = torch.linspace(-1, 1, 64).reshape(8, 8)
     good, coarse = _Decoder(1.0), _Decoder(20.0)
-    gates = [VaeGate(half=True), VaeGate(half=True)]
-    for gate, decoder in zip(gates, (good, coarse), strict=True):
-        gate.attach(decoder)
-        for _ in range(3):
-            decoder.decode(latents)
-    assert good.calls == [True, False, True, True]
-    assert coarse.calls == [True, False, False, False]
-    assert gates[0].half
-    assert not gates[1].half
+    decoders = [Decoder(vae, None) for vae in (good, coarse)]
+    shown = [[vae.decode(latents)[0] for _ in range(3)] for vae in (good, coarse)]
+    assert good.calls == [False, True, True, True, True]  # compared once; then all in half, the first one too
+    assert coarse.calls == [False, True, False, False, False]
+    assert [decoder.verdict.half for decoder in decoders if decoder.verdict] == [True, False]
+    assert all(torch.equal(pixels, same[0]) for same in shown for pixels in same)
     assert torch.isfinite(good.decode(latents * 1000)[0]).all()
-    assert gates[0].retried == 1
+    assert decoders[0].retried == 8  # rows, each a sample here
+    kept = _Decoder(1.0)
+    Decoder(kept, Verdict(half=False))  # as a batch that goes on brings it
+    kept.decode(latents)
+    assert kept.calls == [False]
 
 
 def test_a_model_of_pictures(small_vae: Path, tmp_path: Path) -> None:
@@ -181,17 +183,24 @@ def test_a_model_of_pictures(small_vae: Path, tmp_path: Path) -> None:
         requires_safety_checker=False,
     ).save_pretrained(tmp_path / "sd")
     settings = config(tmp_path / "sd", latent_analysis_settings={"store_latents": True, "storage_interval": 2})
-    heard: list[str] = []
-    steps: list[tuple[str, int, int]] = []
-    report = generate(settings, "a cat", tmp_path / "b", say=heard.append, on_step=lambda *s: steps.append(s))
+    steps: list[int] = []
+
+    class Watching(Progress):
+        def start(self, total: int | None, done: int = 0) -> None:
+            steps.append(-(total or 0))
+
+        def advance(self, units: int = 1, *, written: int = 0) -> None:
+            steps.append(units)
+
+    report = generate(settings, "a cat", tmp_path / "b", progress=Watching())
     assert report.generated == ["prompt_000_vid001"]
     with Image.open(tmp_path / "b" / "runs" / "prompt_000_vid001" / "image.png") as picture:
         assert picture.size == (32, 48)
-    assert steps == [("prompt_000_vid001", k, 3) for k in (1, 2, 3)]
+    assert steps == [-3, 1, 1, 1]
     assert open_trajectories(tmp_path / "b")["prompt_000_vid001"].steps.tolist() == [0, 2, 3]
     for sampler, scheduler in (("euler", "EulerDiscreteScheduler"), ("dpm++", "DPMSolverMultistepScheduler")):
         model = settings.model_settings.model_copy(update={"sampler": sampler})
-        loaded = load_generator(model, settings.memory_settings, PrecisionPolicy(), "cpu")
+        loaded = load_generator(model, settings.memory_settings, PrecisionPolicy(), "cpu", None)
         assert type(loaded.pipe.scheduler).__name__ == scheduler
 
 

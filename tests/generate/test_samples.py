@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from halfstep.data.sources import SourceConfig
 from halfstep.encode import EncodeOptions, encode
 from halfstep.errors import InputError, NumericsError, StoreError
 from halfstep.models import About, CDiT, EqM, read_checkpoint
-from halfstep.sample.makers import Progress, SampleOptions
-from halfstep.sample.samples import sample
-from halfstep.sampling import rollout, sample_eqm
+from halfstep.progress import Progress
+from halfstep.sample import SampleOptions, sample
+from halfstep.sampling import GuidedField, drive, rollout, sample_cdit, sample_eqm
 from halfstep.sampling.noise import own_generator
 from halfstep.store import DatasetStore, TrajectoryStore
 from halfstep.train.config import TrainConfig
@@ -55,8 +56,8 @@ def test_a_picture_is_the_samplers_decoded(runs: Path, tmp_path: Path) -> None:
     assert (report.made, report.there, report.updates) == (5, 0, 5)
     network = read_checkpoint(runs / "pictures").build()
     x = torch.stack([torch.randn(16, 4, 4, generator=own_generator(0, number)) for number in (2, 3)])
-    chosen: dict[str, Any] = {"sampler": "ngd", "step_size": 0.0017, "momentum": 0.3, "guidance_scale": 1.5}
-    expected = sample_eqm(network, x, torch.tensor([2, 0]), updates=5, **chosen)
+    field = GuidedField(network, torch.tensor([2, 0]), 1.5)
+    expected = drive(sample_eqm(field, x, updates=5, step_size=0.0017, momentum=0.3))
     sample(options(runs, tmp_path / "raw", labels=((2,), (0,)), guidance_scale=1.5, format="npy"))
     for number, latent in zip((2, 3), expected, strict=True):
         np.testing.assert_allclose(np.load(tmp_path / "raw" / f"{number:06d}.npy"), latent, atol=1e-6)
@@ -138,7 +139,7 @@ def test_walks_go_on_from_real_frames_along_real_actions(runs: Path, latents: Pa
     actions = torch.from_numpy(to_actions(local_steps(position, yaw), 0.25)).float()
     expected = rollout(
         network, torch.from_numpy(store.read(key, now - 1, now + 1))[None], actions[None], 1 / 128,
-        scheduler="ddim", steps=5, generators=[own_generator(0, 1)],
+        partial(sample_cdit, scheduler="ddim", steps=5, generators=[own_generator(0, 1)]),
     )  # fmt: skip
     raw = np.load(tmp_path / "raw" / "000001.npy")
     np.testing.assert_allclose(raw, expected[0], atol=1e-4)
@@ -199,28 +200,28 @@ def test_a_published_checkpoint(tmp_path: Path) -> None:
     [
         ("pictures", {"labels": ((3,),)}, "labels: got 3; the model has classes 0 to 2"),
         ("pictures", {"labels": ((1, 2), (1,))}, "compose the same number"),
-        ("pictures", {"sampler": "ddim"}, "got 'ddim'; EqM has gd, ngd, euler, heun"),
-        ("pictures", {"sampler": "heun", "stop_below": 0.1}, "is of gd and ngd"),
+        ("pictures", {"sampler": "ddim"}, "got 'ddim'; EqM has ngd, gd, euler, heun"),
+        ("pictures", {"sampler": "heun", "stop_below": 0.1}, "--stop-below needs --sampler gd or ngd"),
         ("pictures", {"model": "EqM-B/2"}, "holds EqM of depth 2.*, not EqM-B/2"),
-        ("pictures", {"format": "jpg"}, "format: got 'jpg'; expected one of png, mp4, gif, npy"),
+        ("pictures", {"format": "jpg"}, "--format: got 'jpg'; expected one of png, mp4, gif, npy"),
         ("clips", {"video": True, "clip_len": 16}, "num_frames is 3, not 16"),
-        ("clips", {"clip_len": 3}, "is of video"),
-        ("pictures", {"step_size": float("nan")}, "step_size nan"),
-        ("pictures", {"guidance_channels": 17}, "guidance_channels: got 17; the latents have 16 channels"),
-        ("pictures", {"storage": "fp32"}, "storage: is of recorded steps"),
+        ("clips", {"clip_len": 3}, "--clip-len needs --video"),
+        ("pictures", {"step_size": float("nan")}, "--step-size nan"),
+        ("pictures", {"guidance_channels": 17}, "--cfg-channels: got 17; the latents have 16 channels"),
+        ("pictures", {"storage": "fp32"}, "--storage needs --record"),
         ("pictures", {"storage": "int8", "record": True}, "storage: got 'int8'"),
-        ("pictures", {"data_path": "LATENTS"}, "data_path: is not an option of an EqM"),
-        ("pictures", {"frames": 9}, "frames: is not an option of an EqM"),
-        ("pictures", {"start_gamma": 0.5}, "give start_from too"),
+        ("pictures", {"data_path": "LATENTS"}, "--data-path is not an option of EqM"),
+        ("pictures", {"frames": 9}, "--frames is not an option of EqM"),
+        ("pictures", {"start_gamma": 0.5}, "--start-gamma needs --start-from"),
         ("pictures", {"start_from": "LATENTS", "start_gamma": 1.0, "sampler": "heun"}, "below 1 for the flow's ODE"),
         (
             "pictures",
             {"start_from": "POSELESS"},
             "holds other latents than the model was trained on: pixels: .*48.*, not .*32",
         ),
-        ("walks", {}, "data_path: not given"),
+        ("walks", {}, "--data-path: not given"),
         ("walks", {"data_path": "LATENTS", "frames": 20}, "no sequence has 22 frames in a row"),
-        ("walks", {"data_path": "LATENTS", "guidance_scale": 9.0}, "guidance_scale: is not an option of a CDiT"),
+        ("walks", {"data_path": "LATENTS", "guidance_scale": 9.0}, "--cfg-scale is not an option of CDiT"),
         ("walks", {"data_path": "LATENTS", "spacing": 0.0}, "spacing: got 0.0; expected metres above 0"),
         ("walks", {"data_path": "LATENTS", "steps": 1001}, "steps: got 1001; expected 2 to 1000"),
         ("nothing", {}, "no such file or folder; expected a checkpoint"),
@@ -254,7 +255,7 @@ def test_a_folder_goes_on_in_its_own_precision(runs: Path, tmp_path: Path, monke
     report = sample(replace(options(runs, tmp_path / "out", precision="auto"), ckpt=Path("pictures")))
     assert (report.made, report.there) == (3, 2)
     assert report.policy.startswith("bf16-mixed")
-    with pytest.raises(InputError, match=r"policy 'bf16-mixed.*', not 'fp32"):
+    with pytest.raises(InputError, match=r"policy: was 'bf16-mixed.*', is 'fp32"):
         sample(options(runs, tmp_path / "out", precision="fp32"))
 
 
@@ -283,7 +284,7 @@ def test_recordings_of_one_frame_are_open_at_a_time(runs: Path, latents: Path, t
     together = []
 
     class Watching(Progress):
-        def step(self, samples: int) -> None:
+        def advance(self, units: int = 1, *, written: int = 0) -> None:
             held = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
             together.append({path.parts[-2] for path in held if "/runs/" in str(path)} & keys)
 

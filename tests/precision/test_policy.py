@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from halfstep import PrecisionPolicy
 from halfstep.errors import InputError
-from halfstep.precision import PRESETS, probe
+from halfstep.precision import PRESETS, choose, probe, resolve, settle
 from halfstep.precision.policy import STORAGE_TYPES
 
 patterns = st.lists(st.from_regex(re.compile(r"[a-z_.*\[\]?0-9]+", re.ASCII), fullmatch=True), max_size=3).map(tuple)
@@ -58,7 +59,7 @@ def test_usual_spellings(spelling: str, preset: str) -> None:
     [
         ("fp8", "'fp8'; expected one of fp32"),
         ("fp32,storage=fp8", "precision.storage: got 'fp8'; expected one of fp32, bf16, fp16"),
-        ("fp32,colour=red", "'colour=red'"),
+        ("fp32,color=red", "'color=red'"),
         ("bf16-true,compute=fp16", "precision.compute"),
         ("fp32,storage=fp16,storage=bf16", "given twice"),
         ("16-mixed,loss_scale=-1", "precision.loss_scale"),
@@ -72,7 +73,7 @@ def test_bad_text_is_named(text: str, named: str) -> None:
 
 
 def test_resolve_keeps_what_was_set_beside_auto() -> None:
-    resolved = PrecisionPolicy.parse("auto,storage=bf16,islands=head").resolve("cpu", "encode")
+    resolved = resolve(PrecisionPolicy.parse("auto,storage=bf16,islands=head"), "cpu", "encode")
     assert not resolved.is_auto
     assert (resolved.storage, resolved.islands) == ("bf16", ("head",))
 
@@ -102,19 +103,34 @@ _FASTEST = {"matmul_ms": 0.5, "conv_ms": 0.5, "conv_channels_last_ms": 0.5, "att
 
 def test_auto_takes_the_fastest_sound_type(own_cache: Path) -> None:
     _measured(own_cache, fp32=_SLOW, bf16=_FAST, fp16=_FASTEST)
-    assert PrecisionPolicy.auto("cpu", "encode").params == "fp16"
-    assert PrecisionPolicy.auto("cpu", "train") == PrecisionPolicy.parse("16-mixed")
+    assert choose("cpu", "encode").params == "fp16"
+    assert choose("cpu", "train") == PrecisionPolicy.parse("16-mixed")
     _measured(own_cache, fp32=_SLOW, bf16=_FAST, fp16={**_FASTEST, "sound": False})
-    policy = PrecisionPolicy.auto("cpu", "encode")
+    policy = choose("cpu", "encode")
     assert policy.params == "bf16"
     assert "unsound" in policy.explain()
 
 
 def test_auto_stays_with_fp32_where_half_is_emulated(own_cache: Path) -> None:
     _measured(own_cache, fp32=_FAST, bf16=_SLOW, fp16={**_FAST, "conv_ms": 0.99})
-    policy = PrecisionPolicy.auto("cpu", "encode")
+    policy = choose("cpu", "encode")
     assert (policy.params, policy.compute) == ("fp32", "fp32")
     assert "fp16 1." in policy.explain()
+
+
+def test_one_place_settles_a_policy(own_cache: Path) -> None:
+    _measured(own_cache, fp32=_FAST, bf16=_SLOW, fp16={**_FAST, "matmul_ms": math.inf})
+    assert settle("auto", "cpu", "train") == (choose("cpu", "train"), ())
+    policy, notes = settle("bf16-mixed,storage=fp16", "cpu", "train")
+    assert str(policy) == "bf16-mixed,storage=fp16"
+    assert re.fullmatch(r"bf16 is 100.0 times as slow as fp32 on .*: it is emulated, and auto .*", notes[0])
+    with pytest.raises(InputError, match="cannot compute in fp16; use fp32 or auto"):
+        settle("16-mixed", "cpu", "train")
+    kept, notes = settle("auto,storage=bf16", "cpu", "train", kept="16-mixed,islands=head")
+    assert kept == PrecisionPolicy(storage="bf16")  # what was begun on another device goes on
+    assert "cannot compute in fp16, as before; fp32 is used instead" in notes[0]
+    assert settle("auto", "cpu", "sample", kept="fp32,storage=fp16") == (PrecisionPolicy(storage="fp16"), ())
+    assert settle("fp32", "cpu", "encode", kept="bf16-true") == (PrecisionPolicy(), ())
 
 
 def test_probe_measures_again_when_its_cache_is_damaged(own_cache: Path) -> None:

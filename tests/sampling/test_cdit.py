@@ -1,5 +1,6 @@
 """Sampling from CDiT against the reference implementation's numbers, and what a rollout promises."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,18 @@ import torch
 from halfstep.data.navigation import follow, goal_actions, local_steps, to_actions
 from halfstep.errors import InputError
 from halfstep.models import CDiT
-from halfstep.sampling import MemoryRecorder, rollout, sample_cdit
+from halfstep.sampling import MemoryRecorder, Prediction, drive, rollout, sample_cdit
 from halfstep.sampling.cdit import make_scheduler
 from halfstep.sampling.noise import draw
 from tests.support.golden_cdit import CONFIG, INPUTS, NUMBERS, golden_model
 
 _, _, Y, CONTEXT, REL_T = INPUTS
+
+
+def sampled(
+    model: CDiT, context: torch.Tensor, y: torch.Tensor, rel_t: torch.Tensor, recorders: Any = (), **options: Any
+) -> torch.Tensor:
+    return drive(sample_cdit(Prediction(model, context, y, rel_t), **options), recorders)
 
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
@@ -27,7 +34,7 @@ def test_ancestral_sampling_is_the_references(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("halfstep.sampling.cdit.draw", lambda *_: NUMBERS["in.noise"])
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noises.pop(0))
     assert make_scheduler("ancestral", 5).timesteps.tolist() == sorted(NUMBERS["sample.timesteps"].tolist())[::-1]
-    sample = sample_cdit(golden_model(), CONTEXT, Y, REL_T, steps=5, generators=generators(3))
+    sample = sampled(golden_model(), CONTEXT, Y, REL_T, steps=5, generators=generators(3))
     torch.testing.assert_close(sample, NUMBERS["sample.out"], rtol=1e-4, atol=1e-3)
 
 
@@ -35,12 +42,10 @@ def test_ancestral_sampling_is_the_references(monkeypatch: pytest.MonkeyPatch) -
 def test_a_sample_depends_on_its_own_generator_alone(scheduler: Any) -> None:
     model = golden_model()
     chosen: dict[str, Any] = {"scheduler": scheduler, "steps": 4}
-    together = sample_cdit(model, CONTEXT, Y, REL_T, generators=generators(3), **chosen)
-    alone = sample_cdit(
-        model, CONTEXT[1:2], Y[1:2], REL_T[1:2], generators=[torch.Generator().manual_seed(1)], **chosen
-    )
+    together = sampled(model, CONTEXT, Y, REL_T, generators=generators(3), **chosen)
+    alone = sampled(model, CONTEXT[1:2], Y[1:2], REL_T[1:2], generators=[torch.Generator().manual_seed(1)], **chosen)
     torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
-    other = sample_cdit(model, CONTEXT, Y, REL_T, generators=generators(3, seed=9), **chosen)
+    other = sampled(model, CONTEXT, Y, REL_T, generators=generators(3, seed=9), **chosen)
     assert not torch.allclose(other, together, atol=1e-2)
 
 
@@ -56,9 +61,9 @@ def test_the_exact_denoiser_is_followed_home(scheduler: Any) -> None:
             return torch.cat([(x - bar.sqrt() * frame) / (1 - bar).sqrt(), -torch.ones_like(x)], dim=1)
 
     recorders = [MemoryRecorder() for _ in range(3)]
-    sample = sample_cdit(
+    sample = sampled(
         Knowing(**CONFIG, patch_size=2), CONTEXT, Y, REL_T, scheduler=scheduler, steps=20,
-        generators=generators(3), recorder=recorders,
+        generators=generators(3), recorders=recorders,
     )  # fmt: skip
     torch.testing.assert_close(sample, frame.expand(3, -1, -1, -1), rtol=1e-2, atol=2e-2)
     steps = recorders[0].steps
@@ -82,7 +87,7 @@ def test_a_gaussian_comes_out_as_wide_as_it_is(scheduler: Any, steps: int) -> No
             bar = bars[t].reshape(-1, 1, 1, 1)
             return torch.cat([x * (1 - bar).sqrt() / (bar * width**2 + 1 - bar), torch.zeros_like(x)], dim=1)
 
-    sample = sample_cdit(
+    sample = sampled(
         Gaussian(**CONFIG, patch_size=2), CONTEXT, Y, REL_T, scheduler=scheduler, steps=steps, generators=generators(3)
     )
     noise = draw(sample.shape[1:], generators(3))
@@ -93,11 +98,11 @@ def test_a_rollout_feeds_on_itself() -> None:
     model = golden_model()
     actions = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(2))
     chosen: dict[str, Any] = {"scheduler": "ddim", "steps": 3}
-    frames = rollout(model, CONTEXT, actions, 0.01, generators=generators(3), **chosen)
+    frames = rollout(model, CONTEXT, actions, 0.01, partial(sample_cdit, generators=generators(3), **chosen))
     drawn, context = generators(3), CONTEXT
     for number in range(3):
         offset = torch.full((3,), 0.01)
-        frame = sample_cdit(model, context, actions[:, number], offset, generators=drawn, **chosen)
+        frame = sampled(model, context, actions[:, number], offset, generators=drawn, **chosen)
         assert torch.equal(frame, frames[:, number])
         context = torch.cat([context[:, 1:], frame.unsqueeze(1)], dim=1)
 
@@ -119,10 +124,10 @@ def test_a_circle_is_the_same_step_again_and_again() -> None:
 def test_mistakes_are_named() -> None:
     model = golden_model()
     with pytest.raises(InputError, match="got 'plms'; expected one of ancestral, ddim, dpm"):
-        sample_cdit(model, CONTEXT, Y, REL_T, scheduler="plms", generators=generators(3))  # type: ignore[arg-type]
+        sampled(model, CONTEXT, Y, REL_T, scheduler="plms", generators=generators(3))
     with pytest.raises(InputError, match="steps: got 1; expected 2 to 1000"):  # one would leave all the noise
-        sample_cdit(model, CONTEXT, Y, REL_T, steps=1, generators=generators(3))
+        sampled(model, CONTEXT, Y, REL_T, steps=1, generators=generators(3))
     with pytest.raises(InputError, match="generators: got 2 for 3 samples"):
-        sample_cdit(model, CONTEXT, Y, REL_T, generators=generators(2))
+        sampled(model, CONTEXT, Y, REL_T, generators=generators(2))
     with pytest.raises(InputError, match="steps: got 1001; expected 2 to 1000"):
-        sample_cdit(model, CONTEXT, Y, REL_T, steps=1001, generators=generators(3))
+        sampled(model, CONTEXT, Y, REL_T, steps=1001, generators=generators(3))

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from halfstep.config import validate
+from halfstep.progress import Progress
 from halfstep.train.config import TrainConfig
-from halfstep.train.loop import Progress
 
 SMALL = {"network": "EqM", "hidden_size": 32, "depth": 2, "num_heads": 2}
 SMALL_CDIT = {**SMALL, "network": "CDiT"}

@@ -84,13 +84,13 @@ def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
         ({"model": {"network": "EqM"}}, "hidden_size: is not given"),
         ({"fsdp": True, "energy": "dot"}, "fsdp: sharded weights cannot take part"),
         ({"compile": True, "energy": "dot"}, "compile: cannot see through the gradient"),
-        ({"fsdp": True, "precision": "bf16-true,islands=blocks.*.mlp"}, "fsdp: sharded layers have weights of one"),
+        ({"fsdp": True, "precision": "bf16-true,islands=blocks.*.mlp"}, "--fsdp: sharded layers have weights of one"),
         ({"global_batch_size": 64, "gradient_accumulation_steps": 8}, "use a batch of 24 or less"),
         ({"lr": float("inf")}, "lr: got inf; input should be a finite number"),
         ({"ema_decay": 1.0}, "ema_decay: got 1.0; input should be less than 1"),
         ({"model": 5}, "test: model: got 5"),
         ({"model": {**SMALL, "hiden_size": 3}}, "test: model.hiden_size: unknown key; did you mean 'hidden_size'"),
-        ({"model": {**SMALL, "network": "EQM"}}, "model.network: got 'EQM'; input should be 'EqM' or 'CDiT'"),
+        ({"model": {**SMALL, "network": "EQM"}}, "model: got 'EQM'; expected a network of EqM or CDiT"),
         ({"model": {**SMALL_CDIT, "hidden_size": 2}, **WALKS}, "the three parts of an action need 6 or more"),
         ({"model": SMALL_CDIT, **WALKS, "distance": {"min_dist_cat": 5, "max_dist_cat": -5}}, "is above max_dist_cat"),
         (
@@ -251,7 +251,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, latents: Path, toy
     for label in "bc":
         shutil.copytree(toy_world / "walk_000", tmp_path / "labels" / label)
         (tmp_path / "labels" / label / "traj_data.pkl").unlink()
-    chosen: dict[str, Any] = {"image_size": 32, "num_classes": 5, "run_name": "labelled"}
+    chosen: dict[str, Any] = {"image_size": 32, "num_classes": 5, "run_name": "labeled"}
     train(config(tmp_path, tmp_path / "labels", steps=1, **chosen))
     (tmp_path / "labels" / "b").rename(tmp_path / "labels" / "a")
     with pytest.raises(InputError, match=r"was trained with the classes b, c, the data has a, c"):
@@ -274,14 +274,14 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, latents: Path) -
 
 def test_another_start_of_a_run_that_is_there_is_refused(tmp_path: Path, latents: Path) -> None:
     train(config(tmp_path, latents, steps=1))
-    with pytest.raises(InputError, match=r"ckpt was None, not /nowhere.pt"):
+    with pytest.raises(InputError, match=r"ckpt: was None, is '/nowhere.pt'"):
         train(config(tmp_path, latents, steps=2, ckpt="/nowhere.pt"))
 
 
 def test_another_run_in_the_folder_is_left_alone(tmp_path: Path, latents: Path) -> None:
     train(config(tmp_path, latents, steps=2))
     before = run_folder(tmp_path)
-    with pytest.raises(InputError, match=r"other settings \(lr was 0.001, not 0.01\); give the same, or another"):
+    with pytest.raises(InputError, match=r"other settings \(lr: was 0.001, is 0.01\); give the same, or another"):
         train(config(tmp_path, latents, lr=0.01))
     with pytest.raises(InputError, match="its steps have 8 items, not 4"):
         train(config(tmp_path, latents, global_batch_size=4))

@@ -14,8 +14,8 @@ import torch
 
 from halfstep.errors import InputError
 from halfstep.models import EqM, read_checkpoint
-from halfstep.train.data import open_data
-from halfstep.train.loop import Progress, train
+from halfstep.train.data import Batch, open_data
+from halfstep.train.loop import train
 from tests.support.cli import HALFSTEP, run_cli, run_script
 from tests.support.dying import Calls
 from tests.support.media import write_video
@@ -60,7 +60,7 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, latents: Path, cha
 DYING_RUN = """
 import sys
 from halfstep.train.config import TrainConfig
-from halfstep.train.loop import Progress, train
+from halfstep.train.loop import train
 from tests.support.dying import Calls
 from tests.support.media import write_video
 class Dying(Progress):
@@ -178,9 +178,9 @@ def test_a_video_model_starts_from_an_image_model(tmp_path: Path, latents: Path)
 
 def test_the_loss_scale_skips_and_collapses(tmp_path: Path, latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 that always overflows: updates are left out and counted, and training goes on in bf16."""
-    from halfstep.train import data as data_module
+    from halfstep.models import eqm as module
 
-    real = data_module.eqm_loss
+    real = module.eqm_loss
     half = []
 
     def overflowing(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -188,7 +188,7 @@ def test_the_loss_scale_skips_and_collapses(tmp_path: Path, latents: Path, monke
         half.append(model._halfstep_policy.compute)
         return losses * (float("inf") if half[-1] == "fp16" else 1.0)
 
-    monkeypatch.setattr(data_module, "eqm_loss", overflowing)
+    monkeypatch.setattr(module, "eqm_loss", overflowing)
     told = Listening()
     report = train(config(tmp_path, latents, precision="16-mixed", steps=30, log_every=15), told)
     assert report.skipped == 20
@@ -241,18 +241,20 @@ def test_pixels_are_encoded_on_the_way(tmp_path: Path, toy_world: Path, latents:
 
 def test_batches_are_shared_out_without_loss(latents: Path, tmp_path: Path) -> None:
     """Whatever the number of processes, a step's items are the same ones, each once; an epoch repeats none."""
-    data = open_data(config(tmp_path, latents))
     cpu = torch.device("cpu")
 
-    def first(items: tuple[torch.Tensor, ...]) -> set[float]:
-        return {float(item.sum()) for item in items[0]}
+    def batches(step: int, rank: int, size: int) -> Iterator[Batch]:
+        return open_data(config(tmp_path, latents), size).batches(step, Team(rank, size), cpu)
+
+    def first(batch: Batch) -> set[float]:
+        return {float(item.sum()) for item in batch.items[0]}
 
     for step in (0, 2, 3):
-        alone = first(next(data.batches(step, 0, 1, cpu)))
-        shared = [first(next(data.batches(step, rank, 4, cpu))) for rank in range(4)]
+        alone = first(next(batches(step, 0, 1)))
+        shared = [first(next(batches(step, rank, 4))) for rank in range(4)]
         assert set().union(*shared) == alone
         assert sum(map(len, shared)) == len(alone) == 8
-    stream = data.batches(0, 0, 1, cpu)
+    stream = batches(0, 0, 1)
     epochs = [set().union(*(first(next(stream)) for _ in range(3))) for _ in range(2)]
     assert [len(epoch) for epoch in epochs] == [24, 24]
 
@@ -274,11 +276,14 @@ def test_a_type_that_is_not_there_is_replaced_and_said(
 ) -> None:
     from halfstep.precision import ProbeResult
 
+    train(config(tmp_path, latents, precision="bf16-mixed", steps=2))
     monkeypatch.setattr(ProbeResult, "speedup", lambda *_: 0.0)
+    with pytest.raises(InputError, match="cannot compute in bf16; use fp32 or auto"):
+        train(config(tmp_path, latents, precision="bf16-mixed", run_name="new"))
     told = Listening()
-    report = train(config(tmp_path, latents, precision="bf16-mixed"), told)
+    report = train(config(tmp_path, latents, precision="bf16-mixed", steps=3), told)  # the same run, elsewhere
     assert report.policy.startswith("fp32")
-    assert [line for line in told.notes if "cannot compute in bf16; fp32 is used instead" in line]
+    assert [line for line in told.notes if "cannot compute in bf16, as before; fp32 is used instead" in line]
 
 
 def test_the_command_line_stops_on_request_and_goes_on(tmp_path: Path, latents: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from halfstep.precision import PrecisionPolicy
 from halfstep.team import Team
 from halfstep.train.data import open_data
-from halfstep.train.loop import _microbatches, _seed
 from halfstep.train.state import TrainState
+from halfstep.train.work import StepWork
 from tests.support.cli import run_cli, torchrun
 from tests.support.training import SMALL, SMALL_CDIT, WALKS, config, read_state, run_folder
 
@@ -39,17 +39,18 @@ def test_processes_find_a_failure_together(tmp_path: Path, options: list[str]) -
 def expected(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainState:
     """What two processes learn in four steps of two micro-batches, by one that computes their shares in turn."""
     chosen = config(tmp_path_factory.mktemp("one"), latents, **SHARED)
-    data, device = open_data(chosen), torch.device("cpu")
+    data, device = open_data(chosen, 2), torch.device("cpu")
     torch.manual_seed(chosen.global_seed)
     network = chosen.about(data.latent_shape, data.num_classes).build()
-    state = TrainState(network, PrecisionPolicy.parse("fp32"), chosen, device)
-    shares = [data.batches(0, rank, 2, device) for rank in range(2)]
+    state = TrainState(network, PrecisionPolicy.parse("fp32"), chosen.updates, device)
+    objective = chosen.family.objective(chosen.own_settings)
+    works = [StepWork(data, objective, Team(rank, 2), device, chosen.global_seed, 2) for rank in range(2)]
+    shares = [work.batches(0) for work in works]
     for step in range(4):
-        for rank in range(2):
-            items = next(shares[rank])
-            torch.manual_seed(_seed(chosen, step, Team(rank, 2)))
-            for microbatch in _microbatches(items, chosen, device):
-                state.backward(data.losses(state.model, microbatch).mean() / 4)
+        for work, share in zip(works, shares, strict=True):
+            items = next(share).items
+            for microbatch in work.begin(step, items):
+                state.backward(work.losses(state.model, microbatch).mean() / 4)
         state.update()
     return state
 

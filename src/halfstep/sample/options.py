@@ -83,4 +83,5 @@ class SampleOptions:
         silent = SampleOptions(self.ckpt, self.output)
         for name in (name for other, names in _OWN.items() if other != family for name in names.split()):
             if getattr(self, name) != getattr(silent, name):
-                raise InputError(f"--{name.replace('_', '-')} is not an option of {family}")
+                flag = name.replace("guidance", "cfg").replace("_", "-")
+                raise InputError(f"--{flag} is not an option of {family}")

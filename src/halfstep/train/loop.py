@@ -59,11 +59,11 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainReport:
         team.on_leader(lambda: stack.enter_context(alone(config.folder)))
         team.on_leader(lambda: remove_unfinished(config.folder))
         data = open_data(config, team.size)
+        state, about = begin(config, data, device, team, progress)
         if data.encoder is not None:
             progress.note(_hint(config, variational=data.encoder.autoencoder.variational))
         if config.fsdp and team.size == 1:
             progress.note("--fsdp has no effect in one process; run under torchrun")
-        state, about = begin(config, data, device, team, progress)
         team.on_leader(lambda: write_durably(config.folder / "config.json", config.model_dump_json(indent=1).encode()))
         objective = config.family.objective(config.own_settings)
         parts = config.gradient_accumulation_steps
