@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 from halfstep.errors import InputError
 from halfstep.models import EqM, read_checkpoint
+from halfstep.progress import Progress
+from halfstep.team import Team
 from halfstep.train.data import Batch, open_data
 from halfstep.train.loop import train
 from tests.support.cli import HALFSTEP, run_cli, run_script
@@ -59,13 +62,16 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, latents: Path, cha
 # Trains as sys.argv[1] says and dies at the sys.argv[3]-th call of a function after step sys.argv[2].
 DYING_RUN = """
 import sys
+from halfstep.progress import Progress
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
 from tests.support.dying import Calls
-from tests.support.media import write_video
 class Dying(Progress):
-    def step(self, step):
-        if step == int(sys.argv[2]):
+    def start(self, total, done=0):
+        self.step = done
+    def advance(self, units=1, *, written=0):
+        self.step += units
+        if self.step == int(sys.argv[2]):
             Calls(last=int(sys.argv[3])).start()
 train(TrainConfig.model_validate_json(sys.argv[1]), Dying())
 """
@@ -76,10 +82,13 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path, latents: Path) -> None:
     calls = Calls()
 
     class Counting(Progress):
-        def step(self, step: int) -> None:
-            if step == 14:
+        step = 0
+
+        def advance(self, units: int = 1, *, written: int = 0) -> None:
+            self.step += units
+            if self.step == 14:
                 calls.start()
-            elif step == 16:
+            elif self.step == 16:
                 calls.stop()
 
     train(config(tmp_path / "whole", latents, steps=60, ckpt_every=5), Counting())
