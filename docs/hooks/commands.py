@@ -42,7 +42,7 @@ def _flags(option: Any) -> str:
 
 def _metavar(parameter: Any) -> str:
     kind = getattr(parameter.type_descriptor.annotation, "__name__", "value")
-    return str(parameter.metavar or _KINDS.get(kind, parameter.name)).strip("[].").replace("|", "\\|")
+    return str(parameter.metavar or _KINDS.get(kind, parameter.name)).strip("[].").replace("|", " or ")
 
 
 def _default(option: Any) -> str:
