@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-fast lint
+.PHONY: setup demo test test-fast lint docs
 setup: .venv/.installed
 
 # torch first and on its own: a resolver that is free to choose would fetch gigabytes of CUDA libraries.
@@ -28,3 +28,6 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
