@@ -5,6 +5,7 @@ from halfstep.analyze.groups import group_by_file, group_by_prompt
 from halfstep.analyze.metrics import METRICS
 from halfstep.analyze.output import full_document, write_output
 from halfstep.analyze.storage import StorageComparison, compare_storage
+from halfstep.verbs import make_callable
 
 __all__ = [
     "METRICS",
@@ -17,3 +18,5 @@ __all__ = [
     "group_by_prompt",
     "write_output",
 ]
+
+make_callable(__name__)

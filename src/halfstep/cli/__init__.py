@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 
 from halfstep.cli import analyze, bench, demo, encode, evaluate, generate, probe, sample, store, toy_world, train
 from halfstep.errors import HalfstepError
+from halfstep.extras import missing
 from halfstep.team import is_launched, leave
 
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C, the shells' 128 + SIGINT
@@ -72,10 +73,13 @@ def _run() -> int:
             return error.exit_code
         line = f"{error.format_message().rstrip('.')}; `halfstep ... --help` lists the options"
         return _failed(error, line, error.exit_code)
+    except ImportError as error:
+        verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "halfstep")
+        if (known := missing(error, verb)) is None:
+            return _unexpected(error)
+        return _failed(known, str(known), known.exit_code)
     except Exception as error:  # noqa: BLE001 - the last line of defence, it exits with the error's name
-        return _failed(
-            error, f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback", 1
-        )
+        return _unexpected(error)
     if code == _INTERRUPTED:
         typer.echo(
             "halfstep: interrupted; what was complete is kept (encode, train and sample go on when run "
@@ -83,6 +87,11 @@ def _run() -> int:
             err=True,
         )
     return code
+
+
+def _unexpected(error: Exception) -> int:
+    line = f"unexpected {type(error).__name__}: {error}; run `halfstep --debug ...` for the traceback"
+    return _failed(error, line, 1)
 
 
 def _failed(error: Exception, line: str, code: int) -> int:

@@ -100,7 +100,7 @@ def _metric(weights: Path | None, features: nn.Module | None) -> Any:
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
-        raise InputError(f"fid: torchmetrics cannot be imported ({error}); pip install 'halfstep[fid]'") from error
+        raise InputError(f"eval fid: torchmetrics cannot be imported ({error}); pip install 'halfstep[fid]'") from error
     if features is not None:
         return FrechetInceptionDistance(features)
     try:
@@ -108,7 +108,7 @@ def _metric(weights: Path | None, features: nn.Module | None) -> Any:
             _FEATURES, feature_extractor_weights_path=None if weights is None else str(weights)
         )
     except ImportError as error:
-        raise InputError("fid: needs torch-fidelity beside torchmetrics; pip install 'halfstep[fid]'") from error
+        raise InputError("eval fid: torch_fidelity is not installed; pip install 'halfstep[fid]'") from error
     except OSError as error:
         raise InputError(
             f"fid: the Inception weights are not there and cannot be downloaded ({error}); fetch "

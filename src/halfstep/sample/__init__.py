@@ -2,5 +2,8 @@
 
 from halfstep.sample.options import SampleOptions
 from halfstep.sample.samples import SampleReport, sample
+from halfstep.verbs import make_callable
 
 __all__ = ["SampleOptions", "SampleReport", "sample"]
+
+make_callable(__name__)
