@@ -208,7 +208,13 @@ class WithSound:
 
 
 @pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, copy.copy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))]
+    "duplicate",
+    [
+        copy.deepcopy,
+        copy.copy,
+        lambda scheduler: pickle.loads(pickle.dumps(scheduler)),
+        lambda scheduler: type(scheduler).from_config(scheduler.config),
+    ],
 )
 @pytest.mark.parametrize(
     "scheduler",

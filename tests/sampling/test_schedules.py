@@ -167,7 +167,7 @@ def test_any_other_scheduler_is_refused_by_name_before_anything(name: str, tmp_p
         record(loop, tmp_path / "s", run="a"),
     ):
         pytest.fail("the block was entered")
-    assert list(TrajectoryStore.open(tmp_path / "s")) == []
+    assert not (tmp_path / "s").exists()
 
 
 SPACED = ["DDIMScheduler", "CogVideoXDDIMScheduler", "DDIMInverseScheduler", "DDPMScheduler", "LCMScheduler"]

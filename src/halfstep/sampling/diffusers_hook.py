@@ -133,13 +133,13 @@ def record(
     Raises InputError when a name is taken, when the states of this scheduler cannot be labelled, or when the callback
     was never called.
     """
+    rule_of(pipe.scheduler)
     opened = store if isinstance(store, TrajectoryStore) else TrajectoryStore.create(store)
     runs = [run] if isinstance(run, str) else list(run)
     for name in runs:
         if name in opened:
             raise InputError(f"{opened.root}: has a run {name!r} already; choose another name, or delete that folder")
     options = {"format": format, "interval": interval, "model": _model_name(pipe), **attributes}
-    rule_of(pipe.scheduler)
     recording = Recording(opened, runs, [_of_sample(options, index, len(runs)) for index in range(len(runs))])
     try:
         with _watched(pipe.scheduler, recording):
