@@ -1,4 +1,7 @@
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,6 +95,60 @@ def test_wan_has_a_mean_and_deviation_a_channel(small_wan: Path) -> None:
     torch.testing.assert_close(codec.unscaled(codec.scaled(posterior.mean)), posterior.mean)
     with pytest.raises(InputError, match=r"expected \[B, C, T, H, W\]"):
         codec.encode(pixels())
+
+
+MEANS: dict[str, Any] = {"latents_mean": [-1.6, 2.1, 3.0, -0.7], "latents_std": [8.0, 4.0, 5.0, 6.0]}
+
+
+def with_config(vae: Path, folder: Path, **changes: Any) -> str:
+    shutil.copytree(vae, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+def test_a_mean_and_deviation_a_channel_are_applied_as_the_pipelines_do(small_vae: Path, tmp_path: Path) -> None:
+    codec = load_autoencoder(with_config(small_vae, tmp_path / "vae", **MEANS))
+    raw = codec.encode(pixels()).mean
+    mean, std = (torch.tensor(MEANS[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(codec.scaled(raw), (raw - mean) * 0.18215 / std)
+    torch.testing.assert_close(codec.unscaled(codec.scaled(raw)), raw)
+    plain = load_autoencoder(str(small_vae))
+    assert torch.equal(plain.encode(pixels()).mean, raw)
+    assert (plain.spec.scale, plain.spec.shift) == ((0.18215,), (0.0,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"latents_mean": [0.0] * 4},
+            "its config has scaling_factor, latents_mean; expected latents_mean and latents_std",
+        ),
+        (
+            {"latents_std": [1.0] * 4},
+            "its config has scaling_factor, latents_std; expected latents_mean and latents_std",
+        ),
+        ({**MEANS, "shift_factor": 0.1}, "together, and no shift_factor beside them"),
+        (
+            {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4},
+            "has 3 of latents_mean and 4 of latents_std; expected 4",
+        ),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 1.0, 0.0]}, "and no deviation of 0"),
+    ],
+)
+def test_scales_that_are_not_understood_are_refused(
+    small_vae: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InputError, match=named):
+        load_autoencoder(with_config(small_vae, tmp_path / "vae", **changes))
+
+
+def test_scales_that_a_class_does_not_apply_are_refused(small_wan: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="its config has a scaling_factor, which AutoencoderKLWan does not apply"):
+        load_autoencoder(with_config(small_wan, tmp_path / "scaled", scaling_factor=0.5))
+    neutral = load_autoencoder(with_config(small_wan, tmp_path / "neutral", scaling_factor=1.0, shift_factor=None))
+    assert neutral.spec.scale == load_autoencoder(str(small_wan)).spec.scale
 
 
 def test_tiny_diffusers_autoencoder(tmp_path: Path) -> None:

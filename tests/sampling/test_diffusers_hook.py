@@ -1,5 +1,9 @@
 """record(pipe, store, run=...) on real pipelines with random weights: every state, rightly labelled, none changed."""
 
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
     WanPipeline,
 )
 
@@ -86,6 +91,16 @@ def test_several_samples_are_several_runs(pipe: Any, tmp_path: Path) -> None:
         call(pipe, prompt=["a car", "a cat"], callback_on_step_end=recording)
 
 
+def test_each_of_several_runs_has_its_own_prompt_and_seed(pipe: Any, tmp_path: Path) -> None:
+    prompts = ["a car", "a cat"]
+    with record(pipe, tmp_path / "s", run=["a", "b"], prompt=prompts, seed=7, interval=5) as recording:
+        call(pipe, prompt=prompts, callback_on_step_end=recording)
+    store = TrajectoryStore.open(tmp_path / "s")
+    assert [(run.prompt, run.seed) for run in (store["a"], store["b"])] == [("a car", 7), ("a cat", 7)]
+    with pytest.raises(InputError, match="prompt is a list of 2 for 1 runs; expected one each"):
+        record(pipe, tmp_path / "s", run="c", prompt=prompts).__enter__()
+
+
 def test_sampling_that_stops_early_leaves_an_incomplete_run(pipe: Any, tmp_path: Path) -> None:
     def stop(recording: Any) -> Any:
         def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +123,7 @@ def test_mistakes_are_named(pipe: Any, tmp_path: Path) -> None:
         call(pipe, callback_on_step_end=recording)
     with pytest.raises(InputError, match="has a run 'a' already"), record(pipe, tmp_path / "s", run="a"):
         pass
-    assert "step" not in vars(pipe.scheduler)
+    assert type(pipe.scheduler) is UniPCMultistepScheduler
     with (
         pytest.raises(InputError, match="the callback was not called; give the pipeline callback_on_step_end"),
         record(pipe, tmp_path / "s", run="b"),
@@ -169,3 +184,127 @@ def test_variance_preserving_models(small_vae: Path, tmp_path: Path, scheduler: 
     assert run.sigmas[-1] < 0.05
     assert (np.diff(run.sigmas) <= 0).all()
     assert np.array_equal(run.timesteps[:-1], scheduler.timesteps.double().numpy())
+
+
+class WithSound:
+    """The loop of the pipelines that sample a video and its sound together: each through a scheduler, the second a copy
+    that is made inside the call. The network is x -> -x."""
+
+    def __init__(self, scheduler: Any, duplicate: Callable[[Any], Any] = copy.deepcopy) -> None:
+        self.scheduler, self.duplicate = scheduler, duplicate
+
+    def __call__(self, callback_on_step_end: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, sound = (torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        second = self.duplicate(self.scheduler)
+        for scheduler in (self.scheduler, second):
+            scheduler.set_timesteps(8)
+            scheduler.set_begin_index(0)
+        for i, t in enumerate(self.scheduler.timesteps):
+            x = self.scheduler.step(-x, t, x, return_dict=False)[0]
+            sound = second.step(-sound, t, sound, return_dict=False)[0]
+            if callback_on_step_end:
+                x = callback_on_step_end(self, i, t, {"latents": x})["latents"]
+        return x, sound
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.deepcopy,
+        copy.copy,
+        lambda scheduler: pickle.loads(pickle.dumps(scheduler)),
+        lambda scheduler: type(scheduler).from_config(scheduler.config),
+    ],
+)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ],
+)
+def test_a_pipeline_may_copy_its_scheduler(scheduler: Any, duplicate: Any, tmp_path: Path) -> None:
+    pipe = WithSound(scheduler, duplicate)
+    plain = pipe()
+    with record(pipe, tmp_path / "s", run="a", format=EXACT) as recording:
+        recorded = pipe(callback_on_step_end=recording)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+    run = TrajectoryStore.open(tmp_path / "s")["a"]
+    assert (run.problems, len(run)) == ((), 9)
+    assert np.array_equal(run.latents[-1], plain[0][0].numpy())
+
+
+def test_a_pipeline_that_steps_copies_alone_is_refused(tmp_path: Path) -> None:
+    pipe = WithSound(FlowMatchEulerDiscreteScheduler())
+
+    def through_copies(callback_on_step_end: Any = None) -> Any:
+        return WithSound(copy.deepcopy(pipe.scheduler))(callback_on_step_end=callback_on_step_end)
+
+    plain = through_copies()
+    with (
+        pytest.raises(
+            InputError, match="WithSound does not sample through the step of its own scheduler, but through a"
+        ),
+        record(pipe, tmp_path / "s", run="a") as recording,
+    ):
+        through_copies(recording)
+    assert list(TrajectoryStore.open(tmp_path / "s")) == []
+    assert all(torch.equal(a, b) for a, b in zip(plain, through_copies(), strict=True))
+
+
+def test_a_watched_scheduler_looks_like_itself(tmp_path: Path) -> None:
+    scheduler = DDIMScheduler()
+    signature = inspect.signature(scheduler.step)
+    with pytest.raises(ZeroDivisionError), record(WithSound(scheduler), tmp_path / "s", run="a"):
+        assert isinstance(scheduler, DDIMScheduler)
+        assert (type(scheduler).__name__, type(scheduler).__module__) == ("DDIMScheduler", DDIMScheduler.__module__)
+        assert inspect.signature(scheduler.step) == signature
+        assert type(scheduler).from_config(scheduler.config).config == scheduler.config
+        assert scheduler.compatibles == DDIMScheduler().compatibles
+        scheduler.save_pretrained(tmp_path / "saved")
+        copies = [copy.copy(scheduler), copy.deepcopy(scheduler)]
+        copies += [pickle.loads(pickle.dumps(scheduler, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+        assert {type(each) for each in copies} == {DDIMScheduler}
+        raise ZeroDivisionError
+    assert type(scheduler) is DDIMScheduler
+    assert vars(scheduler).keys() == vars(DDIMScheduler()).keys()
+    assert DDIMScheduler.from_pretrained(tmp_path / "saved").config["_class_name"] == "DDIMScheduler"
+
+
+def test_a_step_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    scheduler = DDIMScheduler()
+    scheduler.step = lambda *_: None
+    with pytest.raises(InputError, match="the step of this DDIMScheduler was replaced"):
+        record(WithSound(scheduler), tmp_path / "s", run="a").__enter__()
+
+
+class Odd(WithSound):
+    """A loop that does something else between scheduler and callback."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__(FlowMatchEulerDiscreteScheduler())
+        self.change = change
+
+    def __call__(self, callback_on_step_end: Any = None) -> Any:
+        x = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+        options = {"per_token_timesteps": torch.ones(1, 4)} if self.change == "own levels" else {}
+        self.scheduler.set_timesteps(4)
+        for i, t in enumerate(self.scheduler.timesteps):
+            for _ in range(2 if self.change == "twice" else 1):
+                x = self.scheduler.step(-x, t, x, return_dict=False, **options)[0]
+            shown = torch.cat([x, x], dim=2) if self.change == "part" else x
+            callback_on_step_end(self, i, t, {"latents": shown})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("own levels", "gives its scheduler per_token_timesteps, so its states have no one noise level"),
+        ("twice", "Odd made 2 scheduler steps until it called back for step 0; expected one a call"),
+        ("part", r"steps a sample of shape \[1, 4, 2, 8, 8\] and calls back with \[1, 4, 4, 8, 8\]"),
+    ],
+)
+def test_what_a_pipeline_does_to_its_states_is_noticed(change: str, named: str, tmp_path: Path) -> None:
+    pipe = Odd(change)
+    with pytest.raises(InputError, match=named), record(pipe, tmp_path / "s", run="a") as recording:
+        pipe(callback_on_step_end=recording)

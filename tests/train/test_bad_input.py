@@ -156,7 +156,9 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path: Path, latents: Path) ->
     (tmp_path / "text.pt").write_text("hello, this is no checkpoint")
     (tmp_path / "page.pt").write_text("<!DOCTYPE html>")
     (tmp_path / "noise.pt").write_bytes(bytes(range(256)))
-    for name in ("cut.pt", "unsafe.pt", "text.pt", "page.pt", "noise.pt"):
+    with pytest.raises(InputError, match=r"unsafe.pt: names \w+.Popen; what could run code is not read"):
+        train(config(tmp_path / "new", latents, ckpt=str(tmp_path / "unsafe.pt")))
+    for name in ("cut.pt", "text.pt", "page.pt", "noise.pt"):
         with pytest.raises(InputError, match=rf"{name}: cannot be read \(\w+\); expected a file of torch.save"):
             train(config(tmp_path / "new", latents, ckpt=str(tmp_path / name)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,9 @@ from halfstep.errors import InputError
 from halfstep.spec import LatentSpec
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLWan")
+
+# What makes latents model-ready, in the configs of all classes, and the value that changes nothing.
+_AFFINE = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
 
 
 class _Encoder(nn.Module):
@@ -44,9 +48,9 @@ class _Decoder(nn.Module):
 def from_diffusers(identifier: str, revision: str | None = None, *, tiled: bool = False) -> Autoencoder:
     """Load by hub id or local folder, from its root or from its `vae` subfolder (a whole pipeline).
 
-    The library's scaling and shift factor, or Wan's mean and standard deviation a channel, become the spec's scale and
+    The library's scaling and shift factor, or its mean and standard deviation a channel, become the spec's scale and
     shift. `tiled` lets the library encode and decode large pictures in overlapping tiles. Raises InputError when it
-    cannot be found or is of another class.
+    cannot be found, is of another class, or has a config that says how to scale in a way that is not known.
     """
     import diffusers
 
@@ -69,7 +73,9 @@ def from_diffusers(identifier: str, revision: str | None = None, *, tiled: bool 
     if tiled:
         vae.enable_tiling()
     vae.eval()
-    spec = _spec(identifier, config.get("_commit_hash") or vae.config.get("_commit_hash") or revision or "", vae)
+    spec = _spec(
+        identifier, config.get("_commit_hash") or vae.config.get("_commit_hash") or revision or "", config, vae
+    )
     reload = partial(from_diffusers, identifier, revision, tiled=tiled)
     # Wan's causal convolutions pass frames on through the module itself.
     return Autoencoder(
@@ -82,30 +88,58 @@ def from_diffusers(identifier: str, revision: str | None = None, *, tiled: bool 
     )
 
 
-def _spec(identifier: str, revision: str, vae: Any) -> LatentSpec:
-    config = vae.config
+def _spec(identifier: str, revision: str, config: dict[str, Any], vae: Any) -> LatentSpec:
+    """`config` is the file's, which may say more than the class knows."""
     digest = weights_sha256(vae)
     if type(vae).__name__ == "AutoencoderKLWan":
-        return LatentSpec(
-            identifier,
-            channels=config.z_dim,
-            spatial_factor=config.scale_factor_spatial,
-            temporal_factor=config.scale_factor_temporal,
-            scale=tuple(1 / std for std in config.latents_std),
-            shift=tuple(config.latents_mean),
-            weights_sha256=digest,
-            revision=revision,
+        channels, spatial, temporal = (
+            vae.config.z_dim,
+            vae.config.scale_factor_spatial,
+            vae.config.scale_factor_temporal,
         )
-    blocks = config.encoder_block_out_channels if "encoder_block_out_channels" in config else config.block_out_channels
+    else:
+        widths = "encoder_block_out_channels" if "encoder_block_out_channels" in vae.config else "block_out_channels"
+        channels, spatial, temporal = vae.config.latent_channels, 2 ** (len(vae.config[widths]) - 1), 1
+    scale, shift = _affine(identifier, config, vae)
     return LatentSpec(
         identifier,
-        channels=config.latent_channels,
-        spatial_factor=2 ** (len(blocks) - 1),
-        scale=(float(config.scaling_factor),),
-        shift=(float(config.get("shift_factor") or 0.0),),
+        channels=channels,
+        spatial_factor=spatial,
+        temporal_factor=temporal,
+        scale=scale,
+        shift=shift,
         weights_sha256=digest,
         revision=revision,
     )
+
+
+def _affine(identifier: str, config: dict[str, Any], vae: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Scale and shift as the library's pipelines apply them: `(raw - shift) * scale`.
+
+    Raises InputError when the config says something of them that the pipelines of this class would leave out.
+    """
+    known = inspect.signature(type(vae).__init__).parameters
+    for name, neutral in _AFFINE.items():
+        if name not in known and config.get(name) not in (None, neutral):
+            raise InputError(f"{identifier}: its config has a {name}, which {type(vae).__name__} does not apply")
+    factor = float(vae.config.get("scaling_factor", 1.0))
+    constant = float(vae.config.get("shift_factor") or 0.0)
+    mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None and std is None:
+        return (factor,), (constant,)
+    if mean is None or std is None or constant:
+        found = ", ".join(name for name in _AFFINE if config.get(name) is not None)
+        raise InputError(
+            f"{identifier}: its config has {found}; expected latents_mean and latents_std together, and no "
+            "shift_factor beside them"
+        )
+    channels = vae.config.z_dim if "z_dim" in vae.config else vae.config.latent_channels
+    if len(mean) != channels or len(std) != channels or not all(std):
+        raise InputError(
+            f"{identifier}: its config has {len(mean)} of latents_mean and {len(std)} of latents_std; expected "
+            f"{channels}, one a channel, and no deviation of 0"
+        )
+    return tuple(factor / deviation for deviation in std), tuple(float(value) for value in mean)
 
 
 def _load_config(identifier: str, revision: str | None) -> tuple[dict[str, Any], str | None, bool]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from halfstep.errors import InputError, some
-from halfstep.models.cdit import CDIT_SIZES
-from halfstep.models.eqm import ENERGY_NAMES, EQM_SIZES
-from halfstep.models.family import Family, Network
-from halfstep.models.registry import family_of
+from halfstep.models.eqm import ENERGY_NAMES
+from halfstep.models.family import Family, Network, StateDict
+from halfstep.models.published import Published, from_state, read_published
+from halfstep.models.registry import FAMILIES, family_of
 from halfstep.spec import LatentSpec
-
-State = dict[str, torch.Tensor]
-
-# What wrappers put before the names of a module's parameters.
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -81,27 +74,28 @@ class About:
             return cls(values["network"], config, latents, tuple(values["classes"]), values["spacing"])
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(
-                f"{where}: does not say which network it is of; expected weights written by halfstep, or a published "
-                "checkpoint (.pt, .pth, .pth.tar)"
+                f"{where}: does not say which network it is of; expected weights written by halfstep, or the file of a "
+                "published checkpoint (.pt, .pth, .pth.tar, .safetensors)"
             ) from error
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by their published names. `weights` are those last trained, `ema` their moving average. `moments` are
-    AdamW's after `updates`, as `exp_avg.NAME` and `exp_avg_sq.NAME`, where a checkpoint brings them. `ema_start`: the
-    share of the average that are still random weights it began with, None when unknown."""
+    """Weights by their published names. `weights` are those last trained, `ema` their moving average; a published file
+    may hold the average alone, which is both then. `moments` are AdamW's after `updates`, as `exp_avg.NAME` and
+    `exp_avg_sq.NAME`, where a checkpoint brings them. `ema_start`: the share of the average that are still random
+    weights it began with, None when unknown."""
 
     path: Path
     about: About
-    weights: State
-    ema: State | None = None
-    moments: State = field(default_factory=dict)
+    weights: StateDict
+    ema: StateDict | None = None
+    moments: StateDict = field(default_factory=dict)
     updates: int = 0
     ema_start: float | None = None
 
     @property
-    def best(self) -> State:
+    def best(self) -> StateDict:
         """The moving average where there is one."""
         return self.weights if self.ema is None else self.ema
 
@@ -121,24 +115,28 @@ def read_checkpoint(path: Path, *, assumed: Mapping[str, Any] | None = None, **k
     neither network, or says otherwise than `known` itself.
     """
     known = {name: value for name, value in known.items() if value is not None}
+    assumed = assumed or {}
     if path.is_dir():
         return _read_folder(_newest(path), known)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected a checkpoint")
-    if path.suffix == ".safetensors":
-        about, weights = _read_file(path)
-        _require_as_written(about, known, path)
-        return Checkpoint(path, about, weights)
-    return _read_published(path, known, assumed or {})
+    if path.suffix != ".safetensors":
+        return _checkpoint(read_published(path), known, assumed, path)
+    metadata, tensors = _read_tensors(path)
+    if "halfstep" not in metadata:
+        return _checkpoint(from_state(tensors, path), known, assumed, path)
+    about = About.from_metadata(metadata, path)
+    _require_as_written(about, known, path)
+    return Checkpoint(path, about, tensors)
 
 
-def load_exactly(network: torch.nn.Module, state: State, where: Path) -> None:
+def load_exactly(network: torch.nn.Module, state: StateDict, where: Path) -> None:
     """Load `state`, name by name. Raises InputError naming what is missing, unexpected or of another shape."""
     require_fitting(network, state, where)
     network.load_state_dict(state, strict=True)
 
 
-def require_fitting(network: torch.nn.Module, state: State, where: Path) -> None:
+def require_fitting(network: torch.nn.Module, state: StateDict, where: Path) -> None:
     """Raise InputError when the names or shapes of `state` are not those of the network."""
     own = network.state_dict()
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -192,12 +190,15 @@ def _ema_start(path: Path) -> float | None:
         raise InputError(f"{path}: damaged ({error}); remove its folder to take an older checkpoint") from error
 
 
-def _read_file(path: Path) -> tuple[About, State]:
+def _read_file(path: Path) -> tuple[About, StateDict]:
+    metadata, tensors = _read_tensors(path)
+    return About.from_metadata(metadata, path), tensors
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, str], StateDict]:
     try:
         with safe_open(path, "pt") as file:
-            return About.from_metadata(file.metadata() or {}, path), {
-                name: file.get_tensor(name) for name in file.keys()
-            }
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
 
@@ -208,40 +209,24 @@ def _require_as_written(about: About, known: dict[str, Any], path: Path) -> None
             raise InputError(f"{path}: {name} is {about.config[name]}, not {value}")
 
 
-def _read_published(path: Path, known: Mapping[str, Any], assumed: Mapping[str, Any]) -> Checkpoint:
-    try:
-        # The published trainers keep their parsed command line in the file.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    # Whatever bytes that are no checkpoint lead an unpickler to.
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}); expected a file of torch.save with tensors alone"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}; expected a state dict or a dict with 'model'")
-    bare = not isinstance(content.get("model"), dict)
-    weights = _plain_names(content if bare else content["model"], path)
-    has_ema = not bare and isinstance(content.get("ema"), dict)
-    ema = _plain_names(content["ema"], path) if has_ema else None
-    arguments = content.get("args")
-    told = _from_arguments(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
-    about = _recognize(weights, {**told, **known}, assumed, path)
-    moments, updates = ({}, 0) if bare else _moments(content.get("opt"), weights, path)
-    return Checkpoint(path, about, weights, ema, moments, updates)
+def _checkpoint(found: Published, known: Mapping[str, Any], assumed: Mapping[str, Any], path: Path) -> Checkpoint:
+    told = _from_arguments(found.arguments)
+    about = _recognize(found.weights, {**told, **known}, assumed, path)
+    moments, updates = _moments(found.optimizer, found.weights, path)
+    return Checkpoint(path, about, found.weights, found.ema, moments, updates)
 
 
-def _moments(optimizer: Any, weights: State, path: Path) -> tuple[State, int]:
+def _moments(optimizer: Any, weights: StateDict, path: Path) -> tuple[StateDict, int]:
     """AdamW's state, which torch keeps by the parameter's number, by its name."""
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
         return {}, 0
     names = list(weights)  # in the order of the module's parameters, as the optimizer had them
-    moments: State = {}
+    moments: StateDict = {}
     updates = 0
     for number, kept in optimizer["state"].items():
         name = names[number] if isinstance(number, int) and 0 <= number < len(names) else None
         for moment in ("exp_avg", "exp_avg_sq"):
-            value = kept.get(moment) if isinstance(kept, dict) else None
+            value = kept.get(moment) if isinstance(kept, dict) and "step" in kept else None
             if name is None or not isinstance(value, torch.Tensor) or value.shape != weights[name].shape:
                 raise InputError(
                     f"{path}: opt: what it keeps of parameter {number} is not AdamW's of {name}; take 'opt' out"
@@ -251,61 +236,47 @@ def _moments(optimizer: Any, weights: State, path: Path) -> tuple[State, int]:
     return moments, updates
 
 
-def _plain_names(state: dict[str, Any], path: Path) -> State:
-    plain = {}
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"{path}: {name} is a {type(value).__name__}; expected a state dict of tensors")
-        while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
-            name = name.removeprefix(prefix)
-        plain[name] = value
-    return plain
-
-
 def _from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What the published trainer's command line says of the network."""
     found: dict[str, Any] = {}
     if "uncond" in arguments:
         found["uncond"] = bool(arguments["uncond"])
-    if arguments.get("ebm") in ENERGY_NAMES:
+    if isinstance(arguments.get("ebm"), str) and arguments["ebm"] in ENERGY_NAMES:
         found["energy"] = ENERGY_NAMES[arguments["ebm"]]
     if arguments.get("video") and arguments.get("clip_len"):
         found["num_frames"] = int(arguments["clip_len"])
     return found
 
 
-def _recognize(state: State, known: Mapping[str, Any], assumed: Mapping[str, Any], path: Path) -> About:
+def _recognize(state: StateDict, known: Mapping[str, Any], assumed: Mapping[str, Any], path: Path) -> About:
     """The network that a state dict is of, from its names and shapes, and from what is known otherwise."""
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        frames, tokens, _ = state["pos_embed"].shape
-    except (KeyError, ValueError):
+        _, tokens, _ = state["pos_embed"].shape
+    except KeyError as error:
+        raise InputError(f"{path}: neither an EqM nor a CDiT: no {error.args[0]} among {len(state)} tensors") from None
+    except ValueError as error:
         raise InputError(
-            f"{path}: neither an EqM nor a CDiT: no x_embedder.proj.weight and pos_embed among {len(state)} tensors"
+            f"{path}: neither an EqM nor a CDiT: x_embedder or pos_embed of other axes ({error})"
         ) from None
-    network = "CDiT" if "time_embedder.mlp.0.weight" in state else "EqM"
+    family, own = next((f, read) for f in FAMILIES.values() if (read := f.read(state)) is not None)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     config: dict[str, Any] = {
         "patch_size": patch,
         "hidden_size": width,
         "depth": depth,
-        "num_heads": next((s[2] for s in _sizes(network).values() if s[:2] == (depth, width)), None),
+        "num_heads": next((s[2] for s in family.sizes.values() if s[:2] == (depth, width)), None),
         "in_channels": channels,
         "input_size": _size(tokens, patch, assumed.get("input_size")),
+        **own,
+        **{name: assumed.get(name, value) for name, value in family.silent.items()},
     }
-    if network == "CDiT":
-        config["context_size"] = frames - 1
-    else:
-        table = state.get("y_embedder.embedding_table.weight")
-        config["num_classes"] = 0 if table is None else len(table) - 1
-        silent = {"uncond": True, "energy": "none", "num_frames": 1}
-        config |= {name: assumed.get(name, value) for name, value in silent.items()}
     config |= {name: value for name, value in known.items() if name in config}
     for name, what in (("num_heads", "number of heads"), ("input_size", "size of the latents")):
         config[name] = assumed.get(name) if config[name] is None else config[name]
         if config[name] is None:
             raise InputError(f"{path}: the {what} of depth {depth}, width {width} is not in the file; give it")
-    return About(network, config)
+    return About(family.name, config)
 
 
 def _size(tokens: int, patch: int, assumed: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -314,7 +285,3 @@ def _size(tokens: int, patch: int, assumed: tuple[int, int] | None) -> tuple[int
         return assumed
     side = math.isqrt(tokens)
     return (side * patch, side * patch) if side**2 == tokens else None
-
-
-def _sizes(network: str) -> dict[str, tuple[int, int, int]]:
-    return EQM_SIZES if network == "EqM" else CDIT_SIZES

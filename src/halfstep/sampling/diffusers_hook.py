@@ -7,6 +7,7 @@ with record(pipe, "runs", run="cat-0") as recording:
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +17,19 @@ import torch
 
 from halfstep.errors import InputError
 from halfstep.sampling.recorder import Step, StoreRecorder
+from halfstep.sampling.schedules import OWN_LEVELS, Level, levels, rule_of
 from halfstep.store import TrajectoryFormat, TrajectoryStore
 
 
 class Recording:
     """The callback of a pipeline's call, for `callback_on_step_end`. It changes nothing."""
 
-    def __init__(self, store: TrajectoryStore, runs: Sequence[str], options: dict[str, Any]) -> None:
-        self._store, self._runs, self._options = store, runs, options
+    def __init__(self, store: TrajectoryStore, runs: Sequence[str], attributes: Sequence[dict[str, Any]]) -> None:
+        self._store, self._runs, self._attributes = store, runs, attributes
         self._recorders: list[StoreRecorder] = []
-        self._schedule: _Schedule | None = None
+        self._levels: list[Level] = []
+        self._initial: torch.Tensor | None = None
+        self._made = 0  # scheduler steps
         self._recorded = 0
 
     def __call__(self, pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -34,42 +38,52 @@ class Recording:
                 "record: the pipeline gives its callback no latents; add 'latents' to its "
                 "callback_on_step_end_tensor_inputs"
             )
-        if self._schedule is None:
-            raise InputError(f"record: {type(pipe).__name__} does not sample through its scheduler's step")
+        if self._made == 0:
+            raise InputError(
+                f"record: {type(pipe).__name__} does not sample through the step of its own scheduler, but through a "
+                "copy's or none; such a pipeline cannot be recorded"
+            )
+        latents = tensors["latents"]
+        if self._initial is not None:
+            self._begin(pipe, self._initial, latents)
         if self._recorded != i + 1:
             raise InputError(
                 f"record: got scheduler step {i} after {self._recorded} states; give each call of a pipeline a `with "
                 "record(...)` of its own"
             )
-        self._record(self._schedule.level_after(i), tensors["latents"])
+        if self._made != i + 1:
+            raise InputError(
+                f"record: {type(pipe).__name__} made {self._made} scheduler steps until it called back for step {i}; "
+                "expected one a call"
+            )
+        self._record(latents)
         return tensors
 
-    def start(self, scheduler: Any, timestep: Any, latents: torch.Tensor) -> None:
-        """Record the initial noise, as the scheduler's first step was given it."""
-        self._schedule = _Schedule(scheduler, float(timestep))
-        if len(latents) != len(self._runs):
-            raise InputError(
-                f"record: the pipeline samples {len(latents)} at once; got {len(self._runs)} names, give "
-                "run=[...] one each"
-            )
-        self._recorders = [StoreRecorder(self._store, run, **self._options) for run in self._runs]
-        self._record(self._schedule.level_after(-1), latents)
-
-    @property
-    def started(self) -> bool:
-        return self._schedule is not None
+    def before_step(self, scheduler: Any, timestep: Any, sample: torch.Tensor, options: dict[str, Any]) -> None:
+        """Take note of a scheduler's step. Raises InputError when the states cannot be labelled, before the first
+        step where it can be known there."""
+        own = next((name for name in OWN_LEVELS if options.get(name) is not None), None)
+        if own is not None:
+            raise InputError(f"record: the pipeline gives its scheduler {own}, so its states have no one noise level")
+        if self._made == 0:
+            if len(sample) != len(self._runs):
+                raise InputError(
+                    f"record: the pipeline samples {len(sample)} at once; got {len(self._runs)} names, give "
+                    "run=[...] one each"
+                )
+            self._levels = levels(scheduler, float(timestep))
+            self._initial = sample.detach().clone()
+        self._made += 1
 
     def finish(self) -> None:
         """Mark the runs complete when the sampler came to the end of its schedule. Raises InputError when there was
         nothing to record."""
-        complete = self._schedule is not None and self._recorded == self._schedule.steps + 1
+        complete = self._recorded == len(self._levels)
         for recorder in self._recorders:
             recorder.finish() if complete else recorder.close()
-        if self._schedule is None:
+        if self._made == 0:
             raise InputError("record: nothing was sampled; call the pipeline inside the `with` block")
-        if self._recorded == 1:
-            for run in self._runs:
-                self._store.remove(run)
+        if self._recorded == 0:
             raise InputError(
                 "record: the callback was not called; give the pipeline callback_on_step_end=recording (what "
                 "`with record(...) as recording` names)"
@@ -79,8 +93,22 @@ class Recording:
         for recorder in self._recorders:
             recorder.close()
 
-    def _record(self, level: tuple[float, float], latents: torch.Tensor) -> None:
-        timestep, sigma = level
+    def _begin(self, pipe: Any, initial: torch.Tensor, latents: torch.Tensor) -> None:
+        """Make the runs and record the initial noise, as the scheduler's first step was given it."""
+        if initial.shape != latents.shape:
+            raise InputError(
+                f"record: {type(pipe).__name__} steps a sample of shape {list(initial.shape)} and calls back with "
+                f"{list(latents.shape)}; a pipeline that steps a part of its latents cannot be recorded"
+            )
+        self._recorders = [
+            StoreRecorder(self._store, run, **attributes)
+            for run, attributes in zip(self._runs, self._attributes, strict=True)
+        ]
+        self._initial = None
+        self._record(initial)
+
+    def _record(self, latents: torch.Tensor) -> None:
+        timestep, sigma = self._levels[self._recorded]
         for recorder, latent in zip(self._recorders, latents, strict=True):
             recorder.record(Step(self._recorded, timestep, sigma, latent))
         self._recorded += 1
@@ -99,76 +127,68 @@ def record(
     """Record one call of the diffusers pipeline `pipe` into `store`, which is made when it is not there.
 
     Yields the callback to give to the call as `callback_on_step_end`. `run` names the run, or one run a sample when the
-    call makes several; `interval`, `format` and `attributes` (prompt=, seed=, ...) are as in `StoreRecorder`. The
-    initial noise is step 0, the state after the i-th scheduler step is step i + 1, labelled with the noise level that
-    the scheduler has reached. A run whose sampling stopped early stays incomplete. Raises InputError when a name is
-    taken or the callback was never called.
+    call makes several; `interval`, `format` and `attributes` (prompt=, seed=, ..., of these two also a list, one a run)
+    are as in `StoreRecorder`. The initial noise is step 0, the state after the i-th scheduler step is step i + 1,
+    labelled with the noise level that the scheduler has reached. A run whose sampling stopped early stays incomplete.
+    Raises InputError when a name is taken, when the states of this scheduler cannot be labelled, or when the callback
+    was never called.
     """
+    rule_of(pipe.scheduler)
     opened = store if isinstance(store, TrajectoryStore) else TrajectoryStore.create(store)
     runs = [run] if isinstance(run, str) else list(run)
     for name in runs:
         if name in opened:
             raise InputError(f"{opened.root}: has a run {name!r} already; choose another name, or delete that folder")
-    recording = Recording(
-        opened, runs, {"format": format, "interval": interval, "model": _model_name(pipe), **attributes}
-    )
-    scheduler = pipe.scheduler
-    original = scheduler.step
-
-    @functools.wraps(original)  # pipelines look at its signature
-    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        initial = None if recording.started else sample.detach().clone()
-        result = original(model_output, timestep, sample, *args, **kwargs)
-        if initial is not None:
-            recording.start(scheduler, timestep, initial)
-        return result
-
-    scheduler.step = step
+    options = {"format": format, "interval": interval, "model": _model_name(pipe), **attributes}
+    recording = Recording(opened, runs, [_of_sample(options, index, len(runs)) for index in range(len(runs))])
     try:
-        yield recording
+        with _watched(pipe.scheduler, recording):
+            yield recording
     except BaseException:
         recording.close()
         raise
-    finally:
-        del scheduler.step
     recording.finish()
 
 
-class _Schedule:
-    """The timesteps and noise levels of a diffusers scheduler, beginning where this call began (image-to-image starts
-    late)."""
+@contextmanager
+def _watched(scheduler: Any, recording: Recording) -> Iterator[None]:
+    """Let `recording` see the steps of this one scheduler.
 
-    def __init__(self, scheduler: Any, first_timestep: float) -> None:
-        timesteps = [float(t) for t in scheduler.timesteps]
-        if hasattr(scheduler, "sigmas") and getattr(scheduler, "step_index", None) is not None:
-            sigmas = [float(sigma) for sigma in scheduler.sigmas]
-            begin = scheduler.step_index - 1  # it has made its first step
-        elif hasattr(scheduler, "alphas_cumprod"):
-            alphas = scheduler.alphas_cumprod
-            last = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-            # Variance-exploding noise level of a variance-preserving state: Karras et al. 2022 (EDM), table 1.
-            sigmas = [((1 - a) / a) ** 0.5 for a in [*(float(alphas[int(t)]) for t in timesteps), last]]
-            begin = timesteps.index(first_timestep)
-        else:
-            raise InputError(
-                f"record: {type(scheduler).__name__} has neither sigmas nor alphas_cumprod; use a scheduler whose "
-                "noise levels are known"
-            )
-        if len(sigmas) != len(timesteps) + 1:
-            raise InputError(
-                f"record: {type(scheduler).__name__} has {len(sigmas)} sigmas for {len(timesteps)} timesteps; expected "
-                "one more sigma than timesteps"
-            )
-        self._levels = list(zip([*timesteps, 0.0], sigmas, strict=True))[begin:]
+    Its class is changed, not the object: what a pipeline copies of it, by copy, deepcopy or pickle, is a plain
+    scheduler that steps itself.
+    """
+    if "step" in vars(scheduler):
+        raise InputError(f"record: the step of this {type(scheduler).__name__} was replaced; give it its own back")
+    plain: Any = type(scheduler)
+    signature = inspect.signature(plain.step)
 
-    @property
-    def steps(self) -> int:
-        """The number of scheduler steps."""
-        return len(self._levels) - 1
+    @functools.wraps(plain.step)  # pipelines look at its signature
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is scheduler:
+            given = signature.bind(self, *args, **kwargs).arguments
+            recording.before_step(self, given["timestep"], given["sample"], given)
+        return plain.step(self, *args, **kwargs)
 
-    def level_after(self, i: int) -> tuple[float, float]:
-        """Timestep and sigma of the state after scheduler step `i`; -1 for the initial noise."""
-        return self._levels[i + 1]
+    def reduce(self: Any, _: Any) -> Any:
+        # Of protocol 1, because pickle holds what protocol 2 and later say of the class against the object's own.
+        function, made_of, *rest = plain.__reduce_ex__(self, 1)
+        return function, tuple(plain if part is type(self) else part for part in made_of), *rest
+
+    watched = {"step": step, "__reduce_ex__": reduce, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    scheduler.__class__ = type(plain.__name__, (plain,), watched)
+    try:
+        yield
+    finally:
+        scheduler.__class__ = plain
+
+
+def _of_sample(options: dict[str, Any], index: int, samples: int) -> dict[str, Any]:
+    """What is said of one of several samples, whose prompts and seeds may be lists as the pipeline takes them."""
+    lists = {name: options[name] for name in ("prompt", "seed") if isinstance(options.get(name), (list, tuple))}
+    for name, values in lists.items():
+        if len(values) != samples:
+            raise InputError(f"record: {name} is a list of {len(values)} for {samples} runs; expected one each")
+    return {**options, **{name: values[index] for name, values in lists.items()}}
 
 
 def _model_name(pipe: Any) -> str:
