@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfstep.data.base import Array, Inspection, Problem, SourceError, digest, file_digest
+from halfstep.data.base import Array, Inspection, Problem, SourceError, digest, file_digest, one_line, reading
 from halfstep.data.pickles import load_poses
 from halfstep.data.trajectories import POSES_FILE, numbered_files
 from halfstep.errors import InputError
@@ -46,12 +46,12 @@ def load_latent(path: Path) -> tuple[Array, Array | None]:
 
     Raises SourceError when the file is damaged, asks for code, or holds something else.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise SourceError(f"{path}: cannot be read as latents ({reason})") from error
-    return _unwrap(content, path)
+    with reading(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+            raise SourceError(f"{path}: cannot be read as latents ({one_line(error)})") from error
+        return _unwrap(content, path)
 
 
 def _unwrap(content: Any, path: Path) -> tuple[Array, Array | None]:

@@ -43,13 +43,15 @@ class Failure:
 
 @dataclass
 class Counts:
-    """What one process did, in items: `retried` in fp32, `refused` because they are not finite there either."""
+    """What one process did, in items: `retried` in fp32, `refused` because they are not finite there either.
+    `left_out` counts the frames beyond the first of each animation whose first frame alone is wanted, by key."""
 
     encoded: int = 0
     skipped: int = 0
     retried: int = 0
     refused: int = 0
     failures: list[Failure] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 class StoppedError(HalfstepError):
@@ -96,6 +98,12 @@ class _Failed:
 
 
 @dataclass(frozen=True)
+class _LeftOut:
+    sequence: FrameSequence
+    count: int
+
+
+@dataclass(frozen=True)
 class _Skipped:
     row: Row
 
@@ -106,7 +114,7 @@ class _Close:
     fingerprint: bytes
 
 
-_Step = _Open | _Sample | _Reuse | _Failed | _Skipped | _Close
+_Step = _Open | _Sample | _Reuse | _Failed | _LeftOut | _Skipped | _Close
 
 
 @dataclass
@@ -179,6 +187,8 @@ def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: Mapping[
             except SourceError as error:
                 counts.failures.append(Failure(sequence.key, str(sequence.source), str(error)))
                 continue
+            if inspection.left_out:
+                counts.left_out[sequence.key] = inspection.left_out
             counts.failures += [
                 Failure(sequence.key, str(sequence.source), p.reason, p.frame) for p in inspection.problems
             ]
@@ -225,6 +235,8 @@ def _plan(
             continue
         for problem in inspection.problems:
             yield _Failed(sequence, problem)
+        if inspection.left_out:
+            yield _LeftOut(sequence, inspection.left_out)
         row = existing.get(sequence.key)
         fingerprint = fingerprint_of(job, inspection)
         if row is not None and row.fingerprint == fingerprint and _is_complete(row, inspection):
@@ -251,8 +263,12 @@ def _frame_steps(
     digests = {n: digest(job.recipe, d) for n, d in zip(inspection.numbers, inspection.digests, strict=True)}
     stored = _stored_places(row) if clip_length == 1 else {}
     wanted = [n for n in inspection.numbers if digests[n] not in stored]
-    loaders = dict(sequence.frames(wanted)) if inspection.numbers else {}
     if inspection.numbers:
+        try:
+            loaders = dict(sequence.frames(wanted))
+        except SourceError as error:
+            yield _Failed(sequence, Problem(str(error)))
+            return
         for number in inspection.numbers:
             if number in loaders:
                 yield _Sample(sequence, number, digests[number], (pool.submit(loaders[number]),))
@@ -367,6 +383,8 @@ class _Recorder:
                     self._fail(sequence, problem)
                     if attempted:
                         self._keep_older(problem.frame)
+                case _LeftOut(sequence, count):
+                    self._counts.left_out[sequence.key] = count
                 case _Skipped(row):
                     self._counts.skipped += row.length
                     self._on_progress(row.length, 0)

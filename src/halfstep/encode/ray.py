@@ -71,7 +71,7 @@ def encode_on_ray(
     progress = progress or Progress()
     team = Team()
     with reserved(options.output):
-        job, autoencoder, listed, existing = prepare_run(sources, options, team)
+        job, autoencoder, listed, existing = prepare_run(sources, options, team, progress)
         missing = missing_keys(options, listed, existing)
         for line in warnings_before(job, existing, options):
             progress.note(line)
