@@ -17,7 +17,7 @@ Kind = Literal["pictures", "videos", "trajectories", "latents"]
 
 # Pictures and videos that only other programs read. They are counted, so that nobody misses them unawares.
 _FOREIGN = (
-    "ai arw braw cr2 cr3 crm dng emf eps exr heic heif hif jxl jxr mng nef orf pef ps r3d raf raw rm rmvb rw2 srw svg "
+    "ai arw braw cr2 cr3 crm dng emf eps exr heic heif hif jxl jxr mng nef orf pef ps r3d raf raw rw2 srw svg "
     "svgz swf wmf xcf"
 )
 _MEDIA = pictures.EXTENSIONS | videos.EXTENSIONS | {f".{name}" for name in _FOREIGN.split()}

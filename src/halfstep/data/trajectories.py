@@ -32,7 +32,9 @@ def numbered_files(folder: Path, extensions: frozenset[str]) -> dict[int, Path]:
                 continue
             number = int(stem)
             if number in found:
-                raise SourceError(f"{folder}: {found[number].name} and {entry.name} are both number {number}; remove one")
+                raise SourceError(
+                    f"{folder}: {found[number].name} and {entry.name} are both number {number}; remove one"
+                )
             if number > _LARGEST:
                 raise SourceError(f"{folder}: {entry.name} is numbered above {_LARGEST}; number frames from 0")
             found[number] = folder / entry.name
