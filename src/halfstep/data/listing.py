@@ -55,24 +55,24 @@ def list_path(path: Path, kind: Kind | None = None) -> Listing:
     kind = kind or _only_kind(path, by_kind)
     if kind == "videos":
         by_kind["videos"] += [name for name in by_kind["pictures"] if frames_in(root / name) > 1]
-    lost = {folder: f"{root / folder}: cannot be listed ({reason})" for folder, reason in found.unreadable.items()}
-    lost |= {
-        folder: f"{root / folder}: has {len(held)} pictures but no {POSES_FILE}" for folder, held in poseless.items()
-    }
+    reasons = {folder: f"cannot be listed ({reason})" for folder, reason in found.unreadable.items()}
+    for folder, held in poseless.items():
+        reasons[folder] = f"has {len(held)} pictures but no {POSES_FILE}; copy that too, or take the folder away"
     if kind in ("trajectories", "latents"):
-        empty = posed - {_folder(name) for name in by_kind["trajectories"] + by_kind["latents"]}
         wanted = "pictures" if kind == "trajectories" else "latents"
-        lost |= {folder: f"{root / folder}: has {POSES_FILE} but no numbered {wanted}" for folder in empty}
+        for folder in posed - {_folder(name) for name in by_kind["trajectories"] + by_kind["latents"]}:
+            reasons[folder] = f"has {POSES_FILE} but no numbered {wanted}; copy them too, or take the folder away"
+    lost = {folder: f"{root / folder}: {reason}" for folder, reason in sorted(reasons.items())}
     files = _sequence_names(kind, by_kind[kind])
     if not files:
-        raise InputError(f"{path}: no {kind} in it{''.join(f'; {lost[name]}' for name in sorted(lost)[:1])}")
+        raise InputError(f"{path}: no {kind} in it{''.join(f'; {reason}' for reason in [*lost.values()][:1])}")
     read = {*by_kind[kind], *(name for held in poseless.values() for name in held)}
     left = [name for name in found.files if _suffix(name) in _MEDIA and name not in read]
     special = [name for name in found.special if _suffix(name) in _MEDIA]
     if files == ["."]:  # the path itself is the trajectory
         files, root = [root.name], root.parent
     notes = tuple(_left_out(path, kind, left, special))
-    return Listing(root, kind, tuple(files), dict(sorted(lost.items())), frozenset(found.unreadable), notes)
+    return Listing(root, kind, tuple(files), lost, frozenset(found.unreadable), notes)
 
 
 def named(path: Path) -> Path:

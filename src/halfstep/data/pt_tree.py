@@ -73,10 +73,11 @@ def _unwrap(content: Any, path: Path) -> tuple[Array, Array | None]:
 
 
 def _as_array(value: Any, path: Path) -> Array:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
         value = value.detach().float().numpy()
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        raise SourceError(f"{path}: holds {type(value).__name__}; expected a floating-point tensor [C, h, w]")
+        found = f"{type(value).__name__}{f' of {value.dtype}' if hasattr(value, 'dtype') else ''}"
+        raise SourceError(f"{path}: holds {found}; expected a floating-point tensor [C, h, w]")
     array = np.asarray(value, dtype=np.float32)
     if array.ndim == 4 and len(array) == 1:
         array = array[0]

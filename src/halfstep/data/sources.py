@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -21,6 +24,8 @@ from halfstep.data.trajectories import TrajectorySequence, numbered_files
 from halfstep.data.videos import VideoSequence
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
+
+_VOTES = 9  # latents that are read to find out the shape of all
 
 
 class SourceConfig(Config):
@@ -59,7 +64,7 @@ class Source:
 
     def sequences(self, pixels: PixelSpec, latent_shape: tuple[int, ...] | None = None) -> list[FrameSequence]:
         """All sequences, in the order of their names. A picture or video in a class folder carries its name as label.
-        `latent_shape` is that which all latents must have, by default that of the first one."""
+        `latent_shape` is that which all latents must have, by default that of most."""
         if self.kind == "latents":
             shape = latent_shape or self.latent_shape()
             return [PtSequence(self._key(name), None, self.root / name, shape) for name in self.files]
@@ -75,19 +80,26 @@ class Source:
         return sequence(self._key(name), class_folder(name_to_key(name)), path, pixels, self.stride, self.fps)
 
     def latent_shape(self) -> tuple[int, int, int]:
-        """[C, h, w] of the first readable latent. Raises InputError when none is."""
+        """[C, h, w] of most of the first readable latents: one odd file does not decide. Raises InputError when none is
+        readable."""
+        shapes = Counter(islice(self._latent_shapes(), _VOTES)).most_common(1)
+        if not shapes:
+            raise InputError(f"{self.root}: no readable latent in it")
+        return shapes[0][0]
+
+    def _latent_shapes(self) -> Iterator[tuple[int, int, int]]:
+        """Those of what can be read; what cannot is reported with its reason when its turn comes."""
         for name in self.files:
             try:
                 paths = numbered_files(self.root / name, pt_tree.EXTENSIONS).values()
             except (SourceError, OSError):
-                continue  # reported with its reason when its turn comes
+                continue
             for path in paths:
                 try:
                     channels, height, width = load_latent(path)[0].shape
                 except SourceError:
-                    continue  # likewise
-                return channels, height, width
-        raise InputError(f"{self.root}: no readable latent in it")
+                    continue
+                yield channels, height, width
 
     def _key(self, name: str) -> str:
         return _key(self.prefix, name)
