@@ -191,6 +191,17 @@ def test_who_names_a_kind_gets_that(tmp_path: Path) -> None:
         list_path(root, "trajectories")
 
 
+def test_a_trajectory_may_hold_folders(tmp_path: Path) -> None:
+    for name in ("0.png", "depth/0.png"):
+        picture(tmp_path / "walk" / name)
+    poses(tmp_path / "walk")
+    poses(tmp_path / "walk" / "more")
+    listing = list_path(tmp_path / "walk", "trajectories")
+    assert (listing.root, listing.files) == (tmp_path, ("walk",))
+    assert list(listing.lost) == ["walk/more"]
+    assert listing.notes == (f"{tmp_path}/walk: 1 files are left out, not read as trajectories: 1 .png",)
+
+
 def test_latents_with_poses_alone_are_named(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     torch.save(torch.zeros(4, 2, 2), tmp_path / "t" / "0.pt")

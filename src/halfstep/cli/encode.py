@@ -148,6 +148,6 @@ def _summary(report: EncodeReport, keep_missing: bool) -> str:
             "a YAML list of sources all frames are"
         )
     lines += [f"failed: {failure.reason}" for failure in report.failures[:5]]
-    if report.failed:
+    if report.failed and not report.dry_run:
         lines.append(f"{report.failed} failed in all; why is in {Path(report.store) / 'failures.jsonl'}")
     return "\n".join(lines)

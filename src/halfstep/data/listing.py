@@ -69,10 +69,12 @@ def list_path(path: Path, kind: Kind | None = None) -> Listing:
     read = {*by_kind[kind], *(name for held in poseless.values() for name in held)}
     left = [name for name in found.files if _suffix(name) in _MEDIA and name not in read]
     special = [name for name in found.special if _suffix(name) in _MEDIA]
+    notes, unlisted = tuple(_left_out(path, kind, left, special)), frozenset(found.unreadable)
     if files == ["."]:  # the path itself is the trajectory
+        lost = {f"{root.name}/{name}": reason for name, reason in lost.items()}
+        unlisted = frozenset(f"{root.name}/{name}" for name in unlisted)
         files, root = [root.name], root.parent
-    notes = tuple(_left_out(path, kind, left, special))
-    return Listing(root, kind, tuple(files), lost, frozenset(found.unreadable), notes)
+    return Listing(root, kind, tuple(files), lost, unlisted, notes)
 
 
 def named(path: Path) -> Path:
@@ -118,7 +120,7 @@ def _walks_without_poses(names: list[str], posed: set[str]) -> dict[str, list[st
     return {
         folder: held
         for folder, held in folders.items()
-        if folder and all(map(_is_numbered, held)) and posed.isdisjoint(map(str, PurePosixPath(folder).parents))
+        if folder and all(map(_is_numbered, held)) and posed.isdisjoint({"", *map(str, PurePosixPath(folder).parents)})
     }
 
 

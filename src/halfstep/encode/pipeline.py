@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from halfstep.data.base import Array, FrameSequence, Inspection, Problem, SourceError, digest
+from halfstep.data.keys import name_to_key
 from halfstep.encode.job import EncodeJob
 from halfstep.encode.lanes import Encoded, Lanes
 from halfstep.errors import HalfstepError
@@ -33,12 +34,16 @@ _UNREADABLE = bytes(DIGEST_BYTES)
 
 @dataclass(frozen=True)
 class Failure:
-    """One line of failures.jsonl."""
+    """One line of failures.jsonl. Paths in it that are not UTF-8 are escaped as keys are."""
 
     key: str
     source: str
     reason: str
     frame: int | None = None
+
+    @classmethod
+    def of(cls, sequence: FrameSequence, problem: Problem) -> Failure:
+        return cls(sequence.key, name_to_key(str(sequence.source)), name_to_key(problem.reason), problem.frame)
 
 
 @dataclass
@@ -185,18 +190,16 @@ def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: Mapping[
             try:
                 inspection = future.result()
             except SourceError as error:
-                counts.failures.append(Failure(sequence.key, str(sequence.source), str(error)))
+                counts.failures.append(Failure.of(sequence, Problem(str(error))))
                 continue
             if inspection.left_out:
                 counts.left_out[sequence.key] = inspection.left_out
-            counts.failures += [
-                Failure(sequence.key, str(sequence.source), p.reason, p.frame) for p in inspection.problems
-            ]
+            counts.failures += [Failure.of(sequence, problem) for problem in inspection.problems]
             row = existing.get(sequence.key)
             unchanged = row is not None and row.fingerprint == fingerprint_of(job, inspection)
             if row is not None and unchanged and _is_complete(row, inspection):
                 if "problem" in row.attributes:
-                    counts.failures.append(Failure(sequence.key, str(sequence.source), row.attributes["problem"]))
+                    counts.failures.append(Failure.of(sequence, Problem(row.attributes["problem"])))
                 counts.skipped += row.length
                 continue
             stored = _stored_places(row)
@@ -445,11 +448,11 @@ class _Recorder:
         self._digests.append(frame_digest)
 
     def _fail(self, sequence: FrameSequence, problem: Problem) -> None:
-        failure = Failure(sequence.key, str(sequence.source), problem.reason, problem.frame)
+        failure = Failure.of(sequence, problem)
         self._counts.failures.append(failure)
-        self._problem = problem.reason
+        self._problem = failure.reason
         if self._job.strict:
-            line = f"{problem.reason}; stopped because of --strict, what was complete is in the store"
+            line = f"{failure.reason}; stopped because of --strict, what was complete is in the store"
             raise StoppedError(line, self._counts.failures)
 
     def _close(self, step: _Close) -> None:
