@@ -67,7 +67,6 @@ PICTURES = {
     "a.ico": saved(RGB, "ICO"),
     "a.icns": saved(RGB.resize((16, 16)), "ICNS"),
     "a.dds": saved(RGB, "DDS"),
-    "a.im": saved(RGB, "IM"),
     "a.pcx": saved(RGB, "PCX"),
     "a.qoi": saved(RGB, "QOI"),
     "a.sgi": saved(RGB, "SGI"),

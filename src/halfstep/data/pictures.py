@@ -67,9 +67,7 @@ def load_picture(path: Path) -> Image.Image:
 @contextmanager
 def opened(path: Path, *, load: bool = True) -> Iterator[Image.Image]:
     """The picture at `path`, by default with its pixels loaded. What fails, also while it is open, is a SourceError."""
-    with reading(path), warnings.catch_warnings():
-        # Pillow warns from half of its limit on and raises beyond it; only the error concerns us.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with reading(path):
         try:
             with _open(path, load) as image:
                 yield image
@@ -97,13 +95,16 @@ def _open(path: Path, load: bool) -> Image.Image:
 
 
 def _open_file(file: Path | io.BytesIO, load: bool) -> Image.Image:
-    image = Image.open(file)
-    try:
-        if load:
+    with warnings.catch_warnings():
+        # Pillow warns from half of its limit on and raises beyond it; only the error concerns us.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(file)
+    if load:
+        try:
             image.load()
-    except BaseException:
-        image.close()
-        raise
+        except BaseException:
+            image.close()
+            raise
     return image
 
 
