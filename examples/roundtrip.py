@@ -14,6 +14,7 @@ from PIL import Image
 from skimage import data
 
 from halfstep.autoencoders import load_autoencoder
+from halfstep.data.keys import key_to_name
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.encode import EncodeOptions, encode
@@ -34,7 +35,7 @@ def main(output: Path, identifier: str = "dct8") -> None:
         figure, axes = plt.subplots(3, len(PHOTOGRAPHS), figsize=(11, 8.6), layout="constrained")
         for column, key in zip(axes.T, store.keys(), strict=True):
             assert store.spec.pixels is not None
-            original = load_fitted(photos / key, store.spec.pixels)
+            original = load_fitted(photos / key_to_name(key), store.spec.pixels)
             raw = autoencoder.unscaled(torch.from_numpy(store.read(key)))
             pixels = autoencoder.decode(raw)[0].permute(1, 2, 0).clamp(-1, 1)
             decoded = ((pixels + 1) * 127.5).round().byte().numpy()

@@ -1,10 +1,12 @@
+import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from halfstep.data.base import SourceError
 from halfstep.data.pictures import fit, load_fitted, load_picture
@@ -116,6 +118,67 @@ def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).random((8, 8), np.float32)).save(tmp_path / "p.tif")
     with pytest.raises(SourceError, match="floating-point pixels of unknown range"):
         load_fitted(tmp_path / "p.tif", PixelSpec(8, 8))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32, np.uint32])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_integers_of_unknown_range_are_refused(tmp_path: Path, kind: type, order: str) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.arange(64).reshape(8, 8).astype(np.dtype(kind).newbyteorder(order))
+    tifffile.imwrite(tmp_path / "p.tif", values, byteorder=order)
+    with pytest.raises(SourceError, match=r"integers of unknown range; convert .* to unsigned 8 or 16|not a picture"):
+        load_fitted(tmp_path / "p.tif", PixelSpec(8, 8))
+
+
+def test_inverted_and_twelve_bits_are_scaled(tmp_path: Path) -> None:
+    grey = gradient()[..., 0]
+    options = {"compression": None, "tiffinfo": {262: 0}}
+    Image.fromarray((255 - grey).astype(np.uint16) * 257).save(tmp_path / "white_is_zero.tif", **options)
+    assert np.array_equal(np.asarray(load_picture(tmp_path / "white_is_zero.tif"))[..., 0], grey)
+    deep = grey.astype(np.uint16) * 16  # two samples of 12 bits in three bytes
+    first, second = deep.reshape(8, 6, 2).transpose(2, 0, 1)
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8)
+    tags = {256: 12, 257: 8, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 8, 279: packed.nbytes}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "12.tif").write_bytes(head + packed.tobytes())
+    loaded = np.asarray(load_picture(tmp_path / "12.tif"))[..., 0]
+    assert np.array_equal(loaded, np.round(deep * (255 / 4095)).astype(np.uint8))
+
+
+def wrong_exif(orientation: int) -> bytes:
+    """EXIF in which the width is text, so that Pillow cannot write it again."""
+    entries = struct.pack("<HHI4s", 0x100, 2, 3, b"60\0\0") + struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0)
+    return b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + bytes(4)
+
+
+def test_exif_that_cannot_be_rewritten_turns_the_picture_all_the_same(tmp_path: Path) -> None:
+    stored = Image.fromarray(gradient()).transpose(Image.Transpose.ROTATE_90)
+    for name in ("p.png", "p.webp"):
+        stored.save(tmp_path / name, exif=wrong_exif(6), lossless=True)
+        assert np.array_equal(np.asarray(load_picture(tmp_path / name)), gradient())
+        stored.save(tmp_path / name, exif=b"Exif\0\0garbage", lossless=True)
+        with pytest.raises(SourceError, match=rf"{name}: cannot be read"):
+            load_picture(tmp_path / name)
+
+
+def test_texts_and_profiles_of_a_png_may_be_large(tmp_path: Path) -> None:
+    picture = Image.fromarray(gradient())
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "{}" * (1 << 20), zip=True)
+    texts.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="3"/>')
+    picture.save(tmp_path / "text.png", pnginfo=texts)
+    picture.save(tmp_path / "profile.png", icc_profile=bytes(2 << 20))
+    many = PngImagePlugin.PngInfo()
+    for _ in range(70):
+        many.add_text("note", "a" * (1 << 20), zip=True)
+    picture.save(tmp_path / "many.png", pnginfo=many)
+    turned = picture.transpose(Image.Transpose.ROTATE_180)
+    with ThreadPoolExecutor(4) as pool:  # no limit of the process is changed meanwhile
+        for name, expected in (("text.png", turned), ("profile.png", picture), ("many.png", picture)):
+            for loaded in pool.map(load_picture, [tmp_path / name] * 8):
+                assert np.array_equal(np.asarray(loaded), np.asarray(expected))
+    assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20
 
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path: Path) -> None:

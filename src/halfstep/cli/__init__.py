@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -56,6 +57,8 @@ def _options(
 
 def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, exit code 2 for the user's input and 1 for failed work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be UTF-8, and must not end the run when printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = _run()
     if is_launched():
         leave(code)

@@ -141,7 +141,13 @@ def _summary(report: EncodeReport, keep_missing: bool) -> str:
     if report.missing:
         what = "kept, though the sources no longer have them" if keep_missing else "no longer in the sources"
         lines.append(f"{len(report.missing)} sequences {what}: {some(report.missing)}")
+    if report.left_out:
+        files = [f"{key} (1 of {count + 1})" for key, count in report.left_out.items()]
+        lines.append(
+            f"{len(files)} animations: only the first frame of each is encoded: {some(files)}; with `kind: videos` in "
+            "a YAML list of sources all frames are"
+        )
     lines += [f"failed: {failure.reason}" for failure in report.failures[:5]]
-    if report.failed:
+    if report.failed and not report.dry_run:
         lines.append(f"{report.failed} failed in all; why is in {Path(report.store) / 'failures.jsonl'}")
     return "\n".join(lines)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import traceback
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from halfstep.errors import InputError
+from halfstep.errors import HalfstepError, InputError
 from halfstep.store.index import DIGEST_BYTES
 
 Array = npt.NDArray[Any]
@@ -37,7 +40,8 @@ class Inspection:
 
     `numbers` are the frames' numbers in the source and `digests` their contents' digests, DIGEST_BYTES each; both are
     empty for a video, whose frames are known only once it is decoded. `content` is the digest of everything. `arrays`
-    hold what belongs to each frame, in the order of `numbers`.
+    hold what belongs to each frame, in the order of `numbers`. `left_out` counts the frames of an animation, or the
+    pages of a document, beyond the first one.
     """
 
     content: bytes
@@ -45,6 +49,7 @@ class Inspection:
     digests: tuple[bytes, ...] = ()
     arrays: dict[str, Array] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    left_out: int = 0
 
 
 class FrameSequence(Protocol):
@@ -69,6 +74,27 @@ class FrameSequence(Protocol):
         A loader returns the fitted frame, uint8 [H, W, 3] (or float32 latents [C, H, W] for a source of latents), may
         run in any thread, and raises SourceError. The iterator itself raises SourceError where a video breaks off.
         """
+
+
+@contextmanager
+def reading(source: Path) -> Iterator[None]:
+    """Whatever fails in this block is a SourceError that names `source`: decoders of damaged files raise anything, and
+    one odd file must not end a run. Of what nobody foresaw, HALFSTEP_DEBUG in the environment shows the traceback."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except HalfstepError as error:
+        raise SourceError(str(error)) from error
+    except Exception as error:
+        if os.environ.get("HALFSTEP_DEBUG"):
+            traceback.print_exception(error)
+        raise SourceError(f"{source}: cannot be read ({type(error).__name__}: {one_line(error)})") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks and of a bearable length; its type where it says nothing."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def digest(*parts: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -175,7 +176,7 @@ def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameRea
     """A store (folder or fsspec URL), the sequences below a folder's name in a store (`latents/recon`), a tree of `.pt`
     latents, or, when `pixels` is given, pictures, videos or trajectories.
 
-    Raises InputError when the folder holds none of them.
+    Warns of what is there and cannot be used. Raises InputError when the folder holds none of them.
     """
     if "://" in str(folder):
         return StoreFrames(DatasetStore.open(folder))
@@ -185,6 +186,8 @@ def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameRea
             below = path.relative_to(root).as_posix()
             return StoreFrames(DatasetStore.open(root), "" if root == path else f"{below}/")
     source = Source.find(SourceConfig(path=path, kind="latents" if pixels is None else None))
+    for line in (*(lost.reason for lost in source.lost), *source.notes):
+        warnings.warn(line, stacklevel=2)
     if source.kind == "latents":
         return FolderFrames(source.root, list(source.files), None)
     assert pixels is not None

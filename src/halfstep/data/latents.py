@@ -318,10 +318,14 @@ def _split_names(entry: NavigationDatasetConfig, split: str) -> list[str] | None
 
 
 def read_names(path: Path) -> list[str]:
-    """The trajectories of a split, a name a line. Raises InputError when there is no such file."""
+    """The trajectories of a split, a name a line. Raises InputError when there is no such file or it is no text."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; the trajectories of a split are listed in one, a name a line")
-    return [name for line in path.read_text().splitlines() if (name := line.strip())]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save the names as UTF-8 text") from None
+    return [name for line in text.splitlines() if (name := line.strip())]
 
 
 def _reader(frames: FrameReader | DatasetStore | str | Path) -> FrameReader:

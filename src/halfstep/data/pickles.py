@@ -83,7 +83,7 @@ def load_poses(path: Path) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.nd
     try:
         position = np.asarray(values["position"], dtype=np.float64)
         yaw = np.asarray(values["yaw"], dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: position and yaw must be numbers ({error})") from error
     if yaw.ndim == 2 and yaw.shape[1] == 1:
         yaw = yaw[:, 0]

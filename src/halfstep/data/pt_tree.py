@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfstep.data.base import Array, Inspection, Problem, SourceError, digest, file_digest
+from halfstep.data.base import Array, Inspection, Problem, SourceError, digest, file_digest, one_line, reading
 from halfstep.data.pickles import load_poses
 from halfstep.data.trajectories import POSES_FILE, numbered_files
 from halfstep.errors import InputError
@@ -46,12 +46,12 @@ def load_latent(path: Path) -> tuple[Array, Array | None]:
 
     Raises SourceError when the file is damaged, asks for code, or holds something else.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise SourceError(f"{path}: cannot be read as latents ({reason})") from error
-    return _unwrap(content, path)
+    with reading(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+            raise SourceError(f"{path}: cannot be read as latents ({one_line(error)})") from error
+        return _unwrap(content, path)
 
 
 def _unwrap(content: Any, path: Path) -> tuple[Array, Array | None]:
@@ -73,10 +73,11 @@ def _unwrap(content: Any, path: Path) -> tuple[Array, Array | None]:
 
 
 def _as_array(value: Any, path: Path) -> Array:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
         value = value.detach().float().numpy()
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        raise SourceError(f"{path}: holds {type(value).__name__}; expected a floating-point tensor [C, h, w]")
+        found = f"{type(value).__name__}{f' of {value.dtype}' if hasattr(value, 'dtype') else ''}"
+        raise SourceError(f"{path}: holds {found}; expected a floating-point tensor [C, h, w]")
     array = np.asarray(value, dtype=np.float32)
     if array.ndim == 4 and len(array) == 1:
         array = array[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
@@ -13,19 +14,31 @@ import numpy as np
 from halfstep.data.base import Array, Inspection, Problem, SourceError, digest, file_digest
 from halfstep.data.pickles import load_poses
 from halfstep.data.pictures import EXTENSIONS, load_fitted
+from halfstep.data.walk import is_readable
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
 
 POSES_FILE = "traj_data.pkl"
+_LARGEST = 2**31 - 1  # of the numbers that a store has room for
 
 
 def numbered_files(folder: Path, extensions: frozenset[str]) -> dict[int, Path]:
-    """Files named by an unpadded or padded number, by that number."""
-    return {
-        int(path.stem): path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in extensions and path.stem.isdecimal()
-    }
+    """Files named by an unpadded or padded number, by that number. Raises SourceError where two have the same one."""
+    found: dict[int, Path] = {}
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            stem, dot, extension = entry.name.rpartition(".")
+            if not (stem.isdecimal() and f"{dot}{extension}".lower() in extensions and is_readable(entry)):
+                continue
+            number = int(stem)
+            if number in found:
+                raise SourceError(
+                    f"{folder}: {found[number].name} and {entry.name} are both number {number}; remove one"
+                )
+            if number > _LARGEST:
+                raise SourceError(f"{folder}: {entry.name} is numbered above {_LARGEST}; number frames from 0")
+            found[number] = folder / entry.name
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,11 @@ from halfstep.data.pictures import fit
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
 
-EXTENSIONS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"})
+_NAMES = (
+    "3g2 3gp asf avi divx dv f4v flv m1v m2t m2ts m2v m4v mjpeg mjpg mkv mov mp4 mpe mpeg mpg mts mxf nut ogm ogv qt "
+    "rm rmvb ts vob webm wmv y4m"
+)
+EXTENSIONS = frozenset(f".{name}" for name in _NAMES.split())
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from halfstep.autoencoders import Autoencoder, load_autoencoder
 from halfstep.data.base import FrameSequence, digest
+from halfstep.data.guarded import Guarded
+from halfstep.data.listing import Kind
 from halfstep.data.pt_tree import imported_spec
-from halfstep.data.sources import Kind, Source
+from halfstep.data.sources import Source
 from halfstep.errors import InputError
 from halfstep.precision import PrecisionPolicy, Settled, probe
 from halfstep.precision import settle as settle_precision
@@ -162,10 +165,15 @@ def _require_plain_import(options: EncodeOptions, kinds: set[Kind]) -> None:
 
 
 def list_sequences(sources: list[Source], spec: LatentSpec, limit: int | None) -> list[FrameSequence]:
-    """All sequences of all sources in a fixed order; with `limit`, only the first ones that together reach it."""
+    """All sequences of all sources in a fixed order, what cannot be used of a source after the rest of it; with
+    `limit`, only the first ones that together reach it. Raises InputError where two have one key."""
     pixels = spec.pixels or PixelSpec(0, 0)
     shape = spec.latent_shape
-    sequences = [sequence for source in sources for sequence in source.sequences(pixels, shape)]
+    sequences: list[FrameSequence] = []
+    for source in sources:
+        sequences += [Guarded(sequence) for sequence in source.sequences(pixels, shape)]
+        sequences += source.lost
+    _refuse_shared_keys(sequences)
     if limit is None:
         return sequences
     total = 0
@@ -174,6 +182,16 @@ def list_sequences(sources: list[Source], spec: LatentSpec, limit: int | None) -
             return sequences[:count]
         total += max(1, sequence.expected)
     return sequences
+
+
+def _refuse_shared_keys(sequences: list[FrameSequence]) -> None:
+    """The later one would take the place of the other in the store, in every run again."""
+    times = Counter(sequence.key for sequence in sequences)
+    if len(times) == len(sequences):
+        return
+    shared = next(key for key, count in times.items() if count > 1)
+    first, second, *_ = [sequence.source for sequence in sequences if sequence.key == shared]
+    raise InputError(f"sources: {first} and {second} would both be {shared!r} in the store; give another `name`")
 
 
 def _pixels(options: EncodeOptions, kinds: set[Kind], existing: Manifest | None) -> PixelSpec:

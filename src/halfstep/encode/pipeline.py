@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from halfstep.data.base import Array, FrameSequence, Inspection, Problem, SourceError, digest
+from halfstep.data.keys import name_to_key
 from halfstep.encode.job import EncodeJob
 from halfstep.encode.lanes import Encoded, Lanes
 from halfstep.errors import HalfstepError
@@ -34,23 +35,29 @@ _UNREADABLE = bytes(DIGEST_BYTES)
 
 @dataclass(frozen=True)
 class Failure:
-    """One line of failures.jsonl."""
+    """One line of failures.jsonl. Paths in it that are not UTF-8 are escaped as keys are."""
 
     key: str
     source: str
     reason: str
     frame: int | None = None
 
+    @classmethod
+    def of(cls, sequence: FrameSequence, problem: Problem) -> Failure:
+        return cls(sequence.key, name_to_key(str(sequence.source)), name_to_key(problem.reason), problem.frame)
+
 
 @dataclass
 class Counts:
-    """What one process did, in items: `retried` in fp32, `refused` because they are not finite there either."""
+    """What one process did, in items: `retried` in fp32, `refused` because they are not finite there either.
+    `left_out` counts the frames beyond the first of each animation whose first frame alone is wanted, by key."""
 
     encoded: int = 0
     skipped: int = 0
     retried: int = 0
     refused: int = 0
     failures: list[Failure] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 class StoppedError(HalfstepError):
@@ -97,6 +104,12 @@ class _Failed:
 
 
 @dataclass(frozen=True)
+class _LeftOut:
+    sequence: FrameSequence
+    count: int
+
+
+@dataclass(frozen=True)
 class _Skipped:
     row: Row
 
@@ -107,7 +120,7 @@ class _Close:
     fingerprint: bytes
 
 
-_Step = _Open | _Sample | _Reuse | _Failed | _Skipped | _Close
+_Step = _Open | _Sample | _Reuse | _Failed | _LeftOut | _Skipped | _Close
 
 
 @dataclass
@@ -178,16 +191,16 @@ def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: Mapping[
             try:
                 inspection = future.result()
             except SourceError as error:
-                counts.failures.append(Failure(sequence.key, str(sequence.source), str(error)))
+                counts.failures.append(Failure.of(sequence, Problem(str(error))))
                 continue
-            counts.failures += [
-                Failure(sequence.key, str(sequence.source), p.reason, p.frame) for p in inspection.problems
-            ]
+            if inspection.left_out:
+                counts.left_out[sequence.key] = inspection.left_out
+            counts.failures += [Failure.of(sequence, problem) for problem in inspection.problems]
             row = existing.get(sequence.key)
             unchanged = row is not None and row.fingerprint == fingerprint_of(job, inspection)
             if row is not None and unchanged and _is_complete(row, inspection):
                 if "problem" in row.attributes:
-                    counts.failures.append(Failure(sequence.key, str(sequence.source), row.attributes["problem"]))
+                    counts.failures.append(Failure.of(sequence, Problem(row.attributes["problem"])))
                 counts.skipped += row.length
                 continue
             stored = _stored_places(row)
@@ -226,6 +239,8 @@ def _plan(
             continue
         for problem in inspection.problems:
             yield _Failed(sequence, problem)
+        if inspection.left_out:
+            yield _LeftOut(sequence, inspection.left_out)
         row = existing.get(sequence.key)
         fingerprint = fingerprint_of(job, inspection)
         if row is not None and row.fingerprint == fingerprint and _is_complete(row, inspection):
@@ -252,8 +267,12 @@ def _frame_steps(
     digests = {n: digest(job.recipe, d) for n, d in zip(inspection.numbers, inspection.digests, strict=True)}
     stored = _stored_places(row) if clip_length == 1 else {}
     wanted = [n for n in inspection.numbers if digests[n] not in stored]
-    loaders = dict(sequence.frames(wanted)) if inspection.numbers else {}
     if inspection.numbers:
+        try:
+            loaders = dict(sequence.frames(wanted))
+        except SourceError as error:
+            yield _Failed(sequence, Problem(str(error)))
+            return
         for number in inspection.numbers:
             if number in loaders:
                 yield _Sample(sequence, number, digests[number], (pool.submit(loaders[number]),))
@@ -368,6 +387,8 @@ class _Recorder:
                     self._fail(sequence, problem)
                     if attempted:
                         self._keep_older(problem.frame)
+                case _LeftOut(sequence, count):
+                    self._counts.left_out[sequence.key] = count
                 case _Skipped(row):
                     self._counts.skipped += row.length
                     self._progress.advance(row.length)
@@ -428,11 +449,11 @@ class _Recorder:
         self._digests.append(frame_digest)
 
     def _fail(self, sequence: FrameSequence, problem: Problem) -> None:
-        failure = Failure(sequence.key, str(sequence.source), problem.reason, problem.frame)
+        failure = Failure.of(sequence, problem)
         self._counts.failures.append(failure)
-        self._problem = problem.reason
+        self._problem = failure.reason
         if self._job.strict:
-            line = f"{problem.reason}; stopped because of --strict, what was complete is in the store"
+            line = f"{failure.reason}; stopped because of --strict, what was complete is in the store"
             raise StoppedError(line, self._counts.failures)
 
     def _close(self, step: _Close) -> None:

@@ -62,7 +62,7 @@ def encode_on_ray(sources: list[SourceConfig], options: EncodeOptions, progress:
         raise InputError("--ray: ray is not installed; pip install 'halfstep[ray]'") from None
     team = Team()
     with reserved(options.output):
-        job, autoencoder, listed, existing = prepare_run(sources, options, team)
+        job, autoencoder, listed, existing = prepare_run(sources, options, team, progress)
         missing = missing_keys(options, listed, existing)
         for line in warnings_before(job, existing, options):
             progress.note(line)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from halfstep.autoencoders import Autoencoder
 from halfstep.data.base import FrameSequence
+from halfstep.data.guarded import Unusable
 from halfstep.data.sources import SourceConfig, find_sources
 from halfstep.encode.job import EncodeJob, EncodeOptions, list_sequences, settle
 from halfstep.encode.lanes import Lanes
@@ -34,7 +35,8 @@ FAILURES_FILE = "failures.jsonl"
 class EncodeReport:
     """What a run did. `sequences`, `items` and `bytes` (of latents) are the store's afterwards; the rest is this run's.
 
-    `failures` says what could not be encoded and why; the same lines are in failures.jsonl.
+    `failures` says what could not be encoded and why; the same lines are in failures.jsonl. `left_out` counts, by key,
+    the frames beyond the first of animations that were encoded as pictures.
     """
 
     sequences: int
@@ -51,6 +53,7 @@ class EncodeReport:
     store: str
     missing: list[str]
     failures: list[Failure]
+    left_out: dict[str, int]
     dry_run: bool = False
 
 
@@ -66,7 +69,7 @@ def encode(
     with Team.join() as team, ExitStack() as stack:
         if not dry_run:
             team.on_leader(lambda: stack.enter_context(reserved(options.output)))
-        job, autoencoder, sequences, existing = prepare_run(sources, options, team)
+        job, autoencoder, sequences, existing = prepare_run(sources, options, team, progress)
         missing = missing_keys(options, sequences, existing)
         if team.leads:
             for line in warnings_before(job, existing, options):
@@ -96,10 +99,14 @@ def encode(
 
 
 def prepare_run(
-    sources: list[SourceConfig], options: EncodeOptions, team: Team
+    sources: list[SourceConfig], options: EncodeOptions, team: Team, progress: Progress | None = None
 ) -> tuple[EncodeJob, Autoencoder | None, list[FrameSequence], Index]:
-    """Settle the job on the leader, the same for all, and list what there is to do. Reads the store, writes nothing."""
+    """Settle the job on the leader, the same for all, and list what there is to do; the leader tells what is left out.
+    Reads the store, writes nothing."""
     found = find_sources(sources)
+    if team.leads and progress is not None:
+        for line in (line for source in found for line in source.notes):
+            progress.note(line)
     manifest = read_manifest(options.output) if (options.output / MANIFEST_NAME).exists() else None
     device = str(open_device(team.device(options.device, shared=True)))
     job, autoencoder = settle(options, found, manifest, device, options.workers or min(own_cores(), 16))
@@ -197,10 +204,13 @@ def reserved(output: Path) -> Iterator[None]:
 
 
 def missing_keys(options: EncodeOptions, sequences: list[FrameSequence], existing: Index) -> list[str]:
-    """Keys of the store that the sources no longer have. Raises InputError when that is all of them."""
+    """Keys of the store that the sources no longer have; nobody knows that of a folder that cannot be listed. Raises
+    InputError when that is all of them."""
     if options.limit is not None:
         return []
-    missing = sorted(existing.keys() - {sequence.key for sequence in sequences})
+    unknown = tuple(f"{s.key}/" for s in sequences if isinstance(s, Unusable) and s.folder)
+    gone = existing.keys() - {sequence.key for sequence in sequences}
+    missing = sorted(key for key in gone if not key.startswith(unknown))
     if missing and len(missing) == len(existing) and not options.keep_missing:
         raise InputError(
             f"{options.output}: holds {len(existing)} sequences and the sources have none of them; if only their names "
@@ -224,6 +234,7 @@ def merge_counts(parts: list[Counts]) -> Counts:
         sum(c.retried for c in parts),
         sum(c.refused for c in parts),
         [failure for c in parts for failure in c.failures],
+        {key: count for c in parts for key, count in c.left_out.items()},
     )
 
 
@@ -253,5 +264,6 @@ def _report(
         store=str(job.output),
         missing=missing,
         failures=totals.failures,
+        left_out=totals.left_out,
         dry_run=dry_run,
     )
