@@ -13,6 +13,7 @@ from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
 from halfstep.spec import LatentSpec
 from halfstep.store import Manifest
+from tests.support.networks import tiny_autoencoder, word_tokenizer
 
 OUTSIDE_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 _WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -67,17 +68,8 @@ def latents(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved AutoencoderKL with random weights: 4 channels, factor 2."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        scaling_factor=0.18215,
-    ).save_pretrained(folder)
+    tiny_autoencoder((16, 32), scaling_factor=0.18215).save_pretrained(folder)
     return folder
 
 
@@ -96,21 +88,14 @@ def small_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_wan_pipeline(tmp_path_factory: pytest.TempPathFactory, small_wan: Path) -> Path:
     """A saved WanPipeline, text to video, with random weights and a tokenizer of a few words."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
     words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "green", "car", "cat", "house", "worst", "quality"]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     folder = tmp_path_factory.mktemp("wan_pipeline")
     WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
+        tokenizer=word_tokenizer(words, pad_token="<pad>", eos_token="</s>"),
         text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(words), **sizes)),
         vae=AutoencoderKLWan.from_pretrained(small_wan),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),

@@ -21,6 +21,7 @@ from halfstep.analyze import (
 from halfstep.errors import InputError
 from halfstep.store import Run, TrajectoryFormat, TrajectoryStore, open_trajectories
 from halfstep.store.run import Latents
+from tests.support.batches import write_batch
 from tests.support.cli import run_cli
 
 SHAPE = (4, 8, 8)
@@ -245,7 +246,19 @@ def test_the_command_line(store: TrajectoryStore, tmp_path: Path) -> None:
     assert "no such folder" in run_cli("analyze", "--batch-dir", tmp_path / "no", check=1).stderr
 
 
-def test_the_older_format_is_analysed(outside_data: Path) -> None:
+def test_the_older_format_is_analysed(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_batch(tmp_path / "latents" / "prompt_000" / f"vid_00{number}")
+    (tmp_path / "latents" / "prompt_000" / "vid_002" / "step_003.npy.gz").write_bytes(b"cut")
+    result = json.loads(run_cli("analyze", "--batch-dir", tmp_path, "--json", "--quiet").stdout)
+    assert {key: run["states"] for key, run in result["runs"].items()} == {
+        "prompt_000_vid001": 4,
+        "prompt_000_vid002": 3,
+    }
+    assert any("step_003.npy.gz" in line for line in result["problems"])
+
+
+def test_a_real_batch_is_analysed(outside_data: Path) -> None:
     result = json.loads(run_cli("analyze", "--batch-dir", outside_data / "legacy_batch", "--json", "--quiet").stdout)
     assert len(result["runs"]) == 5
     assert any("step_005.pt" in line for line in result["problems"])

@@ -224,7 +224,7 @@ def test_the_training_benchmarks_run(tmp_path: Path) -> None:
     assert sample["difference"]["halfstep, fp32"] < 1e-4  # the same arithmetic, but for the condition computed once
     assert sample["difference"]["halfstep, auto"] < 0.05
     plot = tmp_path / "curves.png"
-    precision = json.loads(run_cli("bench", "precision", "--seeds", 2, "--steps", 40, "--plot", plot, "--json").stdout)
+    precision = json.loads(run_cli("bench", "precision", "--seeds", 2, "--steps", 20, "--plot", plot, "--json").stdout)
     assert precision["largest_difference_of_means"].keys() == {"bf16-mixed", "bf16-true"}
     assert max(precision["largest_difference_of_means"].values()) < 0.02
     assert plot.stat().st_size > 10_000

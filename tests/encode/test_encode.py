@@ -23,6 +23,7 @@ from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, verify
 from tests.support.encoding import content, run, same
 from tests.support.media import write_video
+from tests.support.networks import tiny_autoencoder
 
 
 @pytest.fixture
@@ -291,11 +292,7 @@ def test_strict_stops_and_keeps_what_was_complete(world: Path, tmp_path: Path) -
 
 
 def test_latents_beyond_the_storage_type_are_quarantined(world: Path, tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    model = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, **blocks)
+    model = tiny_autoencoder([8])
     with torch.no_grad():
         model.quant_conv.weight.mul_(1e6)
     model.save_pretrained(tmp_path / "hot")
@@ -309,11 +306,7 @@ def test_latents_beyond_the_storage_type_are_quarantined(world: Path, tmp_path: 
 
 
 def test_overflow_in_half_precision_is_repeated_in_fp32_and_counted(world: Path, tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    model = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, **blocks)
+    model = tiny_autoencoder([8])
     with torch.no_grad():
         model.encoder.conv_out.weight.mul_(1e6)
         model.encoder.conv_out.bias.mul_(1e6)

@@ -22,6 +22,7 @@ from halfstep.precision import PrecisionPolicy
 from halfstep.progress import Progress
 from halfstep.store import open_trajectories, verify_trajectories
 from tests.support.cli import run_cli
+from tests.support.networks import word_tokenizer
 
 # The form of the files that people have.
 YAML = """
@@ -151,14 +152,9 @@ def test_the_decoder_is_half_where_that_is_enough() -> None:
 
 def test_a_model_of_pictures(small_vae: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1, "</s>": 2, "a": 3, "cat": 4}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
     StableDiffusionPipeline(
         AutoencoderKL.from_pretrained(small_vae),
         CLIPTextModel(
@@ -166,7 +162,7 @@ def test_a_model_of_pictures(small_vae: Path, tmp_path: Path) -> None:
                 vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
             )
         ),
-        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", model_max_length=8),
+        word_tokenizer(["<pad>", "<unk>", "</s>", "a", "cat"], pad_token="<pad>", eos_token="</s>", model_max_length=8),
         UNet2DConditionModel(
             block_out_channels=(8, 16),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

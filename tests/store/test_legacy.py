@@ -1,9 +1,7 @@
 """Batches of one file a step: every variant that exists, what is wrong with them, and conversion there and back."""
 
-import gzip
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,45 +12,8 @@ from halfstep.errors import InputError, StoreError, UnsafePickleError
 from halfstep.store import TrajectoryFormat, TrajectoryStore, open_trajectories, verify_trajectories
 from halfstep.store.convert import to_batch, to_store
 from halfstep.store.legacy import read_step
+from tests.support.batches import SIGMAS, write_batch
 from tests.support.cli import run_cli
-
-SIGMAS = [1.0, 0.9, 0.7, 0.4]
-
-
-def write_batch(
-    folder: Path, steps: Sequence[int] = (0, 1, 2, 3), suffix: str = ".npy.gz", summary: bool = True, **changes: object
-) -> np.ndarray:
-    """One run of four scheduler steps as the older tool writes it; the latents, by step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    latents = np.random.default_rng(0).standard_normal((4, 1, 4, 8, 8)).astype(np.float16)
-    for step in steps:
-        path = folder / f"step_{step:03d}{suffix}"
-        if ".pt" in suffix:
-            torch.save(torch.from_numpy(latents)[step], folder / "tensor")
-            data = (folder / "tensor").read_bytes()
-            (folder / "tensor").unlink()
-        else:
-            np.save(folder / "array.npy", latents[step])
-            data = (folder / "array.npy").read_bytes()
-            (folder / "array.npy").unlink()
-        path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
-        metadata = {
-            "video_id": "v",
-            "step": step,
-            "timestep": 1000 * SIGMAS[step],
-            "total_steps": 4,
-            "shape": [1, 4, 8, 8],
-            "dtype": "torch.float16",
-            "prompt": "p",
-            "seed": 5,
-            "cfg_scale": 6.5,
-            "sigma": SIGMAS[step],
-            **changes,
-        }
-        (folder / f"step_{step:03d}_metadata.json").write_text(json.dumps(metadata))
-    if summary:
-        (folder / "summary.json").write_text(json.dumps({"video_id": "v", "stored_steps": list(steps)}))
-    return latents[:, 0].astype(np.float32)
 
 
 def test_the_real_batch_is_its_truth(outside_data: Path) -> None:
