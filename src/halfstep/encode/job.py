@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from halfstep.autoencoders import Autoencoder, load_autoencoder
 from halfstep.data.base import FrameSequence, digest
 from halfstep.data.pt_tree import imported_spec
 from halfstep.data.sources import Kind, Source
+from halfstep.encode.clips import LastClip
 from halfstep.errors import InputError
 from halfstep.precision import PrecisionPolicy, probe
 from halfstep.spec import Crop, LatentSpec, PixelSpec
@@ -31,6 +33,7 @@ class EncodeOptions:
     storage: str | None = None
     size: tuple[int, int] | None = None
     clip_length: int | None = None
+    last_clip: LastClip | None = None
     moments: bool = False
     mirror: bool = False
     batch_size: int | None = None
@@ -59,6 +62,7 @@ class EncodeJob:
     strict: bool
     device: str
     channels_last: bool
+    last_clip: LastClip = "drop"
 
     @property
     def storage(self) -> str:
@@ -68,6 +72,8 @@ class EncodeJob:
     def recipe(self) -> bytes:
         spec = replace(self.spec, autoencoder="", revision="")
         settings = [asdict(spec), str(self.policy), self.tiled, self.moments, self.mirror]
+        if self.last_clip != "drop":
+            settings.append(self.last_clip)
         return digest(json.dumps(settings).encode())
 
     @property
@@ -81,6 +87,7 @@ class EncodeJob:
             "tiled": self.tiled,
             "moments": self.moments,
             "mirror": self.mirror,
+            "last_clip": self.last_clip,
         }
         return Manifest(
             self.spec, self.storage, str(self.policy), recipe=recipe, created_with=f"halfstep {__version__}"
@@ -128,6 +135,9 @@ def settle(
         # Another memory format rounds differently, so one process decides for all and a store keeps it.
         measured = probe(device).types[policy.compute].prefers_channels_last
         channels_last = recipe.get("channels_last", measured)
+    last_clip = options.last_clip or recipe.get("last_clip", "drop")
+    if last_clip not in get_args(LastClip):
+        raise InputError(f"--last-clip: got {last_clip!r}; expected {', '.join(get_args(LastClip))}")
     job = EncodeJob(
         output=options.output,
         spec=spec,
@@ -142,6 +152,7 @@ def settle(
         strict=options.strict,
         device=device,
         channels_last=channels_last,
+        last_clip=last_clip,
     )
     return job, autoencoder
 
@@ -154,6 +165,7 @@ def _require_plain_import(options: EncodeOptions, kinds: set[Kind]) -> None:
         "--size": options.size is not None,
         "--autoencoder": options.autoencoder is not None,
         "--clip-length": options.clip_length is not None,
+        "--last-clip": options.last_clip is not None,
         "other kinds of sources": kinds != {"latents"},
     }
     if surplus := [name for name, there in given.items() if there]:
@@ -197,6 +209,8 @@ def _fit_to(
     if over_time == 1:
         if options.clip_length is not None:
             raise InputError(f"--clip-length: {spec.autoencoder} encodes single frames; clips are cut when training")
+        if options.last_clip is not None:
+            raise InputError(f"--last-clip: {spec.autoencoder} encodes single frames; clips are cut when training")
         return pixels
     if "trajectories" in kinds:
         raise InputError(f"{spec.autoencoder} compresses time, but each frame of a trajectory has its own pose")

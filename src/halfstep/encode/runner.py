@@ -34,7 +34,8 @@ FAILURES_FILE = "failures.jsonl"
 class EncodeReport:
     """What a run did. `sequences`, `items` and `bytes` (of latents) are the store's afterwards; the rest is this run's.
 
-    `failures` says what could not be encoded and why; the same lines are in failures.jsonl.
+    `failures` says what could not be encoded and why; the same lines are in failures.jsonl. `left_out` counts by
+    sequence the frames that make no whole clip.
     """
 
     sequences: int
@@ -51,6 +52,7 @@ class EncodeReport:
     store: str
     missing: list[str]
     failures: list[Failure]
+    left_out: dict[str, int]
     dry_run: bool = False
 
 
@@ -159,10 +161,9 @@ def warnings_before(job: EncodeJob, existing: Index, options: EncodeOptions) -> 
 def _changes(manifest: Manifest, job: EncodeJob) -> str:
     """The settings of a store, besides the spec, that differ from the job's in a way that changes latents."""
     wanted = job.manifest.recipe
-    names = ("policy", "tiled", "moments", "mirror")
-    return ", ".join(
-        f"{n} {manifest.recipe[n]} (now {wanted[n]})" for n in names if manifest.recipe.get(n) != wanted[n]
-    )
+    made_with = {"last_clip": "drop", **manifest.recipe}  # which stores did not name before there was a choice
+    names = ("policy", "tiled", "moments", "mirror", "last_clip")
+    return ", ".join(f"{n} {made_with[n]} (now {wanted[n]})" for n in names if made_with.get(n) != wanted[n])
 
 
 def encode_share(
@@ -242,6 +243,7 @@ def merge_counts(parts: list[Counts]) -> Counts:
         sum(c.retried for c in parts),
         sum(c.refused for c in parts),
         [failure for c in parts for failure in c.failures],
+        {key: frames for c in parts for key, frames in c.left_out.items()},
     )
 
 
@@ -271,5 +273,6 @@ def _report(
         store=str(job.output),
         missing=missing,
         failures=totals.failures,
+        left_out=totals.left_out,
         dry_run=dry_run,
     )
