@@ -1,4 +1,4 @@
-"""Whether a video file is cut: its outermost elements say how long they are, and the file must hold them."""
+"""What the bytes of a video file tell that its packets do not: whether it is cut, repeats, and where it is broken."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ _EndOf = Callable[[BinaryIO, int], int | None]
 
 _BOXES = frozenset(b"ftyp styp moov moof mdat free skip wide uuid meta sidx ssix mfra emsg prft pnot udta pdin".split())
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+_DESCENDED = frozenset({_SEGMENT, b"\x1f\x43\xb6\x75"})  # and clusters
+# The header, what may be in a segment, and what may be in a cluster.
+_SKIPPED = frozenset(
+    {_EBML}
+    | {
+        bytes.fromhex(name)
+        for name in ("114d9b74", "1549a966", "1654ae6b", "1c53bb6b", "1254c367", "1941a469", "1043a770")
+    }
+    | {bytes.fromhex(name) for name in ("e7", "a3", "a0", "ab", "a7", "5854", "af", "ec", "bf")}
+)
 # Some writers of RIFF count the header in, or forget the last byte that makes the size even.
 _RIFF_SLACK = 8
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -97,17 +107,38 @@ def _asf_object(file: BinaryIO, at: int) -> int | None:
 
 def avi_moments(path: Path, stream: int) -> int:
     """The chunks of a stream of an AVI file, the empty ones included, which say to show the frame before again."""
-    wanted = (b"%02ddc" % stream, b"%02ddb" % stream)
-    count, size = 0, path.stat().st_size
+    count, size, at = 0, path.stat().st_size, 0
     with path.open("rb") as file:
-        at = 0
         while at + 8 <= size:
             head = _read(file, at, 12)
             length = int.from_bytes(head[4:8], "little")
-            end = at + 8 + length + length % 2
             if head[:4] in (b"RIFF", b"LIST") and head[8:12] in (b"AVI ", b"AVIX", b"movi", b"rec "):
                 at += 12
                 continue
-            count += head[:4] in wanted and end <= size
-            at = end
+            at += 8 + length + length % 2
+            count += head[:2] == b"%02d" % stream and head[2:4] != b"pc" and at <= size
     return count
+
+
+def matroska_fault(path: Path) -> int | None:
+    """The first byte at which a Matroska file's elements are not what they must be; None when there is no such place.
+    A demuxer goes on behind it without a word."""
+    size, at = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while at < size:
+            head = _read(file, at, 16)
+            id_length = 9 - head[0].bit_length()
+            name = head[:id_length]
+            if name not in _DESCENDED and name not in _SKIPPED:
+                return at
+            if len(head) < 16 and id_length == len(head):
+                return None
+            size_length = 9 - head[id_length].bit_length()
+            mask = (1 << 7 * size_length) - 1
+            length = int.from_bytes(head[id_length : id_length + size_length], "big") & mask
+            at += id_length + size_length
+            if name in _DESCENDED:
+                size = min(size, at + length) if name == _SEGMENT and length != mask else size
+            else:
+                at += length
+    return None

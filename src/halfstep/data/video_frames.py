@@ -11,9 +11,12 @@ from pathlib import Path
 
 import av
 
-from halfstep.data.video_ends import missing_bytes
+from halfstep.data.video_ends import matroska_fault, missing_bytes
 from halfstep.data.video_streams import Film, Packet, open_film
 from halfstep.errors import some
+
+# Writers of AVI count one frame too many.
+_MISCOUNT = 1
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class _Pass:
     newest_sent: int | None = None
     newest_decoded: int | None = None
     lost: list[int] = field(default_factory=list)  # keys, until their turn comes
-    reason: str = ""
-    breaks_off: str = ""
+    reason: str = ""  # why the first of them is lost
+    breaks_off: str = ""  # why what comes now cannot be read
+    fault: int | None = None  # the byte where the file is broken, until it is passed
 
 
 class _ThreadsLoseTrackError(Exception):
@@ -66,7 +70,7 @@ def shown_frames(path: Path, problems: list[str]) -> Iterator[Shown]:
 def _decode_once(state: _Pass, problems: list[str]) -> Iterator[Shown]:
     film = state.film
     held: tuple[av.VideoFrame | None, int] | None = None
-    first = count = 0
+    first = end = count = 0
     lost: list[int] = []
     for key, frame in _in_order(state):
         start = _moment(state, count) if film.counts_moments else key
@@ -78,8 +82,9 @@ def _decode_once(state: _Pass, problems: list[str]) -> Iterator[Shown]:
             lost.append(count)
         held, count = (frame, start), count + 1
     if held is not None:
-        yield Shown(film, *held, film.end(first, held[1]))
-    problems += _problems(state, count, lost)
+        end = film.end(first, held[1])
+        yield Shown(film, *held, end)
+    problems += _problems(state, count, lost, end - first)
 
 
 def _moment(state: _Pass, number: int) -> int:
@@ -136,14 +141,13 @@ def _decoded(state: _Pass) -> Iterator[av.VideoFrame]:
 
 def _packets(state: _Pass) -> Iterator[Packet]:
     """All packets, those behind a place that cannot be read too."""
+    state.fault = matroska_fault(state.film.path) if state.film.is_matroska else None
     while True:
         before = state.packets
         try:
             for packet in state.film.packets():
-                if state.breaks_off:
-                    _lose(state, (state.newest_sent or 0) + 1, state.breaks_off)
-                    state.breaks_off = ""
                 state.packets += 1
+                _look_for_gap(state, packet)
                 if state.film.shows(packet):
                     state.times.append(state.film.time(packet))
                 yield packet
@@ -154,38 +158,63 @@ def _packets(state: _Pass) -> Iterator[Packet]:
                 return
 
 
+def _look_for_gap(state: _Pass, packet: Packet) -> None:
+    """Leave room for at least one frame where the file could not be read between the last packet and this one."""
+    if state.fault is not None and packet.pos is not None and packet.pos >= state.fault:
+        state.breaks_off, state.fault = _broken(state.fault), None
+    if state.breaks_off:
+        key = packet.dts if packet.pts is None else packet.pts
+        _lose(state, None if key is None else key - 1, state.breaks_off)
+        state.breaks_off = ""
+
+
 def _lose(state: _Pass, key: int | None, reason: str) -> None:
     insort(state.lost, (state.newest_sent or 0) + 1 if key is None else key)
     state.reason = state.reason or reason
 
 
-def _problems(state: _Pass, count: int, lost: list[int]) -> list[str]:
+def _problems(state: _Pass, count: int, lost: list[int], moments: int) -> list[str]:
     film = state.film
-    missing = missing_bytes(film.path)
-    short = (
-        missing > 0 or bool(state.breaks_off) or (film.is_indexed and state.packets < len(film.stream.index_entries))
-    )
-    if short:  # the last ones are lost with the end
+    cut = _cut(state, moments)
+    if cut:  # the last ones are lost with the end
         while lost and lost[-1] == count - 1:
             lost, count = lost[:-1], count - 1
     problems = []
     decoded = count - len(lost)
     if lost:
-        problems.append(f"damaged: {len(lost)} frames cannot be decoded, {_ranges(lost)} ({state.reason})")
-    if short:
-        why = f"{missing} bytes are missing" if missing > 0 else state.breaks_off or "its index names more"
-        problems.append(f"ends after {count_of(decoded, film.declared)} ({why})")
+        which = f"frame {lost[0]}" if len(lost) == 1 else f"{len(lost)} frames ({_ranges(lost)})"
+        problems.append(f"damaged: {which} cannot be decoded ({state.reason})")
+    if cut:
+        problems.append(f"ends after {_count(decoded, film.declared)} ({cut})")
     if decoded == 0 and not problems:
         problems.append("holds no frames")
     return problems
 
 
-def count_of(decoded: int, declared: int) -> str:
+def _cut(state: _Pass, moments: int) -> str:
+    """How the file tells that its end is not the film's; empty when it does not."""
+    film = state.film
+    if (missing := missing_bytes(film.path)) > 0:
+        return f"{missing} bytes are missing"
+    if state.fault is not None:
+        return _broken(state.fault)
+    if film.is_indexed and state.packets < len(film.stream.index_entries):
+        return "its index lists more"
+    if film.counts_moments and moments + _MISCOUNT < film.declared:
+        return "its header counts more"
+    return state.breaks_off
+
+
+def _broken(byte: int) -> str:
+    return f"from byte {byte} on the file is broken"
+
+
+def _count(decoded: int, declared: int) -> str:
     return f"{decoded} of {declared} frames" if declared else f"{decoded} frames"
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers as `number 3, 7-9`."""
+    """Ascending numbers as `3, 7-9`."""
     runs = [[n for _, n in group] for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"number {some(texts)}"
+    return some(texts)

@@ -30,6 +30,7 @@ class Film:
         formats = container.format.name.split(",")
         # In an AVI a time is a place in the row of moments; packets have them in the order of decoding.
         self.counts_moments = "avi" in formats
+        self.is_matroska = "matroska" in formats
         self.is_indexed = "mp4" in formats  # the container lists its frames
         self.may_jump = not {"mpegts", "mpeg"}.isdisjoint(formats)  # broadcasts may start anew in the middle
         rate = stream.average_rate or stream.guessed_rate
@@ -39,14 +40,19 @@ class Film:
         self._last_time = -self.usual_duration
 
     @property
-    def listed(self) -> int:
-        """The frames that an indexed container says are to be shown."""
-        return sum(not entry.is_discard for entry in self.stream.index_entries)
+    def declared(self) -> int:
+        """The frames that the container says it has, or lists as to be shown; 0 when it does not say."""
+        if self.is_indexed:
+            return sum(not entry.is_discard for entry in self.stream.index_entries)
+        return self.stream.frames
 
     @property
-    def declared(self) -> int:
-        """The frames that the container says it has; 0 when it does not say."""
-        return self.listed if self.is_indexed else self.stream.frames
+    def listed(self) -> int:
+        """The frames that are listed before any is read, and lie in the file; 0 when the container has no such list."""
+        if not self.is_indexed or not self.stream.frames:  # in fragments, each lists its own
+            return 0
+        size = self.container.size
+        return sum(not entry.is_discard and entry.pos + entry.size <= size for entry in self.stream.index_entries)
 
     def packets(self) -> Iterator[Packet]:
         """All packets that hold something. Raises av.FFmpegError where the file cannot be read; asked again, it goes on
@@ -84,9 +90,11 @@ def open_film(path: Path) -> Iterator[Film]:
     """The best video stream; a picture that is attached as a cover is none. Raises SourceError when there is no stream
     or no decoder for it, av.FFmpegError when the file is no video."""
     with av.open(str(path), metadata_errors="ignore") as container:
-        stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream) or Disposition.attached_pic in Disposition(stream.disposition):
+        films = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not films:
             raise SourceError(f"{path}: has no video stream")
+        best = container.streams.best("video")
+        stream = next((film for film in films if film is best), films[0])
         if stream.codec_context is None:
             raise SourceError(f"{path}: no decoder for its video stream")
         yield Film(path, container, stream)

@@ -53,8 +53,8 @@ def count_taken(path: Path, stride: int, fps: float | None) -> int:
     try:
         with open_film(path) as film:
             sampler = Sampler(film, stride, fps)
-            if film.is_indexed and fps is None and film.listed:
-                return -(-film.listed // stride)
+            if fps is None and (listed := film.listed):
+                return -(-listed // stride)
             times = _times(film)
             taken = range(0)
             for start, stop in pairwise([*times, film.end(times[0], times[-1])] if times else []):
@@ -68,5 +68,5 @@ def _times(film: Film) -> list[int]:
     """When each frame is shown, as far as the file can be read."""
     times: list[int] = []
     with suppress(av.FFmpegError):  # reading it tells what is wrong with it
-        times.extend(film.time(packet) for packet in film.packets() if film.shows(packet))
+        times.extend(film.time(packet) for packet in film.packets() if film.shows(packet) and not packet.is_corrupt)
     return sorted(times)
