@@ -11,7 +11,8 @@ _EndOf = Callable[[BinaryIO, int], int | None]
 
 _BOXES = frozenset(b"ftyp styp moov moof mdat free skip wide uuid meta sidx ssix mfra emsg prft pnot udta pdin".split())
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-_DESCENDED = frozenset({_SEGMENT, b"\x1f\x43\xb6\x75"})  # and clusters
+_CLUSTER = b"\x1f\x43\xb6\x75"
+_DESCENDED = frozenset({_SEGMENT, _CLUSTER})
 # The header, what may be in a segment, and what may be in a cluster.
 _SKIPPED = frozenset(
     {_EBML}
@@ -21,6 +22,7 @@ _SKIPPED = frozenset(
     }
     | {bytes.fromhex(name) for name in ("e7", "a3", "a0", "ab", "a7", "5854", "af", "ec", "bf")}
 )
+_BLOCK = 1 << 20  # bytes to search at a time
 # Some writers of RIFF count the header in, or forget the last byte that makes the size even.
 _RIFF_SLACK = 8
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -120,9 +122,10 @@ def avi_moments(path: Path, stream: int) -> int:
     return count
 
 
-def matroska_fault(path: Path) -> int | None:
-    """The first byte at which a Matroska file's elements are not what they must be; None when there is no such place.
-    A demuxer goes on behind it without a word."""
+def matroska_faults(path: Path) -> list[int]:
+    """The bytes at which the elements of a Matroska file are not what they must be; a demuxer looks for the next
+    cluster behind them, without a word."""
+    faults: list[int] = []
     size, at = path.stat().st_size, 0
     with path.open("rb") as file:
         while at < size:
@@ -130,15 +133,28 @@ def matroska_fault(path: Path) -> int | None:
             id_length = 9 - head[0].bit_length()
             name = head[:id_length]
             if name not in _DESCENDED and name not in _SKIPPED:
-                return at
-            if len(head) < 16 and id_length == len(head):
-                return None
+                faults.append(at)
+                at = _find(file, _CLUSTER, at + 1)
+                continue
+            if len(head) <= id_length:
+                break
             size_length = 9 - head[id_length].bit_length()
             mask = (1 << 7 * size_length) - 1
             length = int.from_bytes(head[id_length : id_length + size_length], "big") & mask
             at += id_length + size_length
-            if name in _DESCENDED:
-                size = min(size, at + length) if name == _SEGMENT and length != mask else size
-            else:
+            if name == _SEGMENT and length != mask:
+                size = min(size, at + length)
+            elif name not in _DESCENDED:
                 at += length
-    return None
+    return faults
+
+
+def _find(file: BinaryIO, wanted: bytes, at: int) -> int:
+    """The next place of some bytes, or the end of the file."""
+    while block := _read(file, at, _BLOCK):
+        if (found := block.find(wanted)) >= 0:
+            return at + found
+        if len(block) < _BLOCK:
+            return at + len(block)
+        at += _BLOCK - len(wanted) + 1
+    return at

@@ -6,17 +6,21 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from itertools import groupby, islice
 from pathlib import Path
 
 import av
 
-from halfstep.data.video_ends import matroska_fault, missing_bytes
+from halfstep.data.video_ends import matroska_faults, missing_bytes
 from halfstep.data.video_streams import Film, Packet, open_film
 from halfstep.errors import some
 
 # Writers of AVI count one frame too many.
 _MISCOUNT = 1
+
+# Frames that a decoder holds at most for the sake of their order.
+_MOST_REORDERED = 16
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,17 @@ class _Pass:
     threaded: bool
     packets: int = 0
     times: array[int] = field(default_factory=lambda: array("q"))  # of all packets that show something
-    newest_sent: int | None = None
-    newest_decoded: int | None = None
+    newest: int = 0  # key of what was sent to the decoder
+    pending: list[int] = field(default_factory=list)  # keys of what was sent and has not come out
     lost: list[int] = field(default_factory=list)  # keys, until their turn comes
+    ends_shown: bool = True  # whether the last packet is of a frame that is shown
     reason: str = ""  # why the first of them is lost
     breaks_off: str = ""  # why what comes now cannot be read
-    fault: int | None = None  # the byte where the file is broken, until it is passed
+    faults: list[int] = field(default_factory=list)  # the bytes from which on the file is broken, until they are passed
 
 
 class _ThreadsLoseTrackError(Exception):
-    """A frame does not decode; which one can be told only where a single thread decodes."""
+    """A frame does not decode, or may not have; which one can be told only where a single thread decodes."""
 
 
 def shown_frames(path: Path, problems: list[str]) -> Iterator[Shown]:
@@ -95,19 +100,36 @@ def _moment(state: _Pass, number: int) -> int:
 
 def _in_order(state: _Pass) -> Iterator[tuple[int, av.VideoFrame | None]]:
     """Key and frame, the lost ones without, as they are shown."""
-    key = 0
-    for frame in _decoded(state):
-        key = key + state.film.usual_duration if frame.pts is None else frame.pts
-        state.newest_decoded = max(key, key if state.newest_decoded is None else state.newest_decoded)
+    frames = _keyed(state)
+    if not state.threaded and state.film.keys_order:
+        frames = _sorted(frames)
+    for key, frame in frames:
         before = bisect_left(state.lost, key)
         yield from ((gone, None) for gone in state.lost[:before])
         del state.lost[:before]
         if frame.is_corrupt:
             state.reason = state.reason or "damaged in part"
-            yield key, None
-        else:
-            yield key, frame
+        yield key, None if frame.is_corrupt else frame
     yield from ((gone, None) for gone in state.lost)
+
+
+def _keyed(state: _Pass) -> Iterator[tuple[int, av.VideoFrame]]:
+    key = 0
+    for frame in _decoded(state):
+        key = key + state.film.usual_duration if frame.pts is None else frame.pts
+        _came_out(state, key)
+        yield key, frame
+
+
+def _sorted(frames: Iterator[tuple[int, av.VideoFrame]]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """By key: behind a frame that is lost, a decoder may not know any more how many it must wait for."""
+    waiting: list[tuple[int, int, av.VideoFrame]] = []
+    for count, (key, frame) in enumerate(frames):
+        heappush(waiting, (key, count, frame))
+        if len(waiting) > _MOST_REORDERED:
+            yield heappop(waiting)[::2]
+    while waiting:
+        yield heappop(waiting)[::2]
 
 
 def _decoded(state: _Pass) -> Iterator[av.VideoFrame]:
@@ -119,6 +141,10 @@ def _decoded(state: _Pass) -> Iterator[av.VideoFrame]:
         if packet.is_corrupt:
             _lose(state, key, "a part of it is missing")
             continue
+        if key is not None:
+            state.newest = max(key, state.newest)
+            if state.film.shows(packet):
+                insort(state.pending, key)
         try:
             frames = packet.decode()
         except av.FFmpegError as error:
@@ -126,8 +152,6 @@ def _decoded(state: _Pass) -> Iterator[av.VideoFrame]:
                 raise _ThreadsLoseTrackError from error
             _lose(state, key, str(error.strerror))
             continue
-        if key is not None and state.film.shows(packet):
-            state.newest_sent = max(key, key if state.newest_sent is None else state.newest_sent)
         yield from frames
     try:
         yield from stream.decode(None)
@@ -135,21 +159,32 @@ def _decoded(state: _Pass) -> Iterator[av.VideoFrame]:
         if state.threaded:
             raise _ThreadsLoseTrackError from error
         state.reason = state.reason or str(error.strerror)
-    if state.threaded and state.newest_sent is not None and state.newest_sent > (state.newest_decoded or 0):
-        raise _ThreadsLoseTrackError  # after an error the rest of what the threads hold does not come out
+    if state.threaded and (state.pending or not state.ends_shown):
+        raise _ThreadsLoseTrackError
+
+
+def _came_out(state: _Pass, key: int) -> None:
+    """Note that a frame is decoded. An error is not raised when frames come out with it: what is missing tells."""
+    at = bisect_left(state.pending, key)
+    if state.pending[at : at + 1] == [key]:
+        del state.pending[at]
+    if state.threaded and at > 0 and not state.film.may_jump:
+        raise _ThreadsLoseTrackError
 
 
 def _packets(state: _Pass) -> Iterator[Packet]:
     """All packets, those behind a place that cannot be read too."""
-    state.fault = matroska_fault(state.film.path) if state.film.is_matroska else None
+    film = state.film
+    state.faults = matroska_faults(film.path) if film.is_matroska else []
     while True:
         before = state.packets
         try:
-            for packet in state.film.packets():
+            for packet in film.packets():
                 state.packets += 1
                 _look_for_gap(state, packet)
-                if state.film.shows(packet):
-                    state.times.append(state.film.time(packet))
+                state.ends_shown = film.shows(packet)
+                if state.ends_shown:
+                    state.times.append(film.time(packet))
                 yield packet
             return
         except av.FFmpegError as error:
@@ -160,8 +195,8 @@ def _packets(state: _Pass) -> Iterator[Packet]:
 
 def _look_for_gap(state: _Pass, packet: Packet) -> None:
     """Leave room for at least one frame where the file could not be read between the last packet and this one."""
-    if state.fault is not None and packet.pos is not None and packet.pos >= state.fault:
-        state.breaks_off, state.fault = _broken(state.fault), None
+    while state.faults and packet.pos is not None and packet.pos >= state.faults[0]:
+        state.breaks_off = _broken(state.faults.pop(0))
     if state.breaks_off:
         key = packet.dts if packet.pts is None else packet.pts
         _lose(state, None if key is None else key - 1, state.breaks_off)
@@ -169,7 +204,7 @@ def _look_for_gap(state: _Pass, packet: Packet) -> None:
 
 
 def _lose(state: _Pass, key: int | None, reason: str) -> None:
-    insort(state.lost, (state.newest_sent or 0) + 1 if key is None else key)
+    insort(state.lost, state.newest + 1 if key is None else key)
     state.reason = state.reason or reason
 
 
@@ -196,8 +231,8 @@ def _cut(state: _Pass, moments: int) -> str:
     film = state.film
     if (missing := missing_bytes(film.path)) > 0:
         return f"{missing} bytes are missing"
-    if state.fault is not None:
-        return _broken(state.fault)
+    if state.faults:
+        return _broken(state.faults[0])
     if film.is_indexed and state.packets < len(film.stream.index_entries):
         return "its index lists more"
     if film.counts_moments and moments + _MISCOUNT < film.declared:

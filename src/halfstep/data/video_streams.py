@@ -33,8 +33,10 @@ class Film:
         self.is_matroska = "matroska" in formats
         self.is_indexed = "mp4" in formats  # the container lists its frames
         self.may_jump = not {"mpegts", "mpeg"}.isdisjoint(formats)  # broadcasts may start anew in the middle
-        rate = stream.average_rate or stream.guessed_rate
-        self.usual_duration = max(1, round(1 / rate / self.unit)) if rate else 1
+        # Whether the times of packets give the order in which their frames are shown.
+        self.keys_order = not self.counts_moments and not self.may_jump
+        self.rate = stream.average_rate or stream.guessed_rate  # frames a second
+        self.usual_duration = max(1, round(1 / self.rate / self.unit)) if self.rate else 1
         self.pixel_shape = stream.sample_aspect_ratio or Fraction(1)  # width by height
         self._last_duration: int | None = None
         self._last_time = -self.usual_duration

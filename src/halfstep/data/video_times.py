@@ -16,6 +16,8 @@ from halfstep.data.video_streams import Film, open_film
 # In a stream whose times may start anew, a frame that seems to be shown for longer than this is not.
 _LONGEST_HOLD = 10  # seconds
 
+_MILLISECOND = Fraction(1, 1000)
+
 
 class Sampler:
     """Every `stride`-th frame of a film, or with `fps` the frame that is shown at each 1/fps seconds from the first one
@@ -25,8 +27,7 @@ class Sampler:
         self._film, self._in_seconds = film, fps is not None
         self._step = stride if fps is None else 1 / Fraction(fps).limit_denominator(1_000_000)
         self._place = Fraction(0)
-        # Times in whole milliseconds are rounded: a frame may be due up to half of one before its time.
-        self._early = Fraction(1, 2000) if self._in_seconds and film.unit == Fraction(1, 1000) else Fraction(0)
+        self._rounded = self._in_seconds and film.unit == _MILLISECOND
 
     def taken(self, start: int, stop: int) -> range:
         """The numbers under which a frame is taken that is shown from step `start` to `stop` of the film's time. To be
@@ -44,7 +45,10 @@ class Sampler:
         return max(Fraction(0), seconds)
 
     def _number(self, place: Fraction) -> int:
-        return math.ceil(max(Fraction(0), place - self._early) / self._step)
+        if self._rounded and self._film.rate:  # at a constant rate, what was rounded is known
+            exact = round(place * self._film.rate) / self._film.rate
+            place = exact if abs(exact - place) <= _MILLISECOND else place
+        return math.ceil(place / self._step)
 
 
 def count_taken(path: Path, stride: int, fps: float | None) -> int:
