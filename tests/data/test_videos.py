@@ -210,12 +210,25 @@ def test_a_damaged_packet_leaves_a_gap(whole: Path, tmp_path: Path, name: str, w
     (tmp_path / name).write_bytes(data.replace(packet, bytes(len(packet))))
     got, failure = read_damaged(VideoSequence("v", None, tmp_path / name, PIXELS))
     (lost,) = set(range(20)) - {number for number, _ in got}
+    assert lost == which  # noise is not worth a B-frame, so that packets are in the order shown
     assert f"{name}: damaged: frame {lost} cannot be decoded" in failure
     assert len(got) == 19
     assert all(level == number for number, level in got if number < lost)
     # At twice the rate each frame is there twice, but for the one that is lost.
     twice, _ = read_damaged(VideoSequence("v", None, tmp_path / name, PIXELS, fps=20.0))
     assert [number for number, _ in twice] == [n for n in range(40) if n // 2 != lost]
+
+
+def test_a_damaged_packet_among_b_frames(tmp_path: Path) -> None:
+    write_video(tmp_path / "v.mp4", 20, codec_options={"bf": "2"})
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        times = [(packet.pts, bytes(packet)) for packet in container.demux(video=0) if packet.size]
+    assert times != sorted(times)
+    packet = sorted(times)[7][1]
+    overwrite(tmp_path / "v.mp4", packet, bytes(len(packet)))
+    got, failure = read_damaged(VideoSequence("v", None, tmp_path / "v.mp4", PIXELS))
+    assert [number for number, _ in got] == [i for i in range(20) if i != 7]
+    assert "damaged: frame 7 cannot be decoded" in failure
 
 
 def test_a_frame_that_decodes_in_part_is_lost(whole: Path, tmp_path: Path) -> None:
@@ -452,3 +465,33 @@ def test_fingerprints_change_for_rates_alone(video: Path) -> None:
         inspection = VideoSequence("v", None, video, PIXELS, stride=stride).inspect()
         assert inspection.content == digest(content, repr((stride, None)).encode())
     assert VideoSequence("v", None, video, PIXELS, fps=4.0).inspect().content != digest(content, b"(1, 4.0)")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(sorted(WHOLE)),
+    at=st.floats(0, 1),
+    how=st.sampled_from(["zero", "cut", "repeat"]),
+    data=st.data(),
+)
+def test_whatever_is_wrong_is_one_failure(
+    whole: Path, tmp_path_factory: pytest.TempPathFactory, name: str, at: float, how: str, data: st.DataObject
+) -> None:
+    content = bytearray((whole / name).read_bytes())
+    start = int(at * len(content))
+    part = slice(start, start + data.draw(st.sampled_from([1, 50, 400, 2000])))
+    content[part] = {"zero": bytes(len(content[part])), "cut": b"", "repeat": 2 * content[part]}[how]
+    path = tmp_path_factory.mktemp("damaged") / name
+    path.write_bytes(content)
+    sequence = VideoSequence("v", None, path, PIXELS)
+    numbers = []
+    failed = False
+    try:
+        for number, load in sequence.frames():
+            numbers.append(number)
+            assert load().shape == (32, 32, 3)
+    except SourceError:
+        failed = True
+    assert all(a < b for a, b in itertools.pairwise(numbers))
+    assert failed or numbers == list(range(len(numbers)))
+    assert sequence.expected >= 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
@@ -61,7 +62,7 @@ class VideoSequence:
                 taken = sampler.taken(shown.start, shown.stop)
                 if shown.frame is None:
                     continue
-                load: Callable[[], Array] = partial(fit_frame, shown.frame, shown.film.pixel_shape, self.pixels)
+                load: Callable[[], Array] = partial(self._fit, shown.frame, shown.film.pixel_shape)
                 load = _Once(load) if len(taken) > 1 else load
                 for number in taken:
                     yield number, load
@@ -69,6 +70,13 @@ class VideoSequence:
             raise SourceError(f"{self.source}: damaged after 0 frames ({error.strerror})") from error
         if problems:
             raise SourceError(f"{self.source}: {'; '.join(problems)}")
+
+    def _fit(self, frame: av.VideoFrame, pixel_shape: Fraction) -> Array:
+        try:
+            return fit_frame(frame, pixel_shape, self.pixels)
+        except (av.FFmpegError, MemoryError, ValueError) as error:
+            size = f"{frame.width}x{frame.height} pixels"
+            raise SourceError(f"{self.source}: {size} cannot be fitted to {self.pixels} ({error})") from error
 
 
 class _Once:

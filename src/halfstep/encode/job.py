@@ -118,6 +118,9 @@ def settle(
     if options.storage is not None:
         policy = replace(policy, storage=options.storage)
     recipe = existing.recipe if existing else {}
+    last_clip = options.last_clip or recipe.get("last_clip", "drop")
+    if last_clip not in get_args(LastClip):
+        raise InputError(f"--last-clip: got {last_clip!r}; expected {', '.join(get_args(LastClip))}")
     identifier = options.autoencoder or (existing.spec.autoencoder if existing else "dct8")
     autoencoder, tiled, channels_last = None, False, False
     if "latents" in kinds:
@@ -135,9 +138,6 @@ def settle(
         # Another memory format rounds differently, so one process decides for all and a store keeps it.
         measured = probe(device).types[policy.compute].prefers_channels_last
         channels_last = recipe.get("channels_last", measured)
-    last_clip = options.last_clip or recipe.get("last_clip", "drop")
-    if last_clip not in get_args(LastClip):
-        raise InputError(f"--last-clip: got {last_clip!r}; expected {', '.join(get_args(LastClip))}")
     job = EncodeJob(
         output=options.output,
         spec=spec,

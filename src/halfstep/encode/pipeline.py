@@ -194,6 +194,8 @@ def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: Mapping[
             if row is not None and unchanged and _is_complete(row, inspection):
                 if "problem" in row.attributes:
                     counts.failures.append(Failure(sequence.key, str(sequence.source), row.attributes["problem"]))
+                if left_out := row.attributes.get("left_out"):
+                    counts.left_out[row.key] = left_out
                 counts.skipped += row.length
                 continue
             stored = _stored_places(row)
