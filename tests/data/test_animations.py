@@ -41,7 +41,7 @@ def test_all_frames_in_order(tmp_path: Path, name: str) -> None:
     assert AnimationSequence("k", None, path, PIXELS, 2).expected == 3
     # As a picture it is its first frame, and it is known how many are left.
     still = PictureSequence(tmp_path, name, "", PIXELS)
-    assert still.inspect().left_out == 4
+    assert still.inspect().unused == 4
     assert dict(still.frames((0,)))[0]().mean() < 10
 
 

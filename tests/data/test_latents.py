@@ -31,7 +31,7 @@ from halfstep.errors import InputError
 from halfstep.spec import LatentSpec, PixelSpec
 from halfstep.store import DatasetStore, DatasetWriter, Manifest
 from tests.support.arrays import GOLDEN, latents
-from tests.support.media import write_video
+from tests.support.media import overwrite, packets, write_video
 
 
 def test_index_and_actions_equal_the_reference() -> None:
@@ -206,7 +206,8 @@ def test_clips_never_span_a_missing_frame(tmp_path: Path) -> None:
         writer.append("gap", values, label="x", frame=numbers)
         writer.append("whole", values[:12], label="y", frame=np.arange(12, dtype=np.int32))
         writer.append("short", values[:3], label="z", frame=np.arange(3, dtype=np.int32))
-    dataset = ClipLatents(tmp_path / "s", 4, stride=2, seed=0)
+    with pytest.warns(UserWarning, match="1 of 3 sequences do not have 7 consecutive frames .* 'short' with 3"):
+        dataset = ClipLatents(tmp_path / "s", 4, stride=2, seed=0)
     assert len(dataset) == 2
     starts = set()
     for epoch in range(200):
@@ -219,7 +220,7 @@ def test_clips_never_span_a_missing_frame(tmp_path: Path) -> None:
         starts.add(places[0])
     assert starts == {0, 1, *range(8, 14)}
     assert dataset[1][0].shape == (2, 4, 3, 4)
-    with pytest.raises(InputError, match="no sequence has 41 consecutive frames"):
+    with pytest.raises(InputError, match=r"no sequence has 41 consecutive frames.*the longest is 'gap' with 12"):
         ClipLatents(tmp_path / "s", 21, stride=2)
 
 
@@ -335,6 +336,52 @@ def test_pictures_and_videos_as_pixels(toy_world: Path, tmp_path: Path) -> None:
     assert (clip.shape, label) == ((3, 4, 32, 32), 0)
     levels = ((clip.mean((0, 2, 3)) + 1) * 127.5 - 48) / 8
     np.testing.assert_allclose(np.diff(levels), 2, atol=0.3)
+
+
+def test_clips_of_videos_that_do_not_count_their_frames(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.webm", 12, codec="libvpx")
+    write_video(tmp_path / "b.mkv", 3)
+    write_video(tmp_path / "c.mp4", 12)
+    (tmp_path / "d.mp4").write_bytes(b"no video")
+    reader = open_frames(tmp_path, PixelSpec(32, 32))
+    with pytest.warns(UserWarning, match=r"2 of 4 sequences do not have 4 .* the first is 'b.mkv' with 3"):
+        clips = ClipLatents(reader, 4)
+    assert [clips.key(i) for i in range(len(clips))] == ["a.webm", "c.mp4"]
+    assert clips[0][0].shape == (3, 4, 32, 32)
+    levels = ((clips[0][0].mean((0, 2, 3)) + 1) * 127.5 - 48) / 8
+    np.testing.assert_allclose(np.diff(levels), 1, atol=0.3)
+    with pytest.warns(UserWarning, match=r"1 of 4 sequences have none to read, 'd.mp4' among them"):
+        assert len(ImageLatents(reader)) == 12 + 3 + 12
+
+
+def test_a_lost_frame_is_not_passed_over_in_a_clip(tmp_path: Path) -> None:
+    write_video(tmp_path / "v.avi", 12)
+    overwrite(tmp_path / "v.avi", lost := packets(tmp_path / "v.avi")[5], bytes(len(lost)))
+    reader = open_frames(tmp_path, PixelSpec(32, 32))
+    assert reader.read("v.avi", 6, 9).shape == (3, 3, 32, 32)
+    with pytest.raises(InputError, match=r"v.avi: frames \[4, 8\) asked for; only 3 of them are there"):
+        reader.read("v.avi", 4, 8)
+
+
+def test_a_reader_opened_again_sees_what_is_there_by_then(toy_world: Path, tmp_path: Path) -> None:
+    world = shutil.copytree(toy_world, tmp_path / "world")
+    pixels = PixelSpec(32, 32, "4:3")
+    reader = open_frames(world, pixels)
+    position, yaw = reader.poses("walk_000")
+    assert (reader.frames("walk_000"), len(position)) == (10, 10)
+    (world / "walk_000" / "9.jpg").unlink()
+    (world / "walk_000" / "traj_data.pkl").write_bytes(pickle.dumps({"position": position + 1, "yaw": yaw}))
+    for later in (open_frames(world, pixels), pickle.loads(pickle.dumps(reader))):
+        assert later.numbers("walk_000").tolist() == list(range(9))
+        assert np.array_equal(later.poses("walk_000")[0], position[:9] + 1)
+    assert reader.numbers("walk_000").tolist() == list(range(10))  # the one that is open does not change its mind
+
+
+def test_a_reader_keeps_few_folders(toy_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfstep.data.frames._KEPT_FOLDERS", 2)
+    reader = open_frames(toy_world, PixelSpec(32, 32, "4:3"))
+    assert [reader.frames(key) for key in 3 * reader.keys()] == 9 * [10]
+    assert len(reader._folders) == 2
 
 
 def test_clips_of_an_autoencoder_over_time_are_refused(tmp_path: Path) -> None:

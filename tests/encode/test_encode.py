@@ -3,7 +3,7 @@
 import json
 import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,23 @@ import torch
 from PIL import Image
 
 from halfstep.autoencoders import load_autoencoder
+from halfstep.data.base import digest
 from halfstep.data.pickles import load_poses
 from halfstep.data.pictures import load_fitted
-from halfstep.data.sources import SourceConfig
+from halfstep.data.sources import Source, SourceConfig
+from halfstep.data.videos import VideoSequence
 from halfstep.encode import EncodeOptions, encode
+from halfstep.encode.job import settle
 from halfstep.encode.pipeline import StoppedError
 from halfstep.errors import BusyError, InputError
 from halfstep.files import FileLock
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, verify
+from halfstep.store.writer import read_manifest
 from tests.support.encoding import content, run, same
-from tests.support.media import write_video
+from tests.support.media import overwrite, packets, write_video
 from tests.support.networks import tiny_autoencoder
+from tests.support.training import Listening
 
 
 @pytest.fixture
@@ -353,8 +358,88 @@ def test_clips_through_an_autoencoder_over_time(tmp_path: Path, small_wan: Path)
     assert store.read("long.avi").shape == (2, 16, 2, 4, 4)  # the three frames left over make no clip
     assert store.read_array("long.avi", "frame").tolist() == [0, 5]
     assert report.failures[0].reason.endswith("3 frames; one clip has 5")
+    assert report.left_out == {"long.avi": 3}
+    again = run(tmp_path / "v", tmp_path / "s", autoencoder=str(small_wan), clip_length=5, batch_size=1)
+    assert (again.encoded, again.left_out) == (0, {"long.avi": 3})
+    options = {"autoencoder": str(small_wan), "clip_length": 5, "batch_size": 1, "precision": "fp32", "storage": "fp32"}
+    planned = encode(
+        [SourceConfig(path=tmp_path / "v")], EncodeOptions(tmp_path / "s", size=(32, 32), **options), dry_run=True
+    )
+    assert planned.left_out == {"long.avi": 3}
     with pytest.raises(InputError, match="--clip-length: got 6"):
         run(tmp_path / "v", tmp_path / "t", autoencoder=str(small_wan), clip_length=6)
+
+
+@pytest.mark.slow
+def test_the_last_clip_is_padded_or_overlaps(tmp_path: Path, small_wan: Path) -> None:
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v" / "long.avi", 13)
+    write_video(tmp_path / "v" / "short.avi", 3)
+    sequence = VideoSequence("long.avi", None, tmp_path / "v" / "long.avi", PixelSpec(32, 32))
+    frames = np.stack([load() for _, load in sequence.frames()])
+    codec = load_autoencoder(str(small_wan))
+
+    def encoded(places: list[int]) -> np.ndarray:
+        clip = torch.from_numpy(frames[places]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        return codec.scaled(codec.encode(clip).mean)[0].detach().numpy()
+
+    options = {"autoencoder": str(small_wan), "clip_length": 5, "batch_size": 1}
+    for last, places, failed in (("pad", [10, 11, 12, 12, 12], 0), ("overlap", [8, 9, 10, 11, 12], 1)):
+        report = run(tmp_path / "v", tmp_path / last, last_clip=last, **options)
+        assert (report.failed, report.left_out) == (failed, {})
+        store = DatasetStore.open(tmp_path / last)
+        assert store.read_array("long.avi", "frame").tolist() == [0, 5, places[0]]
+        np.testing.assert_allclose(store.read("long.avi")[2], encoded(places), rtol=1e-4, atol=1e-4)
+        assert ("short.avi" in store.keys()) == (last == "pad")
+        again = run(tmp_path / "v", tmp_path / last, **options)  # the store keeps how it was made
+        assert (again.encoded, again.left_out) == (0, {})
+    notes = Listening()
+    sources = [SourceConfig(path=tmp_path / "v")]
+    dropped = EncodeOptions(
+        tmp_path / "pad", precision="fp32", storage="fp32", size=(32, 32), last_clip="drop", **options
+    )
+    assert encode(sources, dropped, progress=notes).left_out == {"long.avi": 3}
+    assert any("was made with last_clip pad (now drop)" in line for line in notes.notes)
+
+
+@pytest.mark.slow
+def test_no_clip_crosses_a_lost_frame(tmp_path: Path, small_wan: Path) -> None:
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v" / "v.avi", 20)
+    overwrite(tmp_path / "v" / "v.avi", lost := packets(tmp_path / "v" / "v.avi")[7], bytes(len(lost)))
+    report = run(tmp_path / "v", tmp_path / "s", autoencoder=str(small_wan), clip_length=5, batch_size=1)
+    assert DatasetStore.open(tmp_path / "s").read_array("v.avi", "frame").tolist() == [0, 8, 13]
+    assert report.left_out == {"v.avi": 2 + 2}
+    assert ["damaged: frame 7 cannot be decoded" in failure.reason for failure in report.failures] == [True]
+
+
+def test_stores_made_before_there_was_a_choice_of_last_clip_stay(toy_world: Path, tmp_path: Path) -> None:
+    run(toy_world, tmp_path / "s")
+    manifest = read_manifest(tmp_path / "s")
+    assert manifest.recipe["last_clip"] == "drop"
+    recipe = {name: value for name, value in manifest.recipe.items() if name != "last_clip"}
+    replace(manifest, recipe=recipe).write(tmp_path / "s")
+    notes = Listening()
+    options = EncodeOptions(tmp_path / "s", precision="fp32", storage="fp32", size=(32, 32), batch_size=4)
+    report = encode([SourceConfig(path=toy_world)], options, progress=notes)
+    assert (report.encoded, report.skipped, notes.notes) == (0, 30, [])
+    job, _ = settle(options, [Source.find(SourceConfig(path=toy_world))], None, "cpu", 1)
+    spec = replace(job.spec, autoencoder="", revision="")
+    old = digest(json.dumps([asdict(spec), str(job.policy), job.tiled, job.moments, job.mirror]).encode())
+    assert job.recipe == old
+    assert len({old, *(replace(job, last_clip=last).recipe for last in ("drop", "pad", "overlap"))}) == 3
+
+
+def test_what_an_older_reader_gave_up_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v" / "v.avi", 20)
+    data = (tmp_path / "v" / "v.avi").read_bytes()
+    (tmp_path / "v" / "v.avi").write_bytes(data[: len(data) * 2 // 3])
+    with monkeypatch.context() as patch:
+        patch.setattr("halfstep.encode.pipeline._READER", 1)
+        first = run(tmp_path / "v", tmp_path / "s")
+    assert (first.encoded > 5, first.failed) == (True, 1)
+    assert [run(tmp_path / "v", tmp_path / "s").encoded for _ in range(2)] == [first.encoded, 0]
 
 
 def test_latents_of_another_tool_are_repacked(world: Path, tmp_path: Path) -> None:
@@ -378,6 +463,8 @@ def test_options_that_do_not_fit_are_named(world: Path, tmp_path: Path, small_wa
         ({"precision": "fp8"}, "precision: got 'fp8'"),
         ({"storage": "fp8"}, "precision.storage: got 'fp8'"),
         ({"clip_length": 5}, "--clip-length: dct8 encodes single frames"),
+        ({"last_clip": "pad"}, "--last-clip: dct8 encodes single frames"),
+        ({"last_clip": "mirror"}, "--last-clip: got 'mirror'; expected drop, pad, overlap"),
         ({"autoencoder": str(small_wan)}, "compresses time, but each frame of a trajectory has its own pose"),
         ({"device": "cuda:7"}, "device: got 'cuda:7'"),
     ):

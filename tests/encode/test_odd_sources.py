@@ -164,9 +164,9 @@ def test_it_is_said_how_much_of_an_animation_is_left(tmp_path: Path) -> None:
             "1 animations: only the first frame of each is encoded: a.gif (1 of 5); with `kind: videos`"
             in result.stdout
         )
-    assert run(tmp_path / "in", tmp_path / "t", dry_run=True).left_out == {"a.gif": 4}
+    assert run(tmp_path / "in", tmp_path / "t", dry_run=True).unused == {"a.gif": 4}
     report = run(tmp_path / "in", tmp_path / "v", kind="videos")
-    assert (report.sequences, report.items, report.left_out) == (1, 5, {})
+    assert (report.sequences, report.items, report.unused) == (1, 5, {})
 
 
 @pytest.mark.slow

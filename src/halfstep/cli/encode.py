@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -14,6 +14,7 @@ from halfstep.errors import InputError, some
 if TYPE_CHECKING:
     from halfstep.data.sources import SourceConfig
     from halfstep.encode import EncodeReport
+    from halfstep.encode.clips import LastClip
 
 
 def encode(
@@ -34,6 +35,14 @@ def encode(
     size: Annotated[str | None, typer.Option(metavar="N|WxH", help="Pixels that the autoencoder sees.")] = None,
     clip_length: Annotated[
         int | None, typer.Option(metavar="N", help="Frames to a latent, for an autoencoder that compresses time.")
+    ] = None,
+    last_clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Frames after the last whole clip: drop them, pad the clip with the last frame, or overlap: begin "
+            "earlier.",
+        ),
     ] = None,
     stride: Annotated[int | None, typer.Option(metavar="N", help="Take every N-th frame of videos.")] = None,
     fps: Annotated[float | None, typer.Option(metavar="F", help="Take F frames a second of videos.")] = None,
@@ -68,6 +77,7 @@ def encode(
         storage=storage,
         size=_parse_size(size),
         clip_length=clip_length,
+        last_clip=cast("LastClip | None", last_clip),  # any other word is refused when the job is settled
         moments=moments,
         mirror=mirror,
         batch_size=_parse_batch_size(batch_size),
@@ -138,11 +148,16 @@ def _summary(report: EncodeReport, keep_missing: bool) -> str:
         )
     if report.retried_in_fp32:
         lines.append(f"{report.retried_in_fp32} items overflowed in half precision and were encoded again in fp32")
+    if report.left_out:
+        lines.append(
+            f"{sum(report.left_out.values())} frames after the last whole clip of {len(report.left_out)} videos are "
+            "left out (--last-clip pad or overlap keeps them)"
+        )
     if report.missing:
         what = "kept, though the sources no longer have them" if keep_missing else "no longer in the sources"
         lines.append(f"{len(report.missing)} sequences {what}: {some(report.missing)}")
-    if report.left_out:
-        files = [f"{key} (1 of {count + 1})" for key, count in report.left_out.items()]
+    if report.unused:
+        files = [f"{key} (1 of {count + 1})" for key, count in report.unused.items()]
         lines.append(
             f"{len(files)} animations: only the first frame of each is encoded: {some(files)}; with `kind: videos` in "
             "a YAML list of sources all frames are"

@@ -40,7 +40,7 @@ class Inspection:
 
     `numbers` are the frames' numbers in the source and `digests` their contents' digests, DIGEST_BYTES each; both are
     empty for a video, whose frames are known only once it is decoded. `content` is the digest of everything. `arrays`
-    hold what belongs to each frame, in the order of `numbers`. `left_out` counts the frames of an animation, or the
+    hold what belongs to each frame, in the order of `numbers`. `unused` counts the frames of an animation, or the
     pages of a document, beyond the first one.
     """
 
@@ -49,7 +49,7 @@ class Inspection:
     digests: tuple[bytes, ...] = ()
     arrays: dict[str, Array] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
-    left_out: int = 0
+    unused: int = 0
 
 
 class FrameSequence(Protocol):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from halfstep.store.dataset import DatasetStore
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 
 # Folder listings and poses are kept for this many trajectories.
-_CACHED_FOLDERS = 4096
+_KEPT_FOLDERS = 4096
 
 
 class FrameReader(Protocol):
@@ -96,16 +96,23 @@ class StoreFrames:
 
 
 class FolderFrames:
-    """Folders of numbered files, one a frame: `.pt` latents, or with `pixels` pictures fitted to them."""
+    """Folders of numbered files, one a frame: `.pt` latents, or with `pixels` pictures fitted to them.
+
+    What a folder holds is found out once for a reader; a reader opened later sees what is there by then.
+    """
 
     def __init__(self, root: Path, keys: list[str], pixels: PixelSpec | None) -> None:
         self.root, self.pixels, self._keys = root, pixels, keys
+        self._folders: dict[str, _Folder] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folders": {}}  # another process lists its share itself
 
     def keys(self) -> list[str]:
         return list(self._keys)
 
     def frames(self, key: str) -> int:
-        return len(self._files(key))
+        return len(self._folder(key).files)
 
     def label(self, key: str) -> str | None:
         return None
@@ -116,7 +123,7 @@ class FolderFrames:
     def read(
         self, key: str, start: int, stop: int, *, noise: np.random.Generator | None = None, mirror: bool = False
     ) -> Array:
-        paths = list(self._files(key).values())
+        paths = list(self._folder(key).files.values())
         if not 0 <= start <= stop <= len(paths):
             raise InputError(f"{key}: frames [{start}, {stop}) asked for; the sequence has frames [0, {len(paths)})")
         if self.pixels is not None:
@@ -124,15 +131,22 @@ class FolderFrames:
         return np.stack([_load_latent(path, noise) for path in paths[start:stop]])
 
     def numbers(self, key: str) -> Array:
-        return np.array(list(self._files(key)))
+        return np.array(list(self._folder(key).files))
 
     def poses(self, key: str) -> tuple[Array, Array]:
-        position, yaw = _cached_poses(self.root / key / POSES_FILE)
+        poses = self._folder(key).poses
+        position, yaw = load_poses(self.root / key / POSES_FILE) if poses is None else poses
         numbers = self.numbers(key)
         return position[numbers], yaw[numbers]
 
-    def _files(self, key: str) -> dict[int, Path]:
-        return _cached_files(self.root / key, PT_EXTENSIONS if self.pixels is None else PICTURE_EXTENSIONS)
+    def _folder(self, key: str) -> _Folder:
+        if key not in self._folders:
+            if len(self._folders) >= _KEPT_FOLDERS:
+                del self._folders[next(iter(self._folders))]
+            self._folders[key] = _look_into(
+                self.root / key, PT_EXTENSIONS if self.pixels is None else PICTURE_EXTENSIONS
+            )
+        return self._folders[key]
 
 
 class SequenceFrames:
@@ -161,9 +175,11 @@ class SequenceFrames:
         for number, load in self._sequences[key].frames(range(start, stop)):
             if start <= number < stop:
                 pictures.append(load())
-            if number == stop - 1:
-                return _to_pixels(pictures, mirror)
-        raise InputError(f"{key}: frames [{start}, {stop}) asked for; only {len(pictures)} of them are there")
+            if number >= stop - 1:
+                break
+        if len(pictures) != stop - start:
+            raise InputError(f"{key}: frames [{start}, {stop}) asked for; only {len(pictures)} of them are there")
+        return _to_pixels(pictures, mirror)
 
     def numbers(self, key: str) -> Array:
         return np.arange(self.frames(key))
@@ -256,16 +272,17 @@ def _load_latent(path: Path, noise: np.random.Generator | None) -> Array:
     return drawn
 
 
-@lru_cache(_CACHED_FOLDERS)
-def _cached_files(folder: Path, extensions: frozenset[str]) -> dict[int, Path]:
-    """Files by frame number, without those that have no pose."""
+@dataclass(frozen=True)
+class _Folder:
+    """Files by frame number, without those that have no pose, and the poses where there are some."""
+
+    files: dict[int, Path]
+    poses: tuple[Array, Array] | None
+
+
+def _look_into(folder: Path, extensions: frozenset[str]) -> _Folder:
     files = dict(sorted(numbered_files(folder, extensions).items()))
-    if (folder / POSES_FILE).exists():
-        posed = len(_cached_poses(folder / POSES_FILE)[0])
-        files = {number: path for number, path in files.items() if number < posed}
-    return files
-
-
-@lru_cache(_CACHED_FOLDERS)
-def _cached_poses(path: Path) -> tuple[Array, Array]:
-    return load_poses(path)
+    if not (folder / POSES_FILE).exists():
+        return _Folder(files, None)
+    poses = load_poses(folder / POSES_FILE)
+    return _Folder({number: path for number, path in files.items() if number < len(poses[0])}, poses)

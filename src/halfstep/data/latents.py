@@ -85,7 +85,13 @@ class ImageLatents(SeededDataset):
         self.reader = _reader(frames)
         self.keys = self.reader.keys()
         self.classes = _classes(self.reader, self.keys)
-        self._ends = np.cumsum([self.reader.frames(key) for key in self.keys])
+        counts = [self.reader.frames(key) for key in self.keys]
+        if empty := [key for key, count in zip(self.keys, counts, strict=True) if count == 0]:
+            warnings.warn(
+                f"frames: {len(empty)} of {len(self.keys)} sequences have none to read, {empty[0]!r} among them",
+                stacklevel=2,
+            )
+        self._ends = np.cumsum(counts)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -114,9 +120,9 @@ class ClipLatents(SeededDataset):
     """Clips of consecutive frames: items (float32 [C, T, h, w], label int).
 
     `clip_length` frames, each `stride` frames after the one before, from a random start in the sequence; one item a
-    sequence that is long enough. Missing frames are never inside a clip. Flips and samples are drawn as in
-    ImageLatents, the flip for the whole clip. Raises InputError when no sequence is long enough, or when the latents
-    are clips already (of an autoencoder over time: ImageLatents gives those).
+    sequence that is long enough, the others are warned about. Missing frames are never inside a clip. Flips and samples
+    are drawn as in ImageLatents, the flip for the whole clip. Raises InputError when no sequence is long enough, or
+    when the latents are clips already (of an autoencoder over time: ImageLatents gives those).
     """
 
     def __init__(
@@ -134,13 +140,22 @@ class ClipLatents(SeededDataset):
         self.clip_length, self.stride = clip_length, stride
         span = (clip_length - 1) * stride + 1
         self._starts: list[tuple[str, list[tuple[int, int]]]] = []
+        short: list[tuple[str, int]] = []
         for key in self.reader.keys():
             runs = contiguous_runs(self.reader.numbers(key))
             starts = [(first, last - span + 1) for first, last in runs if last - first >= span]
             if starts:
                 self._starts.append((key, starts))
+            else:
+                short.append((key, max((last - first for first, last in runs), default=0)))
         if not self._starts:
-            raise InputError(f"clips: no sequence has {span} consecutive frames; use shorter clips")
+            raise InputError(f"clips: no sequence has {span} consecutive frames; use shorter clips{_longest(short)}")
+        if short:
+            warnings.warn(
+                f"clips: {len(short)} of {len(short) + len(self._starts)} sequences do not have {span} consecutive "
+                f"frames and are left out: the first is {short[0][0]!r} with {short[0][1]}",
+                stacklevel=2,
+            )
         self.classes = _classes(self.reader, [key for key, _ in self._starts])
 
     def __len__(self) -> int:
@@ -326,6 +341,14 @@ def read_names(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; save the names as UTF-8 text") from None
     return [name for line in text.splitlines() if (name := line.strip())]
+
+
+def _longest(short: list[tuple[str, int]]) -> str:
+    """Which of the sequences that are too short comes nearest."""
+    if not short:
+        return ""
+    key, frames = max(short, key=lambda item: item[1])
+    return f": the longest is {key!r} with {frames}"
 
 
 def _reader(frames: FrameReader | DatasetStore | str | Path) -> FrameReader:

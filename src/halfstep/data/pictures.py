@@ -251,7 +251,7 @@ class PictureSequence:
 
     def inspect(self) -> Inspection:
         content = file_digest(self.source)
-        return Inspection(content, (0,), (content,), left_out=frames_in(self.source) - 1)
+        return Inspection(content, (0,), (content,), unused=frames_in(self.source) - 1)
 
     def frames(self, numbers: Ordered[int]) -> Iterator[tuple[int, Callable[[], Array]]]:
         for number in numbers:

@@ -1,5 +1,5 @@
-"""Videos through PyAV: decoded as a stream, thinned by stride or to a frame rate, damaged tails kept up to the
-damage."""
+"""Videos through PyAV: decoded as a stream, thinned by stride or to a frame rate, in spite of damage as far as it
+goes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 
 import av
-import numpy as np
-from PIL import Image
 
 from halfstep.data.base import Array, Inspection, SourceError, digest, file_digest
-from halfstep.data.pictures import fit
+from halfstep.data.video_display import fit_frame
+from halfstep.data.video_frames import shown_frames
+from halfstep.data.video_times import Sampler, count_taken
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
 
@@ -25,11 +26,14 @@ _NAMES = (
 )
 EXTENSIONS = frozenset(f".{name}" for name in _NAMES.split())
 
+# Goes into the digest of what is read at a rate: frames that are held count again since this value.
+_AT_A_RATE = "held"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class VideoSequence:
     """A video file. Every `stride`-th frame is taken, or with `fps` the frame shown at each 1/fps seconds; frames are
-    numbered as they are taken."""
+    numbered as they are taken. Numbers are skipped where frames are lost to damage."""
 
     key: str
     label: str | None
@@ -44,58 +48,50 @@ class VideoSequence:
         if self.stride > 1 and self.fps is not None:
             raise InputError(f"{self.source}: stride and fps both thin the frames; give one of them")
 
-    @property
+    @cached_property
     def expected(self) -> int:
-        try:
-            with av.open(str(self.source)) as container:
-                stream = container.streams.video[0]
-                seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-                return round(seconds * self.fps) if self.fps is not None else -(-stream.frames // self.stride)
-        except (av.FFmpegError, IndexError):
-            return 0  # an estimate only; reading the video tells what is wrong with it
+        """Counted, not decoded; damage makes it fewer."""
+        return count_taken(self.source, self.stride, self.fps)
 
     def inspect(self) -> Inspection:
-        return Inspection(digest(file_digest(self.source), repr((self.stride, self.fps)).encode()))
+        thinning = (self.stride, self.fps) if self.fps is None else (self.stride, self.fps, _AT_A_RATE)
+        return Inspection(digest(file_digest(self.source), repr(thinning).encode()))
 
     def frames(self, numbers: Ordered[int] = ()) -> Iterator[tuple[int, Callable[[], Array]]]:
-        decoded = packets = declared = taken = 0
-        next_time: Fraction | None = None
+        sampler: Sampler | None = None
+        problems: list[str] = []
         try:
-            with av.open(str(self.source)) as container:
-                if not container.streams.video:
-                    raise SourceError(f"{self.source}: has no video stream")
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                declared = stream.frames
-                for packet in container.demux(stream):
-                    packets += packet.size > 0
-                    for frame in packet.decode():
-                        decoded += 1
-                        if self.fps is None:
-                            wanted = (decoded - 1) % self.stride == 0
-                        else:
-                            now = Fraction(frame.pts or 0) * Fraction(frame.time_base or 1)
-                            next_time = now if next_time is None else next_time
-                            wanted = now >= next_time
-                            while next_time <= now:
-                                next_time += 1 / Fraction(self.fps)
-                        if wanted:
-                            yield taken, partial(_fit_frame, frame, self.pixels)
-                            taken += 1
-        except av.FFmpegError as error:
-            raise SourceError(f"{self.source}: damaged after {_count(decoded, declared)} ({error.strerror})") from error
-        if packets < declared:  # packets, because a whole file may have frames that it says not to show
-            raise SourceError(f"{self.source}: ends after {_count(decoded, declared)}")
-        if decoded == 0:
-            raise SourceError(f"{self.source}: holds no frames")
+            for shown in shown_frames(self.source, problems):
+                sampler = sampler or Sampler(shown.film, self.stride, self.fps)
+                taken = sampler.taken(shown.start, shown.stop)
+                if shown.frame is None:
+                    continue
+                load: Callable[[], Array] = partial(self._fit, shown.frame, shown.film.pixel_shape)
+                load = _Once(load) if len(taken) > 1 else load
+                for number in taken:
+                    yield number, load
+        except (av.FFmpegError, OSError) as error:
+            raise SourceError(f"{self.source}: damaged after 0 frames ({error.strerror})") from error
+        if problems:
+            raise SourceError(f"{self.source}: {'; '.join(problems)}")
+
+    def _fit(self, frame: av.VideoFrame, pixel_shape: Fraction) -> Array:
+        try:
+            return fit_frame(frame, pixel_shape, self.pixels)
+        except (av.FFmpegError, MemoryError, ValueError) as error:
+            size = f"{frame.width}x{frame.height} pixels"
+            raise SourceError(f"{self.source}: {size} cannot be fitted to {self.pixels} ({error})") from error
 
 
-def _count(decoded: int, declared: int) -> str:
-    return f"{decoded} of {declared} frames" if declared else f"{decoded} frames"
+class _Once:
+    """A frame that is shown several times and fitted once, whichever thread asks first."""
 
+    def __init__(self, load: Callable[[], Array]) -> None:
+        self._load, self._lock = load, Lock()
+        self._value: Array | None = None
 
-def _fit_frame(frame: av.VideoFrame, pixels: PixelSpec) -> Array:
-    values = frame.to_ndarray(format="rgb24")
-    if frame.rotation % 360:  # phones record the orientation beside the picture
-        values = np.rot90(values, frame.rotation // 90)
-    return fit(Image.fromarray(values), pixels)
+    def __call__(self) -> Array:
+        with self._lock:
+            if self._value is None:
+                self._value = self._load()
+            return self._value

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from halfstep.autoencoders import Autoencoder, load_autoencoder
 from halfstep.data.base import FrameSequence, digest
@@ -13,6 +14,7 @@ from halfstep.data.guarded import Guarded
 from halfstep.data.listing import Kind
 from halfstep.data.pt_tree import imported_spec
 from halfstep.data.sources import Source
+from halfstep.encode.clips import LastClip
 from halfstep.errors import InputError
 from halfstep.precision import PrecisionPolicy, Settled, probe
 from halfstep.precision import settle as settle_precision
@@ -35,6 +37,7 @@ class EncodeOptions:
     storage: str | None = None
     size: tuple[int, int] | None = None
     clip_length: int | None = None
+    last_clip: LastClip | None = None
     moments: bool = False
     mirror: bool = False
     batch_size: int | None = None
@@ -64,6 +67,7 @@ class EncodeJob:
     device: str
     channels_last: bool
     notes: tuple[str, ...] = ()  # what the user should know of the precision
+    last_clip: LastClip = "drop"
 
     @property
     def storage(self) -> str:
@@ -73,6 +77,8 @@ class EncodeJob:
     def recipe(self) -> bytes:
         spec = replace(self.spec, autoencoder="", revision="")
         settings = [asdict(spec), str(self.policy), self.tiled, self.moments, self.mirror]
+        if self.last_clip != "drop":
+            settings.append(self.last_clip)
         return digest(json.dumps(settings).encode())
 
     @property
@@ -86,6 +92,7 @@ class EncodeJob:
             "tiled": self.tiled,
             "moments": self.moments,
             "mirror": self.mirror,
+            "last_clip": self.last_clip,
         }
         return Manifest(
             self.spec, self.storage, str(self.policy), recipe=recipe, created_with=f"halfstep {__version__}"
@@ -113,6 +120,9 @@ def settle(
     if options.storage is not None:
         asked = replace(asked, storage=options.storage)
     recipe = existing.recipe if existing else {}
+    last_clip = options.last_clip or recipe.get("last_clip", "drop")
+    if last_clip not in get_args(LastClip):
+        raise InputError(f"--last-clip: got {last_clip!r}; expected {', '.join(get_args(LastClip))}")
     identifier = options.autoencoder or (existing.spec.autoencoder if existing else "dct8")
     autoencoder, tiled, channels_last = None, False, False
     if "latents" in kinds:
@@ -146,6 +156,7 @@ def settle(
         device=device,
         channels_last=channels_last,
         notes=settled.notes,
+        last_clip=last_clip,
     )
     return job, autoencoder
 
@@ -158,6 +169,7 @@ def _require_plain_import(options: EncodeOptions, kinds: set[Kind]) -> None:
         "--size": options.size is not None,
         "--autoencoder": options.autoencoder is not None,
         "--clip-length": options.clip_length is not None,
+        "--last-clip": options.last_clip is not None,
         "other kinds of sources": kinds != {"latents"},
     }
     if surplus := [name for name, there in given.items() if there]:
@@ -216,6 +228,8 @@ def _fit_to(
     if over_time == 1:
         if options.clip_length is not None:
             raise InputError(f"--clip-length: {spec.autoencoder} encodes single frames; clips are cut when training")
+        if options.last_clip is not None:
+            raise InputError(f"--last-clip: {spec.autoencoder} encodes single frames; clips are cut when training")
         return pixels
     if "trajectories" in kinds:
         raise InputError(f"{spec.autoencoder} compresses time, but each frame of a trajectory has its own pose")

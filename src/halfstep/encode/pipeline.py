@@ -9,15 +9,16 @@ way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from halfstep.data.base import Array, FrameSequence, Inspection, Problem, SourceError, digest
 from halfstep.data.keys import name_to_key
+from halfstep.encode.clips import cut_clips
 from halfstep.encode.job import EncodeJob
 from halfstep.encode.lanes import Encoded, Lanes
 from halfstep.errors import HalfstepError
@@ -31,6 +32,9 @@ T = TypeVar("T")
 
 # Stands for the content of a frame that is kept from before, because what the source has now cannot be read.
 _UNREADABLE = bytes(DIGEST_BYTES)
+
+# Kept beside the problem of a video. One that was read by an older reader is tried again: more of it may be had now.
+_READER = 2
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Failure:
 
 @dataclass
 class Counts:
-    """What one process did, in items: `retried` in fp32, `refused` because they are not finite there either.
-    `left_out` counts the frames beyond the first of each animation whose first frame alone is wanted, by key."""
+    """What one process did, in items: `retried` in fp32, `refused` because they are not finite there either. By
+    sequence, `left_out` counts the frames that make no whole clip, and `unused` those beyond the first of an animation
+    whose first frame alone is wanted."""
 
     encoded: int = 0
     skipped: int = 0
@@ -58,6 +63,7 @@ class Counts:
     refused: int = 0
     failures: list[Failure] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
 
 
 class StoppedError(HalfstepError):
@@ -104,7 +110,7 @@ class _Failed:
 
 
 @dataclass(frozen=True)
-class _LeftOut:
+class _FirstOnly:
     sequence: FrameSequence
     count: int
 
@@ -118,9 +124,10 @@ class _Skipped:
 class _Close:
     sequence: FrameSequence
     fingerprint: bytes
+    left_out: int
 
 
-_Step = _Open | _Sample | _Reuse | _Failed | _LeftOut | _Skipped | _Close
+_Step = _Open | _Sample | _Reuse | _Failed | _FirstOnly | _Skipped | _Close
 
 
 @dataclass
@@ -193,14 +200,16 @@ def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: Mapping[
             except SourceError as error:
                 counts.failures.append(Failure.of(sequence, Problem(str(error))))
                 continue
-            if inspection.left_out:
-                counts.left_out[sequence.key] = inspection.left_out
+            if inspection.unused:
+                counts.unused[sequence.key] = inspection.unused
             counts.failures += [Failure.of(sequence, problem) for problem in inspection.problems]
             row = existing.get(sequence.key)
             unchanged = row is not None and row.fingerprint == fingerprint_of(job, inspection)
             if row is not None and unchanged and _is_complete(row, inspection):
                 if "problem" in row.attributes:
                     counts.failures.append(Failure.of(sequence, Problem(row.attributes["problem"])))
+                if left_out := row.attributes.get("left_out"):
+                    counts.left_out[row.key] = left_out
                 counts.skipped += row.length
                 continue
             stored = _stored_places(row)
@@ -239,8 +248,8 @@ def _plan(
             continue
         for problem in inspection.problems:
             yield _Failed(sequence, problem)
-        if inspection.left_out:
-            yield _LeftOut(sequence, inspection.left_out)
+        if inspection.unused:
+            yield _FirstOnly(sequence, inspection.unused)
         row = existing.get(sequence.key)
         fingerprint = fingerprint_of(job, inspection)
         if row is not None and row.fingerprint == fingerprint and _is_complete(row, inspection):
@@ -249,20 +258,21 @@ def _plan(
             yield _Skipped(row)
             continue
         yield _Open(sequence, inspection)
-        yield from _frame_steps(job, sequence, inspection, row, pool)
-        yield _Close(sequence, fingerprint)
+        left_out = yield from _frame_steps(job, sequence, inspection, row, pool)
+        yield _Close(sequence, fingerprint, left_out)
 
 
 def _is_complete(row: Row, inspection: Inspection) -> bool:
-    """False when some frames failed last time: they are tried again."""
+    """False when some frames failed last time: they are tried again, those of a video when it is read better now."""
     if not inspection.numbers:
-        return True
+        return "problem" not in row.attributes or row.attributes.get("reader") == _READER
     return len(row.digests) == len(inspection.numbers) * DIGEST_BYTES and _UNREADABLE not in _stored_places(row)
 
 
 def _frame_steps(
     job: EncodeJob, sequence: FrameSequence, inspection: Inspection, row: Row | None, pool: ThreadPoolExecutor
-) -> Iterator[_Step]:
+) -> Generator[_Step, None, int]:
+    """Returns how many frames make no whole clip."""
     clip_length = job.spec.pixels.clip_length if job.spec.pixels else 1
     digests = {n: digest(job.recipe, d) for n, d in zip(inspection.numbers, inspection.digests, strict=True)}
     stored = _stored_places(row) if clip_length == 1 else {}
@@ -272,27 +282,37 @@ def _frame_steps(
             loaders = dict(sequence.frames(wanted))
         except SourceError as error:
             yield _Failed(sequence, Problem(str(error)))
-            return
+            return 0
         for number in inspection.numbers:
             if number in loaders:
                 yield _Sample(sequence, number, digests[number], (pool.submit(loaders[number]),))
             else:
                 yield _Reuse(number, digests[number], stored[digests[number]])
-        return
-    clip: list[tuple[int, Future[Array]]] = []
-    clips = 0
+        return 0
+    problems: list[Problem] = []
+    clips = left_out = 0
+    for clip in cut_clips(_submitted(sequence, pool, problems), clip_length, job.last_clip):
+        if len(clip) < clip_length:
+            left_out += len(clip)
+            continue
+        yield _Sample(sequence, clip[0][0], b"", tuple(future for _, future in clip))
+        clips += 1
+    if left_out and not clips and not problems:
+        problems.append(Problem(f"{sequence.source}: {left_out} frames; one clip has {clip_length}"))
+    for problem in problems:
+        yield _Failed(sequence, problem)
+    return left_out if clips else 0
+
+
+def _submitted(
+    sequence: FrameSequence, pool: ThreadPoolExecutor, problems: list[Problem]
+) -> Iterator[tuple[int, Future[Array]]]:
+    """The frames of a video, being loaded; why there are no more is added to `problems`."""
     try:
         for number, load in sequence.frames(()):
-            clip.append((number, pool.submit(load)))
-            if len(clip) == clip_length:
-                yield _Sample(sequence, clip[0][0], b"", tuple(future for _, future in clip))
-                clips += 1
-                clip = []
+            yield number, pool.submit(load)
     except SourceError as error:
-        yield _Failed(sequence, Problem(str(error)))
-    if clip and not clips:
-        reason = f"{sequence.source}: {len(clip)} frames; one clip has {clip_length}"
-        yield _Failed(sequence, Problem(reason))
+        problems.append(Problem(str(error)))
 
 
 def _stored_places(row: Row | None) -> dict[bytes, int]:
@@ -387,10 +407,11 @@ class _Recorder:
                     self._fail(sequence, problem)
                     if attempted:
                         self._keep_older(problem.frame)
-                case _LeftOut(sequence, count):
-                    self._counts.left_out[sequence.key] = count
+                case _FirstOnly(sequence, count):
+                    self._counts.unused[sequence.key] = count
                 case _Skipped(row):
                     self._counts.skipped += row.length
+                    self._note_left_out(row.key, row.attributes.get("left_out", 0))
                     self._progress.advance(row.length)
                 case _Close():
                     self._close(step)
@@ -456,6 +477,10 @@ class _Recorder:
             line = f"{failure.reason}; stopped because of --strict, what was complete is in the store"
             raise StoppedError(line, self._counts.failures)
 
+    def _note_left_out(self, key: str, frames: int) -> None:
+        if frames:
+            self._counts.left_out[key] = frames
+
     def _close(self, step: _Close) -> None:
         if not self._digests:
             return  # nothing of it could be read; an older version in the store stays
@@ -463,7 +488,12 @@ class _Recorder:
         if row is not None and digests and (row.fingerprint, row.digests) == (step.fingerprint, digests):
             self._writer.abandon()  # frames that failed before have failed again: nothing is new
             return
-        attributes = {"problem": self._problem} if self._problem and not self._places else {}
+        attributes: dict[str, Any] = {}
+        if self._problem and not self._places:
+            attributes |= {"problem": self._problem, "reader": _READER}
+        if step.left_out:
+            attributes["left_out"] = step.left_out
+        self._note_left_out(step.sequence.key, step.left_out)
         self._writer.finish(
             step.sequence.key,
             label=step.sequence.label,

@@ -35,8 +35,8 @@ FAILURES_FILE = "failures.jsonl"
 class EncodeReport:
     """What a run did. `sequences`, `items` and `bytes` (of latents) are the store's afterwards; the rest is this run's.
 
-    `failures` says what could not be encoded and why; the same lines are in failures.jsonl. `left_out` counts, by key,
-    the frames beyond the first of animations that were encoded as pictures.
+    `failures` says what could not be encoded and why; the same lines are in failures.jsonl. By sequence, `left_out`
+    counts the frames that make no whole clip, and `unused` those beyond the first of animations encoded as pictures.
     """
 
     sequences: int
@@ -54,6 +54,7 @@ class EncodeReport:
     missing: list[str]
     failures: list[Failure]
     left_out: dict[str, int]
+    unused: dict[str, int]
     dry_run: bool = False
 
 
@@ -149,10 +150,9 @@ def warnings_before(job: EncodeJob, existing: Index, options: EncodeOptions) -> 
 def _changes(manifest: Manifest, job: EncodeJob) -> str:
     """The settings of a store, besides the spec, that differ from the job's in a way that changes latents."""
     wanted = job.manifest.recipe
-    names = ("policy", "tiled", "moments", "mirror")
-    return ", ".join(
-        f"{n} {manifest.recipe[n]} (now {wanted[n]})" for n in names if manifest.recipe.get(n) != wanted[n]
-    )
+    made_with = {"last_clip": "drop", **manifest.recipe}  # which stores did not name before there was a choice
+    names = ("policy", "tiled", "moments", "mirror", "last_clip")
+    return ", ".join(f"{n} {made_with[n]} (now {wanted[n]})" for n in names if made_with.get(n) != wanted[n])
 
 
 def encode_share(
@@ -234,7 +234,8 @@ def merge_counts(parts: list[Counts]) -> Counts:
         sum(c.retried for c in parts),
         sum(c.refused for c in parts),
         [failure for c in parts for failure in c.failures],
-        {key: count for c in parts for key, count in c.left_out.items()},
+        {key: frames for c in parts for key, frames in c.left_out.items()},
+        {key: frames for c in parts for key, frames in c.unused.items()},
     )
 
 
@@ -265,5 +266,6 @@ def _report(
         missing=missing,
         failures=totals.failures,
         left_out=totals.left_out,
+        unused=totals.unused,
         dry_run=dry_run,
     )
