@@ -13,7 +13,7 @@ from halfstep.encode import EncodeOptions, encode
 
 with tempfile.TemporaryDirectory() as scratch:
     world, latents = Path(scratch) / "world", Path(scratch) / "latents"
-    write_toy_world(world, trajectories=4, frames=32)
+    write_toy_world(world, walks=4, frames=32)
     encode([SourceConfig(path=world)], EncodeOptions(latents))
 
     dataset = NavigationLatents(

@@ -22,7 +22,7 @@ STEPS, BATCH = 150, 16
 
 
 def toy_latents(folder: Path) -> torch.Tensor:
-    write_toy_world(folder / "world", trajectories=4, frames=32)
+    write_toy_world(folder / "world", walks=4, frames=32)
     encode([SourceConfig(path=folder / "world")], EncodeOptions(folder / "latents"))
     store = DatasetStore.open(folder / "latents")
     return torch.cat([torch.from_numpy(store.read(key)).float() for key in store.keys()])

@@ -53,7 +53,7 @@ def _seeded() -> None:
 def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three walks of ten pictures; not to be changed, copy it."""
     root = tmp_path_factory.mktemp("toy") / "world"
-    write_toy_world(root, trajectories=3, frames=10, size=(80, 60), seed=7)
+    write_toy_world(root, walks=3, frames=10, size=(80, 60), seed=7)
     return root
 
 

@@ -42,7 +42,7 @@ EXAMPLES = {
     "roundtrip.py": ["picture.png"],
     "own_training_loop.py": ["auto"],
     "navigation_loader.py": [],
-    "record_and_analyse.py": ["recorded"],
+    "record_and_analyze.py": ["recorded"],
 }
 # What the blocks of a page leave behind; every page with blocks that run is here.
 LEFT = {

@@ -17,8 +17,8 @@ Crop = Literal["fill", "4:3"]
 class PixelSpec:
     """How a source picture becomes the autoencoder's input of `width` x `height` pixels, RGB, in [-1, 1].
 
-    `crop="fill"` scales the picture to cover the size and cuts the centre (the ADM recipe: box halvings, then bicubic).
-    `crop="4:3"` cuts the centre to 4:3, padding narrower pictures with black, and then resizes each axis on its own
+    `crop="fill"` scales the picture to cover the size and cuts the center (the ADM recipe: box halvings, then bicubic).
+    `crop="4:3"` cuts the center to 4:3, padding narrower pictures with black, and then resizes each axis on its own
     (bilinear), which is the recipe of the navigation world models.
     """
 

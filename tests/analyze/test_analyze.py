@@ -29,12 +29,12 @@ STATES = 12
 
 
 def trajectory(seed: int, bend: float, spread: float) -> np.ndarray:
-    """From noise to a centre, bent by the way and ending `spread` away from it."""
+    """From noise to a center, bent by the way and ending `spread` away from it."""
     rng = np.random.default_rng(seed)
     noise, own = rng.standard_normal((2, *SHAPE))
-    centre = np.random.default_rng(99).standard_normal((2, *SHAPE))
+    center = np.random.default_rng(99).standard_normal((2, *SHAPE))
     t = np.linspace(0, 1, STATES).reshape(-1, 1, 1, 1)
-    return ((1 - t) * noise + t * (centre[0] + spread * own) + bend * np.sin(np.pi * t) * centre[1]).astype(np.float32)
+    return ((1 - t) * noise + t * (center[0] + spread * own) + bend * np.sin(np.pi * t) * center[1]).astype(np.float32)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_what_cannot_be_compared_is_left_out_and_named(store: TrajectoryStore) -
     }.items():
         assert any(key in line and reason in line for line in analysis.problems), (key, analysis.problems)
     only_broken = {"not_finite": "a"}
-    with pytest.raises(InputError, match="no run can be analysed: not_finite"):
+    with pytest.raises(InputError, match="no run can be analyzed: not_finite"):
         analyze(store, only_broken)
 
 
@@ -246,7 +246,7 @@ def test_the_command_line(store: TrajectoryStore, tmp_path: Path) -> None:
     assert "no such folder" in run_cli("analyze", "--batch-dir", tmp_path / "no", check=1).stderr
 
 
-def test_the_older_format_is_analysed(tmp_path: Path) -> None:
+def test_the_older_format_is_analyzed(tmp_path: Path) -> None:
     for number in (1, 2):
         write_batch(tmp_path / "latents" / "prompt_000" / f"vid_00{number}")
     (tmp_path / "latents" / "prompt_000" / "vid_002" / "step_003.npy.gz").write_bytes(b"cut")
@@ -258,7 +258,7 @@ def test_the_older_format_is_analysed(tmp_path: Path) -> None:
     assert any("step_003.npy.gz" in line for line in result["problems"])
 
 
-def test_a_real_batch_is_analysed(outside_data: Path) -> None:
+def test_a_real_batch_is_analyzed(outside_data: Path) -> None:
     result = json.loads(run_cli("analyze", "--batch-dir", outside_data / "legacy_batch", "--json", "--quiet").stdout)
     assert len(result["runs"]) == 5
     assert any("step_005.pt" in line for line in result["problems"])

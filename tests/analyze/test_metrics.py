@@ -152,7 +152,7 @@ def test_shared_axes_are_the_principal_axes() -> None:
     assert overlap == pytest.approx(np.eye(4), abs=0.15)
     assert shared.explained[:4].sum() == pytest.approx(1, abs=1e-3)
     states = np.stack(list(runs[0].latents)).reshape(30, -1)
-    assert shared.project(runs[0].latents) == pytest.approx((states - shared.centre) @ shared.components.T, abs=1e-3)
+    assert shared.project(runs[0].latents) == pytest.approx((states - shared.center) @ shared.components.T, abs=1e-3)
 
 
 def test_profiles_lie_where_they_belong() -> None:

@@ -200,5 +200,5 @@ def test_dispersion_is_unbiased() -> None:
     assert hits > 160  # of 200, at 95%
     assert stats.dispersion(np.zeros((1, 3)))[1] is None
     assert stats.dispersion(rng.normal(0, 1, (3, 3)))[1] is None
-    spread = stats.distances_to_centre(rng.normal(0, 2, (500, 3)))
+    spread = stats.distances_to_center(rng.normal(0, 2, (500, 3)))
     assert np.mean(spread**2) == pytest.approx(12, rel=0.15)

@@ -39,7 +39,7 @@ def test_dct8_is_an_orthogonal_projection() -> None:
 
 
 def test_dct8_matches_scipy_free_definition() -> None:
-    """A grey ramp: the intensity's first horizontal coefficient by the definition of the DCT-II."""
+    """A gray ramp: the intensity's first horizontal coefficient by the definition of the DCT-II."""
     codec = load_autoencoder("dct8")
     ramp = torch.linspace(-1, 1, 8)
     block = ramp.expand(1, 3, 8, 8).contiguous()
@@ -47,7 +47,7 @@ def test_dct8_matches_scipy_free_definition() -> None:
     expected = 3**0.5 * 8**0.5 * 0.5 * (ramp * cosine).sum()
     latents = codec.encode(block).mean[0, :, 0, 0]
     torch.testing.assert_close(latents[1], expected)
-    assert latents[10:].abs().max() < 1e-5  # no colour
+    assert latents[10:].abs().max() < 1e-5  # no color
 
 
 def test_taef2_equals_the_reference(outside_data: Path) -> None:

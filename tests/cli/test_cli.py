@@ -90,7 +90,7 @@ def test_export(store: Path, tmp_path: Path) -> None:
     ("arguments", "code", "named"),
     [
         (["encode", "-i", "{tmp}/none", "-o", "{tmp}/s"], 2, "none: no such file or folder"),
-        (["encode", "-i", "{tmp}/empty", "-o", "{tmp}/s"], 2, "no pictures, videos, trajectories or latents in it"),
+        (["encode", "-i", "{tmp}/empty", "-o", "{tmp}/s"], 2, "no pictures, videos, walks or latents in it"),
         (["encode", "-o", "{tmp}/s"], 2, "no source; give at least one with -i"),
         (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--size", "big"], 2, "--size: got 'big'; expected N or WxH"),
         (["encode", "-i", "{toy}", "-o", "{tmp}/s", "--batch-size", "0"], 2, "--batch-size: got '0'"),
@@ -149,7 +149,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_a_yaml_list_and_several_folders(toy_world: Path, tmp_path: Path) -> None:
     second = shutil.copytree(toy_world, tmp_path / "second")
-    (tmp_path / "all.yaml").write_text(f"- path: {toy_world}\n  name: one\n- path: {second}\n  kind: trajectories\n")
+    (tmp_path / "all.yaml").write_text(f"- path: {toy_world}\n  name: one\n- path: {second}\n  kind: walks\n")
     report = json.loads(run_cli("encode", "-i", tmp_path / "all.yaml", "-o", tmp_path / "s", *SMALL, "--json").stdout)
     assert (report["sequences"], report["items"]) == (6, 60)
     assert DatasetStore.open(tmp_path / "s").keys()[::3] == ["one/walk_000", "second/walk_000"]
@@ -176,7 +176,7 @@ def test_probe_says_what_auto_chooses() -> None:
 
 
 def test_toy_world_command(tmp_path: Path) -> None:
-    run_cli("toy-world", "-o", tmp_path / "w", "--trajectories", 1, "--frames", 3)
+    run_cli("toy-world", "-o", tmp_path / "w", "--walks", 1, "--frames", 3)
     assert sorted(p.name for p in (tmp_path / "w" / "walk_000").iterdir()) == [
         "0.jpg",
         "1.jpg",
@@ -205,7 +205,7 @@ def test_demo_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_benchmarks_run(tmp_path: Path) -> None:
-    read = json.loads(run_cli("bench", "read", "--trajectories", 8, "--windows", 20, "--rounds", 1, "--json").stdout)
+    read = json.loads(run_cli("bench", "read", "--walks", 8, "--windows", 20, "--rounds", 1, "--json").stdout)
     assert {"halfstep", "pt tree", "zarr, sharded"} <= read["seconds"].keys()
     arguments = ["--images", 32, "--size", 32, "--rounds", 1, "--autoencoder", "dct8", "--no-memory"]
     encode = json.loads(run_cli("bench", "encode", *arguments, "--json").stdout)

@@ -18,7 +18,7 @@ GREYS = (0, 50, 100, 150, 200)
 
 
 def animate(path: Path, durations: int | list[int] = 100, **options: object) -> Path:
-    pictures = [Image.new("RGB", (8, 8), (grey, grey, grey)) for grey in GREYS]
+    pictures = [Image.new("RGB", (8, 8), (gray, gray, gray)) for gray in GREYS]
     if path.suffix == ".tif":
         pictures[0].save(path, save_all=True, append_images=pictures[1:])
     else:

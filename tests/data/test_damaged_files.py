@@ -16,7 +16,7 @@ from halfstep.data.base import SourceError, reading
 from halfstep.data.guarded import Guarded
 from halfstep.data.pictures import PictureSequence, frames_in, load_fitted
 from halfstep.data.pt_tree import PtSequence, load_latent
-from halfstep.data.trajectories import TrajectorySequence
+from halfstep.data.walks import WalkSequence
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
 
@@ -155,10 +155,10 @@ def test_foreign_contents_of_a_pt_file(tmp_path: Path, content: object) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_poses_and_their_trajectory(tmp_path: Path) -> None:
+def test_damaged_poses_and_their_walk(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
     whole = pickle.dumps({"position": np.zeros((4, 2)), "yaw": np.zeros(4)})
-    walk = Guarded(TrajectorySequence("t", None, tmp_path, PIXELS))
+    walk = Guarded(WalkSequence("t", None, tmp_path, PIXELS))
     refused = 0
     for data in mutations(whole, 800, seed=2):
         (tmp_path / "traj_data.pkl").write_bytes(data)
@@ -195,7 +195,7 @@ def test_debug_shows_where_it_came_from(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_a_folder_that_goes_away_is_named(tmp_path: Path) -> None:
     sequences = (
-        TrajectorySequence("t", None, tmp_path / "away", PIXELS),
+        WalkSequence("t", None, tmp_path / "away", PIXELS),
         PtSequence("t", None, tmp_path / "away", (1, 1, 1)),
         PictureSequence(tmp_path, "away", "", PIXELS),
     )

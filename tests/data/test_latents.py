@@ -49,9 +49,9 @@ def test_index_and_actions_equal_the_reference() -> None:
     assert index.dtype == np.int64
     assert np.array_equal(index, golden["index"])
     for row, pick in enumerate(golden["picks"]):
-        trajectory, current = index[pick, :2].tolist()
+        walk, current = index[pick, :2].tolist()
         times = golden["goal_times"][row]
-        actions = goal_actions(positions[trajectory], yaws[trajectory], current, times, 0.38)
+        actions = goal_actions(positions[walk], yaws[walk], current, times, 0.38)
         np.testing.assert_allclose(actions, golden["goal_actions"][row], rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(relative_time(current, times), golden["rel_t"][row], rtol=0, atol=0)
 
@@ -65,8 +65,8 @@ def test_index_and_actions_equal_the_reference() -> None:
 )
 def test_the_index_is_its_definition(lengths, context, horizon, smallest, largest) -> None:
     expected = [
-        (trajectory, t, max(smallest, -t), min(largest, n - t - 1))
-        for trajectory, n in enumerate(lengths)
+        (walk, t, max(smallest, -t), min(largest, n - t - 1))
+        for walk, n in enumerate(lengths)
         for t in range(context - 1, n - horizon)
     ]
     got = sample_index(lengths, context, horizon, smallest, largest)
@@ -400,7 +400,7 @@ def test_clips_of_an_autoencoder_over_time_are_refused(tmp_path: Path) -> None:
         (("max_dist_cat: 4", "maximum: 4"), "distance.maximum: unknown key; did you mean 'max_dist_cat'"),
         (("recon:", "elsewhere:"), "datasets.elsewhere.metric_waypoint_spacing"),
         (("data_folder: here", "goals_per_obs: 1"), "neither latent_folder nor data_folder"),
-        (("data_folder: here", "train: nowhere, latent_folder: LATENTS"), "no such file; the trajectories of a split"),
+        (("data_folder: here", "train: nowhere, latent_folder: LATENTS"), "no such file; the walks of a split"),
         (("data_folder: here", "latent_folder: LATENTS/nothing"), "no sequence below 'nothing/'"),
     ],
 )

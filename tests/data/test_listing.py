@@ -22,8 +22,8 @@ from halfstep.data.keys import key_to_name, name_to_key
 from halfstep.data.latents import read_names
 from halfstep.data.listing import list_path
 from halfstep.data.sources import Source, SourceConfig, find_sources
-from halfstep.data.trajectories import numbered_files
-from halfstep.data.walk import walk
+from halfstep.data.tree import walk
+from halfstep.data.walks import numbered_files
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
 
@@ -154,15 +154,15 @@ def half_copied(root: Path) -> Path:
             picture(root / name / f"{number}.png")
     poses(root / "a")
     poses(root / "deep" / "no_pictures")
-    picture(root / "a" / "depth" / "0.png")  # inside a trajectory
+    picture(root / "a" / "depth" / "0.png")  # inside a walk
     return root
 
 
-def test_half_copied_trajectories_are_named(tmp_path: Path) -> None:
+def test_half_copied_walks_are_named(tmp_path: Path) -> None:
     root = half_copied(tmp_path / "r")
     shutil.rmtree(root / "a" / "depth")
     found = Source.find(SourceConfig(path=root), "r")
-    assert (found.kind, found.files) == ("trajectories", ("a",))
+    assert (found.kind, found.files) == ("walks", ("a",))
     assert [(lost.key, lost.reason.split(";")[0]) for lost in found.lost] == [
         ("r/deep/no_pictures", f"{root}/deep/no_pictures: has traj_data.pkl but no numbered pictures"),
         ("r/no_poses", f"{root}/no_poses: has 3 pictures but no traj_data.pkl"),
@@ -178,28 +178,28 @@ def test_half_copied_trajectories_are_named(tmp_path: Path) -> None:
 
 def test_who_names_a_kind_gets_that(tmp_path: Path) -> None:
     root = half_copied(tmp_path / "r")
-    with pytest.raises(InputError, match="holds 1 pictures and 1 trajectories"):
+    with pytest.raises(InputError, match="holds 1 pictures and 1 walks"):
         list_path(root)
-    only = list_path(root, "trajectories")
+    only = list_path(root, "walks")
     assert (only.files, list(only.lost)) == (("a",), ["deep/no_pictures", "no_poses"])
-    assert only.notes == (f"{root}: 1 files are left out, not read as trajectories: 1 .png",)
+    assert only.notes == (f"{root}: 1 files are left out, not read as walks: 1 .png",)
     loose = list_path(root, "pictures")
     assert loose.files == ("a/depth/0.png", "no_poses/0.png", "no_poses/1.png", "no_poses/2.png")
     assert loose.notes == (f"{root}: 3 files are left out, not read as pictures: 3 .png",)
     shutil.rmtree(root / "a")
-    with pytest.raises(InputError, match=r"no trajectories in it; .*no_pictures: has traj_data.pkl but no numbered"):
-        list_path(root, "trajectories")
+    with pytest.raises(InputError, match=r"no walks in it; .*no_pictures: has traj_data.pkl but no numbered"):
+        list_path(root, "walks")
 
 
-def test_a_trajectory_may_hold_folders(tmp_path: Path) -> None:
+def test_a_walk_may_hold_folders(tmp_path: Path) -> None:
     for name in ("0.png", "depth/0.png"):
         picture(tmp_path / "walk" / name)
     poses(tmp_path / "walk")
     poses(tmp_path / "walk" / "more")
-    listing = list_path(tmp_path / "walk", "trajectories")
+    listing = list_path(tmp_path / "walk", "walks")
     assert (listing.root, listing.files) == (tmp_path, ("walk",))
     assert list(listing.lost) == ["walk/more"]
-    assert listing.notes == (f"{tmp_path}/walk: 1 files are left out, not read as trajectories: 1 .png",)
+    assert listing.notes == (f"{tmp_path}/walk: 1 files are left out, not read as walks: 1 .png",)
 
 
 def test_latents_with_poses_alone_are_named(tmp_path: Path) -> None:

@@ -38,10 +38,10 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     assert np.array_equal(np.asarray(load_picture(tmp_path / "p.png")), gradient())
 
 
-def test_grey_palette_and_cmyk_become_rgb(tmp_path: Path) -> None:
-    grey = gradient()[..., 0]
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    assert np.array_equal(np.asarray(load_picture(tmp_path / "grey.png")), np.repeat(grey[..., None], 3, axis=2))
+def test_gray_palette_and_cmyk_become_rgb(tmp_path: Path) -> None:
+    gray = gradient()[..., 0]
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    assert np.array_equal(np.asarray(load_picture(tmp_path / "gray.png")), np.repeat(gray[..., None], 3, axis=2))
     palette = Image.fromarray(gradient()).convert("P")
     palette.save(tmp_path / "palette.png")
     assert np.array_equal(np.asarray(load_picture(tmp_path / "palette.png")), np.asarray(palette.convert("RGB")))
@@ -66,9 +66,9 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(load_picture(tmp_path / name))[..., 0], gradient()[..., 0])
 
 
-def test_4_3_crop_is_centred_and_pads_with_black() -> None:
+def test_4_3_crop_is_centered_and_pads_with_black() -> None:
     wide = np.zeros((60, 120, 3), np.uint8)
-    wide[:, 20:100] = 200  # the centre 4:3 is exactly the bright part
+    wide[:, 20:100] = 200  # the center 4:3 is exactly the bright part
     assert (fit(Image.fromarray(wide), PixelSpec(32, 32, "4:3")) == 200).all()
     tall = np.full((90, 60, 3), 200, np.uint8)
     assert (fit(Image.fromarray(tall), PixelSpec(32, 32, "4:3")) == 200).all()
@@ -131,11 +131,11 @@ def test_integers_of_unknown_range_are_refused(tmp_path: Path, kind: type, order
 
 
 def test_inverted_and_twelve_bits_are_scaled(tmp_path: Path) -> None:
-    grey = gradient()[..., 0]
+    gray = gradient()[..., 0]
     options = {"compression": None, "tiffinfo": {262: 0}}
-    Image.fromarray((255 - grey).astype(np.uint16) * 257).save(tmp_path / "white_is_zero.tif", **options)
-    assert np.array_equal(np.asarray(load_picture(tmp_path / "white_is_zero.tif"))[..., 0], grey)
-    deep = grey.astype(np.uint16) * 16  # two samples of 12 bits in three bytes
+    Image.fromarray((255 - gray).astype(np.uint16) * 257).save(tmp_path / "white_is_zero.tif", **options)
+    assert np.array_equal(np.asarray(load_picture(tmp_path / "white_is_zero.tif"))[..., 0], gray)
+    deep = gray.astype(np.uint16) * 16  # two samples of 12 bits in three bytes
     first, second = deep.reshape(8, 6, 2).transpose(2, 0, 1)
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8)
     tags = {256: 12, 257: 8, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 8, 279: packed.nbytes}

@@ -15,7 +15,7 @@ from halfstep.data.pickles import load_pickle, load_poses
 from halfstep.data.pt_tree import PtSequence, load_latent
 from halfstep.data.sources import Source, SourceConfig, find_sources
 from halfstep.data.toy_world import CELLS, STEP_METRES, write_toy_world
-from halfstep.data.trajectories import TrajectorySequence
+from halfstep.data.walks import WalkSequence
 from halfstep.errors import InputError, UnsafePickleError
 from halfstep.spec import PixelSpec
 
@@ -103,8 +103,8 @@ def walk(toy_world: Path, tmp_path: Path) -> Path:
     return tmp_path / "walk"
 
 
-def test_a_whole_trajectory(walk: Path) -> None:
-    found = TrajectorySequence("walk", None, walk, PIXELS).inspect()
+def test_a_whole_walk(walk: Path) -> None:
+    found = WalkSequence("walk", None, walk, PIXELS).inspect()
     assert found.numbers == tuple(range(10))
     assert found.problems == ()
     assert np.array_equal(found.arrays["position"], load_poses(walk / "traj_data.pkl")[0])
@@ -113,7 +113,7 @@ def test_a_whole_trajectory(walk: Path) -> None:
 def test_missing_pictures_and_missing_poses_cost_only_themselves(walk: Path) -> None:
     (walk / "4.jpg").unlink()
     shutil.copy(walk / "3.jpg", walk / "10.jpg")
-    found = TrajectorySequence("walk", None, walk, PIXELS).inspect()
+    found = WalkSequence("walk", None, walk, PIXELS).inspect()
     assert found.numbers == (0, 1, 2, 3, 5, 6, 7, 8, 9)
     assert [(p.frame, p.reason.split(": ")[1]) for p in found.problems] == [
         (4, "picture 4 is missing"),
@@ -125,7 +125,7 @@ def test_missing_pictures_and_missing_poses_cost_only_themselves(walk: Path) -> 
 
 def test_any_change_changes_the_content(walk: Path) -> None:
     def content() -> bytes:
-        return TrajectorySequence("walk", None, walk, PIXELS).inspect().content
+        return WalkSequence("walk", None, walk, PIXELS).inspect().content
 
     seen = {content()}
     poses = dict(zip(("position", "yaw"), load_poses(walk / "traj_data.pkl"), strict=True))
@@ -139,10 +139,10 @@ def test_any_change_changes_the_content(walk: Path) -> None:
     assert len(seen) == 4
 
 
-def test_a_trajectory_with_a_malicious_pickle_fails_alone(walk: Path) -> None:
+def test_a_walk_with_a_malicious_pickle_fails_alone(walk: Path) -> None:
     (walk / "traj_data.pkl").write_bytes(pickle.dumps(Attack(walk / "owned")))
     with pytest.raises(SourceError, match=r"asks for posix\.system"):
-        TrajectorySequence("walk", None, walk, PIXELS).inspect()
+        WalkSequence("walk", None, walk, PIXELS).inspect()
     assert not (walk / "owned").exists()
 
 
@@ -220,8 +220,8 @@ def test_shapes_in_a_pt_tree_must_agree(tmp_path: Path) -> None:
 
 
 def test_the_toy_world_is_the_same_for_the_same_seed(tmp_path: Path, toy_world: Path) -> None:
-    write_toy_world(tmp_path / "again", trajectories=3, frames=10, size=(80, 60), seed=7)
-    write_toy_world(tmp_path / "other", trajectories=3, frames=10, size=(80, 60), seed=8)
+    write_toy_world(tmp_path / "again", walks=3, frames=10, size=(80, 60), seed=7)
+    write_toy_world(tmp_path / "other", walks=3, frames=10, size=(80, 60), seed=8)
     names = sorted(path.relative_to(toy_world) for path in toy_world.rglob("*") if path.is_file())
     assert len(names) == 33
     assert all((toy_world / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
@@ -231,7 +231,7 @@ def test_the_toy_world_is_the_same_for_the_same_seed(tmp_path: Path, toy_world: 
 
 
 def test_walks_stay_inside_and_steps_stay_short(tmp_path: Path) -> None:
-    write_toy_world(tmp_path / "w", trajectories=4, frames=60, size=(16, 12), seed=3)
+    write_toy_world(tmp_path / "w", walks=4, frames=60, size=(16, 12), seed=3)
     for walk in (tmp_path / "w").iterdir():
         position, yaw = load_poses(walk / "traj_data.pkl")
         steps = np.linalg.norm(np.diff(position, axis=0), axis=1)
@@ -252,7 +252,7 @@ def test_kinds_are_found_out(tmp_path: Path, toy_world: Path) -> None:
     pictures = Source.find(SourceConfig(path=tmp_path / "classes"))
     assert pictures.kind == "pictures"
     assert [(s.key, s.label) for s in pictures.sequences(PIXELS)] == [("b.jpg", None), ("cat/a.JPG", "cat")]
-    assert Source.find(SourceConfig(path=toy_world)).kind == "trajectories"
+    assert Source.find(SourceConfig(path=toy_world)).kind == "walks"
     assert Source.find(SourceConfig(path=toy_world / "walk_000" / "0.jpg")).files == ("0.jpg",)
     (tmp_path / "pt" / "walk").mkdir(parents=True)
     torch.save(LATENT, tmp_path / "pt" / "walk" / "0.pt")
@@ -273,10 +273,10 @@ def test_sources_that_cannot_be_used_are_named(tmp_path: Path, toy_world: Path) 
     with pytest.raises(InputError, match="no such file or folder"):
         Source.find(SourceConfig(path=tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no pictures, videos, trajectories or latents in it"):
+    with pytest.raises(InputError, match="no pictures, videos, walks or latents in it"):
         Source.find(SourceConfig(path=tmp_path / "empty"))
     shutil.copytree(toy_world, tmp_path / "mixed")
     shutil.copy(toy_world / "walk_000" / "0.jpg", tmp_path / "mixed" / "cover.jpg")
-    with pytest.raises(InputError, match="holds 1 pictures and 3 trajectories; name one `kind`"):
+    with pytest.raises(InputError, match="holds 1 pictures and 3 walks; name one `kind`"):
         Source.find(SourceConfig(path=tmp_path / "mixed"))
-    assert Source.find(SourceConfig(path=tmp_path / "mixed", kind="trajectories")).kind == "trajectories"
+    assert Source.find(SourceConfig(path=tmp_path / "mixed", kind="walks")).kind == "walks"

@@ -195,7 +195,7 @@ def test_moments_keep_mean_and_variance(world: Path, tmp_path: Path, small_vae: 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
 @pytest.mark.parametrize("autoencoder", ["dct8", "small_vae"])
-def test_the_result_does_not_depend_on_threads_or_neighbours(
+def test_the_result_does_not_depend_on_threads_or_neighbors(
     world: Path, tmp_path: Path, autoencoder: str, precision: str, request: pytest.FixtureRequest, monkeypatch
 ) -> None:
     """Other numbers of decode threads, lanes and sequences beside one: the same bits."""
@@ -465,7 +465,7 @@ def test_options_that_do_not_fit_are_named(world: Path, tmp_path: Path, small_wa
         ({"clip_length": 5}, "--clip-length: dct8 encodes single frames"),
         ({"last_clip": "pad"}, "--last-clip: dct8 encodes single frames"),
         ({"last_clip": "mirror"}, "--last-clip: got 'mirror'; expected drop, pad, overlap"),
-        ({"autoencoder": str(small_wan)}, "compresses time, but each frame of a trajectory has its own pose"),
+        ({"autoencoder": str(small_wan)}, "compresses time, but each frame of a walk has its own pose"),
         ({"device": "cuda:7"}, "device: got 'cuda:7'"),
     ):
         with pytest.raises(InputError, match=named):
@@ -484,14 +484,14 @@ def test_links_are_followed_and_hidden_files_are_not(toy_world: Path, tmp_path: 
     (folder / "loop").symlink_to(folder)
     shutil.copy(toy_world / "walk_001" / "0.jpg", folder / "own.jpg")
     shutil.copy(toy_world / "walk_001" / "0.jpg", folder / "._own.jpg")
-    with pytest.raises(InputError, match="holds 1 pictures and 1 trajectories"):
+    with pytest.raises(InputError, match="holds 1 pictures and 1 walks"):
         run(folder, tmp_path / "s")
     (folder / "own.jpg").unlink()
     assert run(folder, tmp_path / "s").items == 10
     assert DatasetStore.open(tmp_path / "s").keys() == ["linked"]
 
 
-def test_a_single_trajectory_is_named_after_its_folder(toy_world: Path, tmp_path: Path) -> None:
+def test_a_single_walk_is_named_after_its_folder(toy_world: Path, tmp_path: Path) -> None:
     assert run(toy_world / "walk_001", tmp_path / "s").items == 10
     assert DatasetStore.open(tmp_path / "s").keys() == ["walk_001"]
 

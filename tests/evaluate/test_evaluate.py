@@ -129,7 +129,7 @@ def test_the_planner_finds_a_known_goal() -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of walks and, beside it, a CDiT and an EqM with an energy after two steps."""
     folder = tmp_path_factory.mktemp("world")
-    write_toy_world(folder / "walks", trajectories=2, frames=12, size=(80, 60), seed=3)
+    write_toy_world(folder / "walks", walks=2, frames=12, size=(80, 60), seed=3)
     options = EncodeOptions(folder / "latents", size=(32, 32), precision="fp32", storage="fp32")
     encode([SourceConfig(path=folder / "walks")], options)
     common: dict[str, Any] = {

@@ -103,7 +103,7 @@ def test_islands_really_run_in_fp32(preset: str) -> None:
     assert {t.dtype for t in (*network.norm.parameters(), *network.head.parameters())} == {torch.float32}
 
 
-def test_an_island_that_matches_nothing_is_named_with_its_neighbours() -> None:
+def test_an_island_that_matches_nothing_is_named_with_its_neighbors() -> None:
     with pytest.raises(InputError, match=r"'nrom' matches no module of Network; near it are norm"):
         make("bf16-true,islands=nrom")
 

@@ -1,4 +1,4 @@
-"""record(pipe, store, run=...) on real pipelines with random weights: every state, rightly labelled, none changed."""
+"""record(pipe, store, run=...) on real pipelines with random weights: every state, rightly labeled, none changed."""
 
 import copy
 import inspect

@@ -88,8 +88,8 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     write_batch(root / "mixed" / "vid_001", [3], seed=6)
     write_batch(root / "mixed" / "vid_001", [0, 1, 2], summary=False)
     (root / "mixed" / "vid_001" / "summary.json").unlink()
-    write_batch(root / "unlabelled" / "vid_001")
-    (root / "unlabelled" / "vid_001" / "step_003_metadata.json").write_text("{")
+    write_batch(root / "unlabeled" / "vid_001")
+    (root / "unlabeled" / "vid_001" / "step_003_metadata.json").write_text("{")
     write_batch(root / "nosum" / "vid_001")
     (root / "nosum" / "vid_001" / "summary.json").write_text("[]")
     runs = open_trajectories(tmp_path)
@@ -102,7 +102,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
             [0, 1, 2],
             ["missing: summary.json", "stale: the metadata of step 3", "stale: step_003.npy.gz belongs"],
         ),
-        "unlabelled": ([0, 1, 2, 3], ["damaged: step_003_metadata.json", "missing: the metadata of step 3"]),
+        "unlabeled": ([0, 1, 2, 3], ["damaged: step_003_metadata.json", "missing: the metadata of step 3"]),
         "nosum": ([0, 1, 2, 3], ["damaged: summary.json"]),
     }
     for key, (steps, problems) in expected.items():
@@ -111,7 +111,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         assert len(run.problems) >= len(problems)
         for problem in problems:
             assert any(line.startswith(problem) for line in run.problems), (key, problem, run.problems)
-    assert runs["unlabelled"].sigmas.tolist() == [0.9, 0.7, 0.4, 0.0]  # the other runs know the schedule
+    assert runs["unlabeled"].sigmas.tolist() == [0.9, 0.7, 0.4, 0.0]  # the other runs know the schedule
 
 
 def test_a_damage_that_only_reading_finds_names_the_file(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _small_vae(folder / "small-vae")
-        _halfstep(folder, "toy-world", "-o", "world", "--trajectories", "3", "--frames", "8")
+        _halfstep(folder, "toy-world", "-o", "world", "--walks", "3", "--frames", "8")
         (folder / "pictures" / "a").mkdir(parents=True)
         for number, picture in enumerate(sorted((folder / "world" / "walk_000").glob("*.jpg"))):
             shutil.copy(picture, folder / "pictures" / "a" / f"{number}.jpg")

@@ -19,7 +19,7 @@ def write_video(
     codec_options: dict[str, str] | None = None,
     options: dict[str, str] | None = None,
 ) -> None:
-    """Frame i is noise around the grey level 48 + 8 * i, so that a decoded frame tells its number. It is shown at
+    """Frame i is noise around the gray level 48 + 8 * i, so that a decoded frame tells its number. It is shown at
     `milliseconds[i]`, by default at i / fps seconds. Sound, where there is some, goes on for longer."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w", options=options or {}) as container:

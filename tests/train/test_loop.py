@@ -270,7 +270,7 @@ def test_batches_are_shared_out_without_loss(latents: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("energy", ["none", "l2", "dot"])
 def test_every_energy_can_be_learned(tmp_path: Path, latents: Path, energy: str) -> None:
-    """A zero-initialised |f|^2 has no gradient anywhere."""
+    """A zero-initialized |f|^2 has no gradient anywhere."""
     train(config(tmp_path, latents, energy=energy, steps=4, log_every=1))
     assert all(record["grad_norm"] > 1e-3 for record in log(tmp_path))
 

@@ -50,7 +50,7 @@ class AnalyzedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one group that can be compared. dispersion: root-mean-square distance to the group's centre at each noise
+    """Runs of one group that can be compared. dispersion: root-mean-square distance to the group's center at each noise
     level, latent, with its interval; log_volume: log det of the covariance of the last states on the first three shared
     axes, None for fewer than five runs."""
 
@@ -112,7 +112,7 @@ def analyze(
     problems: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> Analysis:
-    """Analyse `runs`; `groups` gives the group of each key that is to be looked at.
+    """Analyze `runs`; `groups` gives the group of each key that is to be looked at.
 
     `metrics` names some of METRICS (all by default); `pairwise` compares all runs two by two. Runs that cannot be
     used, and what is wrong with the others, are among the problems, after those given. Raises InputError for an unknown
@@ -138,7 +138,7 @@ def analyze(
             found.append(f"{error}; left out")
             del usable[key]
     if not usable:
-        raise InputError(f"no run can be analysed: {'; '.join(found) or 'there is none'}")
+        raise InputError(f"no run can be analyzed: {'; '.join(found) or 'there is none'}")
     rounded = [run for run in usable.values() if not run.attributes.get("latents_exact", True)]
     if rounded:
         form = rounded[0].attributes["latents_format"]
@@ -266,7 +266,7 @@ class _Pair:
             else:
                 values = [[value for value in column if math.isfinite(value)] for column in values]
             yield stats.compare(name, self.a, self.b, *values, paired=self.paired, resamples=resamples)
-        spreads = [stats.distances_to_centre(_last_states(runs)).tolist() for runs in (self.all_a, self.all_b)]
+        spreads = [stats.distances_to_center(_last_states(runs)).tolist() for runs in (self.all_a, self.all_b)]
         spreads = [[value for value in column if math.isfinite(value)] for column in spreads]
         yield stats.compare("dispersion", self.a, self.b, *spreads, paired=False, resamples=resamples)
 

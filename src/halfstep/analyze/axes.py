@@ -18,16 +18,16 @@ _STEPS_OF_A_RUN = 16  # evenly spaced over the run, first and last among them
 
 @dataclass(frozen=True)
 class SharedAxes:
-    """Orthonormal `components` [p, D] around `centre` [D], float32; `explained` [p] share of the variance of all states
+    """Orthonormal `components` [p, D] around `center` [D], float32; `explained` [p] share of the variance of all states
     that went into the fit."""
 
     components: npt.NDArray[np.float32]
-    centre: npt.NDArray[np.float32]
+    center: npt.NDArray[np.float32]
     explained: Float64
 
     def project(self, latents: Latents) -> Float64:
         """Coordinates [n, p] of the states of a run, latent."""
-        return np.array([self.components @ (state.reshape(-1) - self.centre) for state in latents], np.float64).reshape(
+        return np.array([self.components @ (state.reshape(-1) - self.center) for state in latents], np.float64).reshape(
             len(latents), len(self.components)
         )
 

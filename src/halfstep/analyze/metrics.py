@@ -169,9 +169,9 @@ def final_variance(path: Path) -> float:
 
 def spectrum(path: Path) -> Float64:
     """Shares of the eigenvalues of the covariance of the run's states, largest first, [n - 1]; sums to 1. The nonzero
-    eigenvalues of the covariance are those of the centred Gram matrix / (n - 1)."""
-    centred = path.gram - path.gram.mean(axis=0) - path.gram.mean(axis=1)[:, None] + path.gram.mean()
-    values = np.maximum(np.linalg.eigvalsh(centred)[::-1][:-1], 0.0)
+    eigenvalues of the covariance are those of the centered Gram matrix / (n - 1)."""
+    centered = path.gram - path.gram.mean(axis=0) - path.gram.mean(axis=1)[:, None] + path.gram.mean()
+    values = np.maximum(np.linalg.eigvalsh(centered)[::-1][:-1], 0.0)
     return _divide(values, values.sum())
 
 

@@ -14,13 +14,13 @@ from halfstep.analyze.stats import ALPHA
 from halfstep.analyze.words import METRIC_NAMES
 from halfstep.files import file_errors, replacing
 
-# Okabe and Ito (2008): tells apart for all kinds of colour vision.
+# Okabe and Ito (2008): tells apart for all kinds of color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#4D4D4D")
 _MOST_TESTS = 30  # rows of the plot of effects
 
 
 def colors(analysis: Analysis) -> dict[str, str]:
-    """A colour for each group; they repeat after eight."""
+    """A color for each group; they repeat after eight."""
     names = dict.fromkeys(run.group for run in analysis.runs)
     return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
 
@@ -70,11 +70,11 @@ def _trajectories(analysis: Analysis, axes: Axes) -> bool:
     if len(analysis.explained) < 2:
         return False
     palette = colors(analysis)
-    labelled: set[str] = set()
+    labeled: set[str] = set()
     for run in analysis.runs:
         x, y = run.path.axes[:, 0], run.path.axes[:, 1]
         color = palette[run.group]
-        axes.plot(x, y, "-", color=color, linewidth=1, alpha=0.7, label=_once(run.group, labelled))
+        axes.plot(x, y, "-", color=color, linewidth=1, alpha=0.7, label=_once(run.group, labeled))
         axes.plot(x[0], y[0], "o", color=color, markerfacecolor="white", markersize=5)
         axes.plot(x[-1], y[-1], "o", color=color, markersize=5)
     first, second = analysis.explained[:2]
@@ -124,7 +124,7 @@ def _dispersion(analysis: Analysis, axes: Axes) -> bool:
             axes.fill_between(sigmas, low, high, color=palette[group.name], alpha=0.15, linewidth=0)
     axes.set(
         xlabel="sigma (sampling goes to the right)",
-        ylabel="rms distance to the group's centre, latent",
+        ylabel="rms distance to the group's center, latent",
         title="Dispersion of each group, with 95% jackknife intervals where there are four runs",
     )
     axes.title.set_fontsize(11)
@@ -176,7 +176,7 @@ def _effects(analysis: Analysis, axes: Axes) -> bool:
     pair = f"{_plain(tests[0].b, 24)} minus {_plain(tests[0].a, 24)}" if tests and not several else "second minus first"
     some = "" if len(tests) == len(every) else f" (the first {len(tests)} of {len(every)})"
     axes.set(
-        xlabel=f"Hedges g with 95% bootstrap interval ({pair})", title=f"Effect sizes{some}; coloured where different"
+        xlabel=f"Hedges g with 95% bootstrap interval ({pair})", title=f"Effect sizes{some}; colored where different"
     )
     axes.title.set_fontsize(11)
     return bool(tests)

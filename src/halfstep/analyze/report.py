@@ -54,10 +54,10 @@ def render_report(analysis: Analysis, title: str, storage: Sequence[StorageCompa
         _chart(_profile(analysis, "speed", "latent / sigma")),
         "<h2>Variance of the values</h2>",
         _chart(_profile(analysis, "variance", "latent²")),
-        "<h2>Distance to the group's centre</h2>",
-        _chart(_to_centre(analysis)),
+        "<h2>Distance to the group's center</h2>",
+        _chart(_to_center(analysis)),
         "<h2>Dispersion of each group</h2>",
-        "<p>Root-mean-square distance to the centre, unbiased; 95% jackknife intervals where there are four runs.</p>",
+        "<p>Root-mean-square distance to the center, unbiased; 95% jackknife intervals where there are four runs.</p>",
         _chart(_dispersion(analysis)),
     ]
     if analysis.separations:
@@ -131,16 +131,16 @@ def _profile(analysis: Analysis, name: str, unit: str) -> Any:
     return _over_sigma(figure, unit)
 
 
-def _to_centre(analysis: Analysis) -> Any:
+def _to_center(analysis: Analysis) -> Any:
     figure = go.Figure()
     curves = {}
     for group in analysis.groups:
         runs = [run for run in analysis.runs if run.key in group.runs]
         if len(runs) < 2:
             continue
-        centre = np.mean([run.path.axes for run in runs], axis=0)
+        center = np.mean([run.path.axes for run in runs], axis=0)
         for run in runs:
-            curves[run.key] = (run.path.sigmas, np.linalg.norm(run.path.axes - centre, axis=1))
+            curves[run.key] = (run.path.sigmas, np.linalg.norm(run.path.axes - center, axis=1))
     _add_runs(figure, analysis, curves)
     return _over_sigma(figure, "latent")
 

@@ -112,9 +112,9 @@ def compare(
     if reason is not None:
         return replace(test, not_enough=reason)
     # Around zero, so that rounding does not tell arrangements apart that are the same.
-    centre = (x.mean() + y.mean()) / 2
+    center = (x.mean() + y.mean()) / 2
     result = stats.permutation_test(
-        (y - x,) if paired else (x - centre, y - centre),
+        (y - x,) if paired else (x - center, y - center),
         np.mean if paired else _welch_t,
         permutation_type="samples" if paired else "independent",
         vectorized=True,
@@ -246,7 +246,7 @@ def energy_distance(distances: Float64, in_b: Bools, *, paired: bool = False) ->
 
 
 def _energies(distances: Float64, in_b: Bools, *, paired: bool) -> Float64:
-    """The energy distance of each labelling [m, n]."""
+    """The energy distance of each labeling [m, n]."""
     b = in_b.astype(float)
     a = 1 - b
     n_a, n_b = a.sum(axis=1), b.sum(axis=1)
@@ -267,7 +267,7 @@ def energy_tests(distances: Float64, in_b: Bools, *, paired: bool) -> tuple[Floa
 
     Labels change places freely, or, when the groups share their seeds, within a pair: points i and i + n/2. One-sided:
     only a large distance speaks for a difference. The correction takes the largest standardized distance over the
-    levels in each permutation (Westfall and Young 1993), because neighbouring levels say nearly the same.
+    levels in each permutation (Westfall and Young 1993), because neighboring levels say nearly the same.
     """
     observed = np.array([energy_distance(level, in_b, paired=paired) for level in distances])
     n, n_b = len(in_b), int(in_b.sum())
@@ -284,8 +284,8 @@ def energy_tests(distances: Float64, in_b: Bools, *, paired: bool) -> tuple[Floa
     )  # [permutations, levels]
     spread = permuted.std(axis=0)
     scale = np.where(spread > 1e-9 * np.abs(permuted).max(axis=0), spread, np.inf)  # all alike: no evidence
-    centre = permuted.mean(axis=0)
-    z, permuted_z = (observed - centre) / scale, (permuted - centre) / scale
+    center = permuted.mean(axis=0)
+    z, permuted_z = (observed - center) / scale, (permuted - center) / scale
     alone = (permuted_z >= z - 1e-9).sum(axis=0)
     together = (permuted_z.max(axis=1)[:, None] >= z - 1e-9).sum(axis=0)
     return observed, (alone + 1) / (RESAMPLES + 1), (together + 1) / (RESAMPLES + 1)
@@ -313,7 +313,7 @@ def separates_at(levels: Sequence[Separation]) -> float | None:
 
 
 def dispersion(points: Float64) -> tuple[float, tuple[float, float] | None]:
-    """Root-mean-square distance of points [n, p] to their centre, latent, unbiased (n - 1), and its jackknife interval
+    """Root-mean-square distance of points [n, p] to their center, latent, unbiased (n - 1), and its jackknife interval
     (Efron and Tibshirani 1993, ch. 11); None with fewer than four points."""
     n = len(points)
     if n < 2:
@@ -331,8 +331,8 @@ def dispersion(points: Float64) -> tuple[float, tuple[float, float] | None]:
     return value, (max(0.0, value - half), value + half)
 
 
-def distances_to_centre(points: Float64) -> Float64:
-    """Distance of each of points [n, p] to their centre, times sqrt(n / (n - 1)) because the centre leans to each of
+def distances_to_center(points: Float64) -> Float64:
+    """Distance of each of points [n, p] to their center, times sqrt(n / (n - 1)) because the center leans to each of
     them: what a test of equal dispersion compares (Anderson 2006, doi:10.1111/j.1541-0420.2005.00440.x)."""
     n = len(points)
     lengths = np.sqrt(np.square(points - points.mean(axis=0)).sum(axis=1))

@@ -1,8 +1,8 @@
 """dct8: a fixed, orthonormal 8x8 cosine codec with 16 channels. No download, no weights, exact up to what it drops.
 
-Each 8x8 block is turned to three orthonormal colour axes (Ohta, Kanade and Sakai 1980: intensity, red-blue, green) and
+Each 8x8 block is turned to three orthonormal color axes (Ohta, Kanade and Sakai 1980: intensity, red-blue, green) and
 transformed by the two-dimensional DCT-II. Kept are the coefficients with u + v <= 3 of the intensity and u + v <= 1 of
-the two colour axes.
+the two color axes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from halfstep.spec import LatentSpec
 
 BLOCK = 8
 _AXES = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
-_KEPT_ORDERS = (3, 1, 1)  # the largest u + v kept on each colour axis
+_KEPT_ORDERS = (3, 1, 1)  # the largest u + v kept on each color axis
 
 # One over the standard deviation of each coefficient over scikit-image's photographs at 256 pixels, so that scaled
 # latents have about unit variance.

@@ -37,7 +37,7 @@ def bench_encode(
 ) -> dict[str, Any]:
     """Encode `images` pictures (640x480 JPEG, whole walks of 32) at `size` pixels by the plain loop and by `encode`.
 
-    The plain loop: one process, fp32, batches of 32 within a trajectory, one `.pt` a frame. Times exclude loading the
+    The plain loop: one process, fp32, batches of 32 within a walk, one `.pt` a frame. Times exclude loading the
     autoencoder, and include everything else. `sd-vae-shaped` is an AutoencoderKL of Stable Diffusion's size (83.7M
     parameters) with random weights. Also measured: the encoder alone on the same batches, and the peak memory of
     encoding four times as many pictures.
@@ -46,7 +46,7 @@ def bench_encode(
         folder = Path(scratch)
         model = sd_vae_shaped(folder / "vae") if autoencoder == "sd-vae-shaped" else autoencoder
         walks = max(1, images // _WALK)
-        write_toy_world(folder / "world", trajectories=walks, frames=_WALK, size=(640, 480))
+        write_toy_world(folder / "world", walks=walks, frames=_WALK, size=(640, 480))
         plain = load_autoencoder(model)
         stores = iter(range(10**6))
         measured: dict[str, DatasetStore] = {}
@@ -139,7 +139,7 @@ def _peak_memory(folder: Path) -> dict[str, float]:
     peaks = {}
     for walks in (4, 16, 64):
         world = folder / f"memory{walks}"
-        write_toy_world(world, trajectories=walks, frames=64)
+        write_toy_world(world, walks=walks, frames=64)
         script = f"from halfstep.bench.encode import print_own_peak; print_own_peak({str(world)!r})"
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         peaks[f"{walks * 64} items"] = float(result.stdout)

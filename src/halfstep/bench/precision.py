@@ -36,7 +36,7 @@ def bench_precision(
     curves: dict[str, list[list[float]]] = {precision: [] for precision in precisions}
     with tempfile.TemporaryDirectory(prefix="halfstep-bench-") as scratch:
         folder = Path(scratch)
-        write_toy_world(folder / "world", trajectories=16, frames=32)
+        write_toy_world(folder / "world", walks=16, frames=32)
         options = EncodeOptions(folder / "latents", size=(128, 128), batch_size=4)
         encode([SourceConfig(path=folder / "world")], options)
         for seed in range(seeds):
@@ -88,19 +88,19 @@ def bench_precision(
 def _plot(path: Path, points: list[int], curves: dict[str, list[list[float]]]) -> None:
     from matplotlib.figure import Figure
 
-    colours = ["#1d2430", "#2f6fed", "#e07a1f", "#3b9a5a"]
+    colors = ["#1d2430", "#2f6fed", "#e07a1f", "#3b9a5a"]
     figure = Figure(figsize=(11, 4.2), layout="tight")
     loss, difference = figure.subplots(1, 2)
     base = np.array(next(iter(curves.values())))
-    for (precision, values), colour in zip(curves.items(), colours, strict=False):
+    for (precision, values), color in zip(curves.items(), colors, strict=False):
         seeds = np.array(values)
-        loss.fill_between(points, seeds.min(axis=0), seeds.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        loss.plot(points, seeds.mean(axis=0), color=colour, label=precision, linewidth=1.6)
+        loss.fill_between(points, seeds.min(axis=0), seeds.max(axis=0), color=color, alpha=0.15, linewidth=0)
+        loss.plot(points, seeds.mean(axis=0), color=color, label=precision, linewidth=1.6)
         relative = (seeds.mean(axis=0) / base.mean(axis=0) - 1) * 100
-        difference.plot(points, relative, color=colour, label=precision, linewidth=1.6)
+        difference.plot(points, relative, color=color, label=precision, linewidth=1.6)
     spread = (base / base.mean(axis=0) - 1) * 100
     difference.fill_between(
-        points, spread.min(axis=0), spread.max(axis=0), color=colours[0], alpha=0.12, linewidth=0, label="fp32 seeds"
+        points, spread.min(axis=0), spread.max(axis=0), color=colors[0], alpha=0.12, linewidth=0, label="fp32 seeds"
     )
     loss.set_title(f"Training loss, mean and range of {len(base)} seeds")
     difference.set_title("Difference of the means from fp32, %")

@@ -25,7 +25,7 @@ CONTEXT = 4
 _SCALE = 0.18215
 
 
-def bench_read(*, trajectories: int = 100, frames: int = 64, windows: int = 2000, rounds: int = 5) -> dict[str, Any]:
+def bench_read(*, walks: int = 100, frames: int = 64, windows: int = 2000, rounds: int = 5) -> dict[str, Any]:
     """Time `windows` random reads of four consecutive [4, 28, 28] frames, delivered model-ready as float32.
 
     All formats hold the same latents, fp16 where the format allows it; `.pt` files hold one fp32 frame each, as the
@@ -34,11 +34,11 @@ def bench_read(*, trajectories: int = 100, frames: int = 64, windows: int = 2000
     with tempfile.TemporaryDirectory(prefix="halfstep-bench-") as scratch:
         folder = Path(scratch)
         rng = np.random.default_rng(0)
-        latents = rng.standard_normal((trajectories, frames, *SHAPE), np.float32) / np.float32(_SCALE)
+        latents = rng.standard_normal((walks, frames, *SHAPE), np.float32) / np.float32(_SCALE)
         store = _write_store(folder / "store", latents)
         export(store, "pt-tree", folder / "pt")
         readers: dict[str, Callable[[int, int], Array]] = {
-            "halfstep": lambda trajectory, start: store.read(f"t{trajectory:04d}", start, start + CONTEXT),
+            "halfstep": lambda walk, start: store.read(f"t{walk:04d}", start, start + CONTEXT),
             "pt tree": partial(_read_pt, folder / "pt"),
             "zarr, sharded": _zarr_reader(folder / "zarr", latents),
         }
@@ -54,7 +54,7 @@ def bench_read(*, trajectories: int = 100, frames: int = 64, windows: int = 2000
                 continue
             with _stdout_to_stderr():
                 readers[name] = make(folder / module, latents)
-        which = rng.integers(trajectories, size=windows).tolist()
+        which = rng.integers(walks, size=windows).tolist()
         starts = rng.integers(frames - CONTEXT, size=windows).tolist()
         places = list(zip(which, starts, strict=True))
         expected = store.read("t0003", 5, 5 + CONTEXT)
@@ -64,7 +64,7 @@ def bench_read(*, trajectories: int = 100, frames: int = 64, windows: int = 2000
         return document(
             "read",
             timings,
-            frames=trajectories * frames,
+            frames=walks * frames,
             windows=windows,
             frames_per_window=CONTEXT,
             latent_shape=list(SHAPE),
@@ -87,20 +87,20 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def _read_all(reader: Callable[[int, int], Array], places: list[tuple[int, int]]) -> None:
-    for trajectory, start in places:
-        reader(trajectory, start)
+    for walk, start in places:
+        reader(walk, start)
 
 
 def _write_store(path: Path, latents: Array) -> DatasetStore:
     spec = LatentSpec("random", SHAPE[0], 8, scale=(_SCALE,))
     with DatasetWriter(path, Manifest(spec, "fp16")) as writer:
-        for number, trajectory in enumerate(latents):
-            writer.append(f"t{number:04d}", trajectory)
+        for number, walk in enumerate(latents):
+            writer.append(f"t{number:04d}", walk)
     return DatasetStore.open(path)
 
 
-def _read_pt(root: Path, trajectory: int, start: int) -> Array:
-    folder = root / f"t{trajectory:04d}"
+def _read_pt(root: Path, walk: int, start: int) -> Array:
+    folder = root / f"t{walk:04d}"
     paths = [folder / f"{number}.pt" for number in range(start, start + CONTEXT)]
     window: Array = torch.stack([torch.load(path, weights_only=True)["latent"] for path in paths]).numpy()
     return window
@@ -115,8 +115,8 @@ def _zarr_reader(path: Path, latents: Array) -> Callable[[int, int], Array]:
     array[:] = latents.astype(np.float16)
     opened: Any = zarr.open_array(str(path), mode="r")
 
-    def read(trajectory: int, start: int) -> Array:
-        window: Array = opened[trajectory, start : start + CONTEXT].astype(np.float32) * np.float32(_SCALE)
+    def read(walk: int, start: int) -> Array:
+        window: Array = opened[walk, start : start + CONTEXT].astype(np.float32) * np.float32(_SCALE)
         return window
 
     return read
@@ -136,8 +136,8 @@ def _litdata_reader(path: Path, latents: Array) -> Callable[[int, int], Array]:
     )
     dataset = litdata.StreamingDataset(str(path))
 
-    def read(trajectory: int, start: int) -> Array:
-        first = trajectory * frames + start
+    def read(walk: int, start: int) -> Array:
+        first = walk * frames + start
         window = np.stack([dataset[first + offset] for offset in range(CONTEXT)])
         return window.astype(np.float32) * np.float32(_SCALE)
 
@@ -158,8 +158,8 @@ def _mosaic_reader(path: Path, latents: Array) -> Callable[[int, int], Array]:
             writer.write({"latent": frame})
     dataset = streaming.LocalDataset(str(path))
 
-    def read(trajectory: int, start: int) -> Array:
-        first = trajectory * frames + start
+    def read(walk: int, start: int) -> Array:
+        first = walk * frames + start
         window = np.stack([dataset[first + offset]["latent"] for offset in range(CONTEXT)])
         return window.astype(np.float32) * np.float32(_SCALE)
 

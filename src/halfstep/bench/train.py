@@ -116,7 +116,7 @@ def _limits(network: EqM, batch: int, policies: dict[str, str]) -> dict[str, flo
 
 def _prepare(folder: Path, size: int, pictures: int) -> None:
     """Pictures, an autoencoder, and a store of their latents."""
-    write_toy_world(folder / "world", trajectories=-(-pictures // 16), frames=16, size=(640, 480))
+    write_toy_world(folder / "world", walks=-(-pictures // 16), frames=16, size=(640, 480))
     for poses in (folder / "world").rglob("*.pkl"):
         poses.unlink()  # pictures in class folders then
     vae = sd_vae_shaped(folder / "vae")

@@ -81,7 +81,7 @@ def _run() -> int:
         if (known := missing(error, verb)) is None:
             return _unexpected(error)
         return _failed(known, str(known), known.exit_code)
-    except Exception as error:  # noqa: BLE001 - the last line of defence, it exits with the error's name
+    except Exception as error:  # noqa: BLE001 - the last line of defense, it exits with the error's name
         return _unexpected(error)
     if code == _INTERRUPTED:
         typer.echo(

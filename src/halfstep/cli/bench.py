@@ -30,7 +30,7 @@ def encode(
 
 @app.command()
 def read(
-    trajectories: Annotated[int, typer.Option(min=4)] = 100,
+    walks: Annotated[int, typer.Option(min=4)] = 100,
     windows: Annotated[int, typer.Option(min=1)] = 2000,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     json: _Json = False,
@@ -38,7 +38,7 @@ def read(
     """Read random context windows: a store against `.pt` files, zarr and the streaming formats that are installed."""
     from halfstep.bench.read import bench_read
 
-    _print(bench_read(trajectories=trajectories, windows=windows, rounds=rounds), json)
+    _print(bench_read(walks=walks, windows=windows, rounds=rounds), json)
 
 
 @app.command()

@@ -14,7 +14,7 @@ def demo(
     ] = Path("demo"),
     train_seconds: Annotated[float, typer.Option(min=0.1, help="For the EqM; the CDiT trains twice as long.")] = 60,
 ) -> None:
-    """Make a toy world, encode it, train on it, sample with every step recorded, analyse that, and write a report that
+    """Make a toy world, encode it, train on it, sample with every step recorded, analyze that, and write a report that
     shows what was saved and what it cost."""
     from halfstep.demo.report import write_report
     from halfstep.demo.run import run_demo

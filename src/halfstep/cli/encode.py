@@ -61,7 +61,7 @@ def encode(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Encode pictures, videos or trajectories into a latent store; run it again to bring the store up to date."""
+    """Encode pictures, videos or walks into a latent store; run it again to bring the store up to date."""
     paths = [*(source or []), *(more or [])]
     if not paths:
         raise InputError("encode: no source; give at least one with -i")

@@ -76,7 +76,7 @@ def nwm(
     plan_steps: Annotated[int, typer.Option(min=1, help="Frames to the goal of a plan.")] = 4,
     candidates: Annotated[int, typer.Option(min=1, help="Ways imagined in a round of planning.")] = 32,
     plan_sampling_steps: Annotated[int, typer.Option(min=1)] = 6,
-    spacing: Annotated[float | None, typer.Option(help="Metres a waypoint; the training's by default.")] = None,
+    spacing: Annotated[float | None, typer.Option(help="Meters a waypoint; the training's by default.")] = None,
     autoencoder: Annotated[str | None, typer.Option(metavar="ID", help="Where the store does not say.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     precision: Annotated[str, typer.Option(metavar="P")] = "auto",

@@ -39,7 +39,7 @@ def sample(
     start_gamma: Annotated[float | None, typer.Option(min=0, max=1, help="Their share, 0 to 1 (0.5).")] = None,
     data_path: Annotated[Path | None, typer.Option(metavar="STORE", help="CDiT: walks that give the context.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="CDiT: frames to predict, one after the other.")] = 8,
-    spacing: Annotated[float | None, typer.Option(help="CDiT: metres a waypoint; the training's by default.")] = None,
+    spacing: Annotated[float | None, typer.Option(help="CDiT: meters a waypoint; the training's by default.")] = None,
     video: Annotated[bool, typer.Option("--video", help="A published checkpoint is of video.")] = False,
     clip_len: Annotated[
         int | None, typer.Option(min=1, help="Frames to its clips, where it does not say (16).")

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 class SourceError(InputError):
-    """One picture, video or trajectory that cannot be read; the others can."""
+    """One picture, video or walk that cannot be read; the others can."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Inspection:
 
 
 class FrameSequence(Protocol):
-    """A picture, a video or a trajectory. `expected` estimates its frames, for progress; `temporal` says that its
+    """A picture, a video or a walk. `expected` estimates its frames, for progress; `temporal` says that its
     frames are consecutive moments, which an autoencoder over time may compress together."""
 
     @property

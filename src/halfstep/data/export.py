@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from halfstep.data.trajectories import POSES_FILE
+from halfstep.data.walks import POSES_FILE
 from halfstep.errors import InputError
 from halfstep.files import claim, new_folder
 from halfstep.store.dataset import DatasetStore

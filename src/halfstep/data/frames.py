@@ -16,13 +16,13 @@ from halfstep.data.pictures import load_fitted
 from halfstep.data.pt_tree import EXTENSIONS as PT_EXTENSIONS
 from halfstep.data.pt_tree import imported_spec, load_latent
 from halfstep.data.sources import Source, SourceConfig
-from halfstep.data.trajectories import POSES_FILE, numbered_files
+from halfstep.data.walks import POSES_FILE, numbered_files
 from halfstep.errors import InputError
 from halfstep.spec import LatentSpec, PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 
-# Folder listings and poses are kept for this many trajectories.
+# Folder listings and poses are kept for this many walks.
 _KEPT_FOLDERS = 4096
 
 
@@ -47,7 +47,7 @@ class FrameReader(Protocol):
         """The frames' numbers in the source; where they skip, frames are missing."""
 
     def poses(self, key: str) -> tuple[Array, Array]:
-        """position [n, 2] metres and yaw [n] radians. Raises InputError when there are none."""
+        """position [n, 2] meters and yaw [n] radians. Raises InputError when there are none."""
 
 
 class StoreFrames:
@@ -91,7 +91,7 @@ class StoreFrames:
     def poses(self, key: str) -> tuple[Array, Array]:
         stored = self.prefix + key
         if "position" not in self.store.arrays(stored):
-            raise InputError(f"{self.store.location}: {stored} has no poses; navigation needs encoded trajectories")
+            raise InputError(f"{self.store.location}: {stored} has no poses; navigation needs encoded walks")
         return self.store.read_array(stored, "position"), self.store.read_array(stored, "yaw")
 
 
@@ -185,12 +185,12 @@ class SequenceFrames:
         return np.arange(self.frames(key))
 
     def poses(self, key: str) -> tuple[Array, Array]:
-        raise InputError(f"{key}: pictures and videos have no poses; navigation needs trajectories")
+        raise InputError(f"{key}: pictures and videos have no poses; navigation needs walks")
 
 
 def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameReader:
     """A store (folder or fsspec URL), the sequences below a folder's name in a store (`latents/recon`), a tree of `.pt`
-    latents, or, when `pixels` is given, pictures, videos or trajectories.
+    latents, or, when `pixels` is given, pictures, videos or walks.
 
     Warns of what is there and cannot be used. Raises InputError when the folder holds none of them.
     """
@@ -207,7 +207,7 @@ def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameRea
     if source.kind == "latents":
         return FolderFrames(source.root, list(source.files), None)
     assert pixels is not None
-    if source.kind == "trajectories":
+    if source.kind == "walks":
         return FolderFrames(source.root, list(source.files), pixels)
     return SequenceFrames(source.sequences(pixels))
 

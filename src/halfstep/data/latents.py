@@ -185,7 +185,7 @@ class NavigationLatents(SeededDataset):
 
     Context frames end at the current one; goal offsets are drawn uniformly from the range of `sample_index`. Poses give
     the actions (`goal_actions`). Where the variance is kept, each frame is a fresh sample. A missing frame ends a
-    trajectory for sampling, as if it were two. `names` limits it to some trajectories (a list in `traj_names.txt`);
+    walk for sampling, as if it were two. `names` limits it to some walks (a list in `traj_names.txt`);
     those of them that are not there are warned about.
     """
 
@@ -207,7 +207,7 @@ class NavigationLatents(SeededDataset):
         self.context_size, self.goals_per_obs = context_size, goals_per_obs
         keys = frames.keys() if names is None else names
         if absent := set(keys) - set(frames.keys()):
-            line = f"trajectories: {len(absent)} of {len(keys)} named ones are not there, {min(absent)!r} among them"
+            line = f"walks: {len(absent)} of {len(keys)} named ones are not there, {min(absent)!r} among them"
             if len(absent) == len(set(keys)):
                 raise InputError(f"{line}; the names and the data do not belong together")
             warnings.warn(line, stacklevel=2)
@@ -256,7 +256,7 @@ class Distance(Config):
 
 class NavigationDatasetConfig(Config):
     """One dataset of a navigation config: latents, or pictures while there are no latents yet; splits are folders
-    with a list of trajectories, `traj_names`."""
+    with a list of walks, `traj_names`."""
 
     latent_folder: Place | None = None
     data_folder: Place | None = None
@@ -333,9 +333,9 @@ def _split_names(entry: NavigationDatasetConfig, split: str) -> list[str] | None
 
 
 def read_names(path: Path) -> list[str]:
-    """The trajectories of a split, a name a line. Raises InputError when there is no such file or it is no text."""
+    """The walks of a split, a name a line. Raises InputError when there is no such file or it is no text."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; the trajectories of a split are listed in one, a name a line")
+        raise InputError(f"{path}: no such file; the walks of a split are listed in one, a name a line")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -73,7 +73,7 @@ def load_pickle(path: Path) -> Any:
 
 
 def load_poses(path: Path) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """`position` [N, 2] metres and `yaw` [N] radians of a `traj_data.pkl`, as float64.
+    """`position` [N, 2] meters and `yaw` [N] radians of a `traj_data.pkl`, as float64.
 
     Accepts yaw as [N] or [N, 1]. Raises InputError when the arrays are missing, not finite or differ in length.
     """

@@ -182,7 +182,7 @@ def _fit_4_3(image: Image.Image, pixels: PixelSpec) -> Image.Image:
 
 def _fit_fill(image: Image.Image, pixels: PixelSpec) -> Image.Image:
     target = (pixels.width, pixels.height)
-    # Dhariwal and Nichol's (ADM) recipe: halve by boxes while twice too large, then bicubic, then cut the centre.
+    # Dhariwal and Nichol's (ADM) recipe: halve by boxes while twice too large, then bicubic, then cut the center.
     while image.width >= 2 * target[0] and image.height >= 2 * target[1]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     image = _cut_extremes(image, target)

@@ -1,4 +1,4 @@
-"""Trees of `.pt` latents as other tools wrote them: `<dataset>/<trajectory>/{0.pt, 1.pt, ...}`, with or without poses.
+"""Trees of `.pt` latents as other tools wrote them: `<dataset>/<walk>/{0.pt, 1.pt, ...}`, with or without poses.
 
 A file is a dict {"latent": [C, h, w]}, a bare tensor, an array, a list or tuple of one of these, or the parameters of a
 posterior: a dict of `mean` with `std` or `logvar`. The values are taken as model-ready, as those tools left them; a
@@ -20,7 +20,7 @@ import torch
 
 from halfstep.data.base import Array, Inspection, Problem, SourceError, digest, file_digest, one_line, reading
 from halfstep.data.pickles import load_poses
-from halfstep.data.trajectories import POSES_FILE, numbered_files
+from halfstep.data.walks import POSES_FILE, numbered_files
 from halfstep.errors import InputError
 from halfstep.spec import LatentSpec
 

@@ -20,8 +20,8 @@ from halfstep.data.keys import name_to_key
 from halfstep.data.listing import Kind, list_path, named
 from halfstep.data.pictures import PictureSequence, class_folder
 from halfstep.data.pt_tree import PtSequence, load_latent
-from halfstep.data.trajectories import TrajectorySequence, numbered_files
 from halfstep.data.videos import VideoSequence
+from halfstep.data.walks import WalkSequence, numbered_files
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
 
@@ -68,8 +68,8 @@ class Source:
         if self.kind == "latents":
             shape = latent_shape or self.latent_shape()
             return [PtSequence(self._key(name), None, self.root / name, shape) for name in self.files]
-        if self.kind == "trajectories":
-            return [TrajectorySequence(self._key(name), None, self.root / name, pixels) for name in self.files]
+        if self.kind == "walks":
+            return [WalkSequence(self._key(name), None, self.root / name, pixels) for name in self.files]
         if self.kind == "videos" or pixels.clip_length > 1:
             return [self._moving(name, pixels) for name in self.files]
         return [PictureSequence(self.root, name, self.prefix, pixels) for name in self.files]

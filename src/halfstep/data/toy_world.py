@@ -10,38 +10,38 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from halfstep.data.trajectories import POSES_FILE
+from halfstep.data.walks import POSES_FILE
 from halfstep.errors import InputError
 from halfstep.files import claim, new_folder
 
 Float = npt.NDArray[np.float64]
 
-CELLS = 16  # the world is CELLS x CELLS metres, walled around
+CELLS = 16  # the world is CELLS x CELLS meters, walled around
 STEP_METRES = 0.25
 _FIELD_OF_VIEW = math.radians(75)
-_EYE_HEIGHT = 0.5  # of a wall one metre high
+_EYE_HEIGHT = 0.5  # of a wall one meter high
 
 
 def write_toy_world(
-    root: Path, *, trajectories: int = 8, frames: int = 48, size: tuple[int, int] = (160, 120), seed: int = 0
+    root: Path, *, walks: int = 8, frames: int = 48, size: tuple[int, int] = (160, 120), seed: int = 0
 ) -> None:
-    """Write `trajectories` walks of `frames` pictures into `root`, as `walk_000/{0.jpg, ...}` and `traj_data.pkl`.
+    """Write `walks` walks of `frames` pictures into `root`, as `walk_000/{0.jpg, ...}` and `traj_data.pkl`.
 
-    Pictures are JPEG of `size` (width, height); poses are metres and radians. The same arguments write the same bytes.
+    Pictures are JPEG of `size` (width, height); poses are meters and radians. The same arguments write the same bytes.
     Raises InputError when `root` holds something already.
     """
     claim(root, "toy world")
-    if trajectories < 1 or frames < 1:
-        raise InputError(f"toy world: got {trajectories} trajectories of {frames} frames; expected at least one")
+    if walks < 1 or frames < 1:
+        raise InputError(f"toy world: got {walks} walks of {frames} frames; expected at least one")
     rng = np.random.default_rng(seed)
-    walls, colours = _make_world(rng)
+    walls, colors = _make_world(rng)
     with new_folder(root) as whole:
-        for number in range(trajectories):
+        for number in range(walks):
             folder = whole / f"walk_{number:03d}"
             folder.mkdir()
             position, yaw = _walk(walls, frames, rng)
             for frame in range(frames):
-                picture = _render(walls, colours, position[frame], float(yaw[frame]), size)
+                picture = _render(walls, colors, position[frame], float(yaw[frame]), size)
                 Image.fromarray(picture).save(folder / f"{frame}.jpg", quality=90)
             (folder / POSES_FILE).write_bytes(pickle.dumps({"position": position, "yaw": yaw}))
 
@@ -50,8 +50,8 @@ def _make_world(rng: np.random.Generator) -> tuple[npt.NDArray[np.bool_], Float]
     walls = rng.random((CELLS, CELLS)) < 0.16
     walls[0], walls[-1], walls[:, 0], walls[:, -1] = True, True, True, True
     hues = np.array([[0.85, 0.32, 0.24], [0.95, 0.72, 0.3], [0.3, 0.6, 0.85], [0.42, 0.7, 0.42], [0.72, 0.52, 0.8]])
-    colours = hues[rng.integers(len(hues), size=(CELLS, CELLS))] * rng.uniform(0.8, 1.1, (CELLS, CELLS, 1))
-    return walls, colours
+    colors = hues[rng.integers(len(hues), size=(CELLS, CELLS))] * rng.uniform(0.8, 1.1, (CELLS, CELLS, 1))
+    return walls, colors
 
 
 def _walk(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -> tuple[Float, Float]:
@@ -108,9 +108,9 @@ def _distance(walls: npt.NDArray[np.bool_], origin: Float, angles: Float) -> Flo
 
 
 def _render(
-    walls: npt.NDArray[np.bool_], colours: Float, origin: Float, yaw: float, size: tuple[int, int]
+    walls: npt.NDArray[np.bool_], colors: Float, origin: Float, yaw: float, size: tuple[int, int]
 ) -> npt.NDArray[np.uint8]:
-    """A picture, uint8 [height, width, 3], of brick walls, a chequered floor and a sky. Left is +yaw."""
+    """A picture, uint8 [height, width, 3], of brick walls, a checkered floor and a sky. Left is +yaw."""
     width, height = size
     plane = math.tan(_FIELD_OF_VIEW / 2)
     screen = np.linspace(plane, -plane, width)
@@ -126,7 +126,7 @@ def _render(
     brick = (along[None, :] * 3 + 0.5 * (course % 2)) % 1
     mortar = (brick < 0.06) | ((level * 5) % 1 < 0.12)
     shade = (1 / (1 + 0.09 * depth**2))[None, :, None]
-    wall = colours[cells[:, 0], cells[:, 1]][None] * np.where(mortar, 0.55, 1.0)[..., None] * (0.25 + 0.75 * shade)
+    wall = colors[cells[:, 0], cells[:, 1]][None] * np.where(mortar, 0.55, 1.0)[..., None] * (0.25 + 0.75 * shade)
 
     below = np.maximum(rows, 0.5)
     floor_depth = _EYE_HEIGHT * focal / below

@@ -1,4 +1,4 @@
-"""The second half of the demonstration: train on the latents, sample with every step recorded, analyse."""
+"""The second half of the demonstration: train on the latents, sample with every step recorded, analyze."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def learn(output: Path, say: Callable[[str], None], seconds: float) -> Learned:
     )
     sample(walks)
     walk_psnr, copy_psnr = _walk_psnr(output)
-    say("9/9 analyse the trajectories")
+    say("9/9 analyze how the clips came about")
     store = TrajectoryStore.open(output / "clips" / "runs")
     plots = write_output(analyze(store, dict.fromkeys(store, "clips")), output / "analysis", "Clips from an EqM")
     return Learned(

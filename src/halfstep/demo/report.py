@@ -121,7 +121,7 @@ def _learned(learned: Learned) -> list[str]:
         _curves({"EqM on clips": learned.eqm}, "The whole training"),
         _curves({"CDiT on walks": learned.cdit}, "The whole training"),
         "<h2>Clips from the EqM</h2>",
-        f"<p>From noise in {learned.states - 1} updates each, after {_seconds(learned.eqm)} of training: colours, "
+        f"<p>From noise in {learned.states - 1} updates each, after {_seconds(learned.eqm)} of training: colors, "
         "walls and floor come first, a world much later.</p>",
         *_rows(learned.clips, "clip"),
         "<h2>Walks: what happened, and what the CDiT expected</h2>",
@@ -165,9 +165,9 @@ def _file(path: Path) -> str:
 def _curves(curves: dict[str, Curve], title: str) -> str:
     figure = Figure(figsize=(9, 2.8))
     axes = figure.subplots()
-    colours = [_INK, _ACCENT, "#e07a1f", "#3b9a5a"]
-    for (name, curve), colour in zip(curves.items(), colours, strict=False):
-        axes.plot(curve.steps, curve.losses, "o-", markersize=3, linewidth=1.5, color=colour, label=name)
+    colors = [_INK, _ACCENT, "#e07a1f", "#3b9a5a"]
+    for (name, curve), color in zip(curves.items(), colors, strict=False):
+        axes.plot(curve.steps, curve.losses, "o-", markersize=3, linewidth=1.5, color=color, label=name)
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

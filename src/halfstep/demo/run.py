@@ -1,4 +1,4 @@
-"""halfstep demo: make a toy world, encode it, check the store, look at what came back, train on it, sample, analyse,
+"""halfstep demo: make a toy world, encode it, check the store, look at what came back, train on it, sample, analyze,
 and report what it saved and cost."""
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run_demo(
     output: Path,
     say: Callable[[str], None],
     *,
-    trajectories: int = 16,
+    walks: int = 16,
     frames: int = 48,
     train_seconds: float = 60,
 ) -> DemoResult:
@@ -79,8 +79,8 @@ def run_demo(
     output.mkdir(parents=True, exist_ok=True)
     (output / _MARKER).touch()
 
-    say(f"1/9 a toy world: {trajectories} walks of {frames} pictures")
-    write_toy_world(output / "world", trajectories=trajectories, frames=frames)
+    say(f"1/9 a toy world: {walks} walks of {frames} pictures")
+    write_toy_world(output / "world", walks=walks, frames=frames)
     say("2/9 encode it with the built-in codec, in the precision that is measured to be fastest here")
     options = EncodeOptions(output / "latents", size=_SIZE)
     encoded = encode([SourceConfig(path=output / "world")], options)

@@ -207,12 +207,12 @@ def _refuse_shared_keys(sequences: list[FrameSequence]) -> None:
 
 
 def _pixels(options: EncodeOptions, kinds: set[Kind], existing: Manifest | None) -> PixelSpec:
-    if "trajectories" in kinds and len(kinds) > 1:
+    if "walks" in kinds and len(kinds) > 1:
         raise InputError(
             f"sources: {' and '.join(sorted(kinds))} are cropped differently, so they cannot share a store; "
             "encode each kind into a store of its own"
         )
-    crop: Crop = "4:3" if "trajectories" in kinds else "fill"
+    crop: Crop = "4:3" if "walks" in kinds else "fill"
     made_with = existing.spec.pixels if existing else None
     default = (224, 224) if crop == "4:3" else (256, 256)
     width, height = options.size or ((made_with.width, made_with.height) if made_with else default)
@@ -231,8 +231,8 @@ def _fit_to(
         if options.last_clip is not None:
             raise InputError(f"--last-clip: {spec.autoencoder} encodes single frames; clips are cut when training")
         return pixels
-    if "trajectories" in kinds:
-        raise InputError(f"{spec.autoencoder} compresses time, but each frame of a trajectory has its own pose")
+    if "walks" in kinds:
+        raise InputError(f"{spec.autoencoder} compresses time, but each frame of a walk has its own pose")
     if len(kinds) > 1:
         raise InputError(
             f"{spec.autoencoder} makes clips of videos and single frames of pictures; use a store for each"

@@ -67,7 +67,7 @@ class WalkOptions:
 
 @dataclass(frozen=True)
 class PlanScores:
-    """Means over plans, in metres and radians: distance from the planned end to the real one, from the planned path to
+    """Means over plans, in meters and radians: distance from the planned end to the real one, from the planned path to
     the real one (absolute trajectory error), and between their steps (relative pose error); and the same for the mean
     step of the data, repeated, which needs no model."""
 

@@ -150,9 +150,9 @@ def _discretized_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: 
     def cumulative(value: torch.Tensor) -> torch.Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
 
-    centred, inverse = x - mean, torch.exp(-log_scale)
-    above = cumulative(inverse * (centred + 1 / 255))
-    below = cumulative(inverse * (centred - 1 / 255))
+    centered, inverse = x - mean, torch.exp(-log_scale)
+    above = cumulative(inverse * (centered + 1 / 255))
+    below = cumulative(inverse * (centered - 1 / 255))
     inner = torch.log((above - below).clamp(min=1e-12))
     lowest, highest = torch.log(above.clamp(min=1e-12)), torch.log((1 - below).clamp(min=1e-12))
     return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inner))

@@ -99,8 +99,8 @@ class _Pinned(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         original = _ORIGINALS[type(self)]
-        behaviour = _Prepared if isinstance(self, _Prepared) else _Island
-        return _new_pinned, (original, behaviour), self.__dict__
+        behavior = _Prepared if isinstance(self, _Prepared) else _Island
+        return _new_pinned, (original, behavior), self.__dict__
 
     def _apply(self, fn: TensorMap, recurse: bool = True) -> nn.Module:
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,19 +156,19 @@ def _device_type(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return "cpu"
 
 
-def _new_pinned(original: type[nn.Module], behaviour: type[_Pinned]) -> nn.Module:
-    cls = _pinned_class(original, behaviour)
+def _new_pinned(original: type[nn.Module], behavior: type[_Pinned]) -> nn.Module:
+    cls = _pinned_class(original, behavior)
     return cls.__new__(cls)
 
 
-def _pinned_class(original: type[nn.Module], behaviour: type[_Pinned]) -> type[nn.Module]:
-    """`original` with `behaviour` in front. A subclass instead of a wrapper keeps parameter names, and instead of hooks
+def _pinned_class(original: type[nn.Module], behavior: type[_Pinned]) -> type[nn.Module]:
+    """`original` with `behavior` in front. A subclass instead of a wrapper keeps parameter names, and instead of hooks
     is safe when several threads call the module at once."""
-    known = _GENERATED.get((original, behaviour))
+    known = _GENERATED.get((original, behavior))
     if known is not None:
         return known
-    generated = type(original.__name__, (behaviour, original), {"__module__": original.__module__})
-    _GENERATED[original, behaviour] = generated
+    generated = type(original.__name__, (behavior, original), {"__module__": original.__module__})
+    _GENERATED[original, behavior] = generated
     _ORIGINALS[generated] = original
     return generated
 

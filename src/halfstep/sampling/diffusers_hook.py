@@ -60,7 +60,7 @@ class Recording:
         return tensors
 
     def before_step(self, scheduler: Any, timestep: Any, sample: torch.Tensor, options: dict[str, Any]) -> None:
-        """Take note of a scheduler's step. Raises InputError when the states cannot be labelled, before the first
+        """Take note of a scheduler's step. Raises InputError when the states cannot be labeled, before the first
         step where it can be known there."""
         own = next((name for name in OWN_LEVELS if options.get(name) is not None), None)
         if own is not None:
@@ -129,8 +129,8 @@ def record(
     Yields the callback to give to the call as `callback_on_step_end`. `run` names the run, or one run a sample when the
     call makes several; `interval`, `format` and `attributes` (prompt=, seed=, ..., of these two also a list, one a run)
     are as in `StoreRecorder`. The initial noise is step 0, the state after the i-th scheduler step is step i + 1,
-    labelled with the noise level that the scheduler has reached. A run whose sampling stopped early stays incomplete.
-    Raises InputError when a name is taken, when the states of this scheduler cannot be labelled, or when the callback
+    labeled with the noise level that the scheduler has reached. A run whose sampling stopped early stays incomplete.
+    Raises InputError when a name is taken, when the states of this scheduler cannot be labeled, or when the callback
     was never called.
     """
     rule_of(pipe.scheduler)

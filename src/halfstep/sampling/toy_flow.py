@@ -13,18 +13,18 @@ from halfstep.sampling.states import SamplerState
 
 @dataclass(frozen=True)
 class ToyFlow:
-    """Clean latents are a mixture of Gaussians around `centres` [n, C, (T,) H, W], each with standard deviation
+    """Clean latents are a mixture of Gaussians around `centers` [n, C, (T,) H, W], each with standard deviation
     `spread`; states are x = (1 - sigma) * clean + sigma * noise, for sigma from 1 to 0."""
 
-    centres: torch.Tensor
+    centers: torch.Tensor
     spread: float = 0.15
 
     def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """E[clean | x], of x's shape."""
         variance = ((1 - sigma) * self.spread) ** 2 + sigma**2
-        difference = x - (1 - sigma) * self.centres
+        difference = x - (1 - sigma) * self.centers
         weights = torch.softmax(-difference.flatten(1).square().sum(dim=1) / (2 * variance), dim=0)
-        posterior = self.centres + (1 - sigma) * self.spread**2 / variance * difference
+        posterior = self.centers + (1 - sigma) * self.spread**2 / variance * difference
         mixed: torch.Tensor = torch.tensordot(weights, posterior, dims=1)
         return mixed
 
@@ -37,7 +37,7 @@ class ToyFlow:
         """
         even = torch.linspace(1, 0, steps + 1)
         sigmas = (shift * even / (1 + (shift - 1) * even)).tolist()
-        x = torch.randn(self.centres.shape[1:], generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(self.centers.shape[1:], generator=torch.Generator().manual_seed(seed))
         yield SamplerState(0, 1000.0, 1.0, x[None])
         for k, (sigma, following) in enumerate(pairwise(sigmas), start=1):
             x = x + (following - sigma) * (x - self.denoise(x, sigma)) / sigma

@@ -80,7 +80,7 @@ def to_batch(runs: Mapping[str, Run], root: Path | str, progress: Progress = SIL
     """Write `runs` as a batch folder of the older format at `root`: `.npy.gz` in float32, or float16 where the run says
     that it came from such files. A run whose summary.json is there is left alone.
 
-    File i holds the state after scheduler step i and is labelled with the noise level before it, as that format has
+    File i holds the state after scheduler step i and is labeled with the noise level before it, as that format has
     it; the initial noise has no place in it and is left out.
     """
     root = Path(root)

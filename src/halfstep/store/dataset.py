@@ -135,7 +135,7 @@ class DatasetStore:
 
     def read_array(self, key: str, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows [start, stop) of another array of the sequence: `frame` (number in the source), `position` [n, 2]
-        metres, `yaw` [n] radians, `logvar` (float32, of the unscaled latents)."""
+        meters, `yaw` [n] radians, `logvar` (float32, of the unscaled latents)."""
         stored, type_name = self._rows(key, start, stop, name)
         return to_float32(stored, type_name) if type_name in ("F16", "BF16") else stored
 

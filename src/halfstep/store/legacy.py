@@ -2,7 +2,7 @@
 
 `<batch>/latents/prompt_000/vid_001/step_000.npy.gz` (or `.npy`, `.pt`, `.pt.gz`) beside `step_000_metadata.json`, and a
 `summary.json` once the video was done; other ids lie in `<id>/vid_001`, an older layout has the steps directly in
-`prompt_000`. These files were written after the scheduler's step: file i is labelled with sigma[i] but holds the state
+`prompt_000`. These files were written after the scheduler's step: file i is labeled with sigma[i] but holds the state
 at sigma[i+1], and the first noise is not there. `Run.sigmas` and `Run.timesteps` are those of the state; the labels as
 found are in `attributes["sigma_labels"]` and `["timestep_labels"]`.
 """
@@ -231,9 +231,9 @@ def _gaps(
     summary: set[int] | None, files: set[int], metadata: dict[int, dict[str, Any]], total: int | None
 ) -> list[str]:
     problems = []
-    unlabelled = sorted(files - set(metadata))
-    if unlabelled:
-        problems.append(f"missing: the metadata of step {some(unlabelled)}; their noise levels are not known")
+    unlabeled = sorted(files - set(metadata))
+    if unlabeled:
+        problems.append(f"missing: the metadata of step {some(unlabeled)}; their noise levels are not known")
     if summary is not None:
         expected = summary
     elif total is not None and files:

@@ -1,4 +1,4 @@
-"""Trajectory trees of the navigation world models: `<trajectory>/{0..T}.jpg` and `traj_data.pkl`."""
+"""Walk trees of the navigation world models: `<walk>/{0..T}.jpg` and `traj_data.pkl`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from halfstep.data.base import Array, Inspection, Problem, SourceError, digest, file_digest
 from halfstep.data.pickles import load_poses
 from halfstep.data.pictures import EXTENSIONS, load_fitted
-from halfstep.data.walk import is_readable
+from halfstep.data.tree import is_readable
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
 
@@ -42,8 +42,8 @@ def numbered_files(folder: Path, extensions: frozenset[str]) -> dict[int, Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class TrajectorySequence:
-    """One trajectory. Frames without a pose, and poses without a picture, are left out and named as problems."""
+class WalkSequence:
+    """One walk. Frames without a pose, and poses without a picture, are left out and named as problems."""
 
     key: str
     label: str | None

@@ -1,4 +1,4 @@
-"""Record a sampler and see what it did: python record_and_analyse.py [FOLDER [exact]]
+"""Record a sampler and see what it did: python record_and_analyze.py [FOLDER [exact]]
 
 Two "prompts" of a toy model are sampled from the same seeds and recorded: "a moving car" makes six rather different
 latents, "a parked car" three alike. The states are kept at the error of fp16, or exactly. Afterwards:

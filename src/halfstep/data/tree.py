@@ -22,7 +22,7 @@ class Found:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def walk(root: Path) -> Found:
+def list_tree(root: Path) -> Found:
     """All that is below `root`. Links are followed and named by the link; a folder that is inside itself, by a link to
     one above, is listed once."""
     found = Found()
