@@ -18,8 +18,8 @@ from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import Source, SourceConfig
 from halfstep.data.videos import VideoSequence
 from halfstep.encode import EncodeOptions, encode
+from halfstep.encode.counts import StoppedError
 from halfstep.encode.job import settle
-from halfstep.encode.pipeline import StoppedError
 from halfstep.errors import BusyError, InputError
 from halfstep.files import FileLock
 from halfstep.spec import PixelSpec
@@ -436,7 +436,7 @@ def test_what_an_older_reader_gave_up_is_tried_again(tmp_path: Path, monkeypatch
     data = (tmp_path / "v" / "v.avi").read_bytes()
     (tmp_path / "v" / "v.avi").write_bytes(data[: len(data) * 2 // 3])
     with monkeypatch.context() as patch:
-        patch.setattr("halfstep.encode.pipeline._READER", 1)
+        patch.setattr("halfstep.encode.filling.READER", 1)
         first = run(tmp_path / "v", tmp_path / "s")
     assert (first.encoded > 5, first.failed) == (True, 1)
     assert [run(tmp_path / "v", tmp_path / "s").encoded for _ in range(2)] == [first.encoded, 0]

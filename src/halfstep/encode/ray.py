@@ -8,13 +8,12 @@ from typing import Any
 
 from halfstep.data.base import FrameSequence
 from halfstep.data.sources import SourceConfig
+from halfstep.encode.counts import Counts, StoppedError, merge_counts
 from halfstep.encode.job import EncodeJob, EncodeOptions
-from halfstep.encode.pipeline import Counts, StoppedError
 from halfstep.encode.runner import (
     EncodeReport,
     encode_share,
     finish_run,
-    merge_counts,
     missing_keys,
     open_store,
     prepare_run,

@@ -13,9 +13,11 @@ from halfstep.autoencoders import Autoencoder
 from halfstep.data.base import FrameSequence
 from halfstep.data.guarded import Unusable
 from halfstep.data.sources import SourceConfig, find_sources
+from halfstep.encode.counts import Counts, Failure, StoppedError, merge_counts
+from halfstep.encode.flow import run
 from halfstep.encode.job import EncodeJob, EncodeOptions, list_sequences, settle
 from halfstep.encode.lanes import Lanes
-from halfstep.encode.pipeline import Counts, Failure, StoppedError, plan_only, run
+from halfstep.encode.plan import plan_only
 from halfstep.errors import InputError
 from halfstep.files import alone, file_errors, write_durably
 from halfstep.machine import open_device
@@ -225,18 +227,6 @@ def _update_manifest(job: EncodeJob) -> None:
     updated = replace(job.manifest, numerics=manifest.numerics, created_with=manifest.created_with)
     if updated != manifest:
         updated.write(job.output)
-
-
-def merge_counts(parts: list[Counts]) -> Counts:
-    return Counts(
-        sum(c.encoded for c in parts),
-        sum(c.skipped for c in parts),
-        sum(c.retried for c in parts),
-        sum(c.refused for c in parts),
-        [failure for c in parts for failure in c.failures],
-        {key: frames for c in parts for key, frames in c.left_out.items()},
-        {key: frames for c in parts for key, frames in c.unused.items()},
-    )
 
 
 def _report(

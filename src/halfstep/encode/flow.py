@@ -1,0 +1,116 @@
+"""The flow of one process: read and decode -> batches across sequences -> lanes -> writer, each on its own threads.
+
+Events travel with the batches, and batches come back in order, so the writer sees each sequence whole and one after the
+other however many are under way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from halfstep.data.base import Array, FrameSequence, Problem, SourceError
+from halfstep.encode.counts import Counts
+from halfstep.encode.filling import StoreFiller
+from halfstep.encode.job import EncodeJob
+from halfstep.encode.lanes import Encoded, Lanes
+from halfstep.encode.plan import Event, Failed, Sample, ahead, plan
+from halfstep.progress import Progress
+from halfstep.store.index import Row
+from halfstep.store.writer import DatasetWriter
+
+
+@dataclass
+class _Batch:
+    """Events in order, and the stacked pixels of the samples among them."""
+
+    events: list[Event] = field(default_factory=list)
+    values: list[Array] = field(default_factory=list)
+
+
+def run(
+    job: EncodeJob,
+    sequences: list[FrameSequence],
+    existing: Mapping[str, Row],
+    lanes: Lanes,
+    writer: DatasetWriter,
+    progress: Progress,
+) -> Counts:
+    """Bring the store up to date with `sequences` and return what was done; `progress` hears of items, and of the bytes
+    written for them, as they finish.
+
+    Raises StoppedError at the first failure when the job is strict. When it is left by an exception, sequences that
+    were complete by then are committed, unless the store itself failed.
+    """
+    counts = Counts()
+    filler = StoreFiller(job, existing, writer, counts, progress)
+    with ThreadPoolExecutor(job.workers, "decode") as decode, ThreadPoolExecutor(1, "write") as write:
+        under_way: deque[tuple[_Batch, Future[Encoded] | None]] = deque()
+        written: deque[Future[None]] = deque()
+
+        def finish_oldest() -> None:
+            batch, future = under_way.popleft()
+            encoded = future.result() if future is not None else None
+            written.append(write.submit(filler.carry_out, batch.events, encoded))
+            while len(written) > lanes.count:
+                written.popleft().result()
+
+        try:
+            events = plan(job, sequences, existing, decode)
+            for batch in _batches(job, ahead(events, 2 * job.batch_size + 2 * job.workers)):
+                under_way.append((batch, lanes.submit(_stack(job, batch.values)) if batch.values else None))
+                if len(under_way) > lanes.count + 1:
+                    finish_oldest()
+            while under_way:
+                finish_oldest()
+            while written:
+                written.popleft().result()
+        except BaseException as error:
+            decode.shutdown(cancel_futures=True)
+            write.shutdown(cancel_futures=True)
+            if not isinstance(error, OSError):
+                writer.abandon()
+                writer.commit()
+            raise
+    return counts
+
+
+def _batches(job: EncodeJob, events: Iterable[Event]) -> Iterator[_Batch]:
+    """Group events so that each batch but the last is full; a sample whose pixels cannot be had becomes a failure."""
+    copies = 2 if job.mirror else 1
+    room = max(1, job.batch_size // copies)
+    batch = _Batch()
+    for event in events:
+        if isinstance(event, Sample):
+            try:
+                clip = np.stack([future.result() for future in event.pixels])
+            except SourceError as error:
+                batch.events.append(Failed(event.sequence, Problem(str(error), event.number), attempted=True))
+                continue
+            batch.values.append(clip)
+        batch.events.append(event)
+        # Batches without pixels move on too: a rerun that skips everything must not pile up its events.
+        if len(batch.values) == room or len(batch.events) >= 4 * room + 256:
+            yield batch
+            batch = _Batch()
+    if batch.events:
+        yield batch
+
+
+def _stack(job: EncodeJob, values: list[Array]) -> Array:
+    """One batch [B, T, H, W, 3] of the full size: mirrored pictures in the second half, zeros where samples are
+    missing.
+
+    Always the full size, because kernels for other sizes may round differently.
+    """
+    copies = 2 if job.mirror else 1
+    room = max(1, job.batch_size // copies)
+    batch = np.zeros((copies * room, *values[0].shape), values[0].dtype)
+    batch[: len(values)] = values
+    if job.mirror:
+        batch[room : room + len(values)] = batch[: len(values), :, :, ::-1]
+    return batch
