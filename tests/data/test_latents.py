@@ -368,7 +368,7 @@ def test_a_reader_opened_again_sees_what_is_there_by_then(toy_world: Path, tmp_p
     pixels = PixelSpec(32, 32, "4:3")
     reader = open_frames(world, pixels)
     position, yaw = reader.poses("walk_000")
-    assert (reader.frames("walk_000"), len(position)) == (10, 10)
+    assert (reader.length("walk_000"), len(position)) == (10, 10)
     (world / "walk_000" / "9.jpg").unlink()
     (world / "walk_000" / "traj_data.pkl").write_bytes(pickle.dumps({"position": position + 1, "yaw": yaw}))
     for later in (open_frames(world, pixels), pickle.loads(pickle.dumps(reader))):
@@ -380,7 +380,7 @@ def test_a_reader_opened_again_sees_what_is_there_by_then(toy_world: Path, tmp_p
 def test_a_reader_keeps_few_folders(toy_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfstep.data.frames._KEPT_FOLDERS", 2)
     reader = open_frames(toy_world, PixelSpec(32, 32, "4:3"))
-    assert [reader.frames(key) for key in 3 * reader.keys()] == 9 * [10]
+    assert [reader.length(key) for key in 3 * reader.keys()] == 9 * [10]
     assert len(reader._folders) == 2
 
 

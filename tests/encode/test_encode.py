@@ -336,8 +336,8 @@ def test_videos_thinned_short_and_damaged(tmp_path: Path) -> None:
     store = DatasetStore.open(tmp_path / "s")
     assert report.failed == 1
     assert "run/b.avi" in report.failures[0].reason
-    assert [store.frames(key) for key in ("run/a.avi", "walk/c.avi")] == [20, 3]
-    assert 5 < store.frames("run/b.avi") < 20
+    assert [store.length(key) for key in ("run/a.avi", "walk/c.avi")] == [20, 3]
+    assert 5 < store.length("run/b.avi") < 20
     assert store.label("walk/c.avi") == "walk"
     again = run(folder, tmp_path / "s")
     assert (again.encoded, again.failed) == (0, 1)  # told again, not encoded again

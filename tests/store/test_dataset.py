@@ -78,7 +78,7 @@ def test_a_store_is_a_dict_of_arrays(operations, storage: str, manifest: Manifes
         for key, values in committed.items():
             assert np.array_equal(store.read(key), (values - 1) * np.float32(0.5))
             assert np.array_equal(np.asarray(store.read(key, raw=True), np.float32), values)
-            assert store.frames(key) == len(values)
+            assert store.length(key) == len(values)
             assert np.array_equal(store.read(key, len(values) - 1), store.read(key)[-1:])
         report = verify(root)
         assert report.ok, report.problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from halfstep.autoencoders.base import Autoencoder, weights_sha256
-from halfstep.autoencoders.hub import cached_models, hub_answers
+from halfstep.autoencoders.hub import cached_models, hub_answers, quiet_hub
 from halfstep.errors import InputError
 from halfstep.spec import LatentSpec
 
@@ -59,14 +58,15 @@ def from_diffusers(identifier: str, revision: str | None = None, *, tiled: bool 
     if name not in CLASSES:
         raise InputError(f"{identifier}: is a {name}; expected one of {', '.join(CLASSES)}")
     try:
-        vae = getattr(diffusers, name).from_pretrained(
-            identifier,
-            revision=revision,
-            subfolder=subfolder,
-            local_files_only=offline,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,  # its other way needs accelerate
-        )
+        with quiet_hub():
+            vae = getattr(diffusers, name).from_pretrained(
+                identifier,
+                revision=revision,
+                subfolder=subfolder,
+                local_files_only=offline,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,  # its other way needs accelerate
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{identifier}: its weights cannot be loaded ({reason})") from error
@@ -146,15 +146,14 @@ def _load_config(identifier: str, revision: str | None) -> tuple[dict[str, Any],
     """Config, the subfolder it was found in, and whether only this machine's files can be had."""
     from diffusers import AutoencoderKL
 
-    # diffusers passes the hub's library an option that it has dropped, which then warns every user.
-    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument", category=UserWarning)
     is_folder = Path(identifier).is_dir()
     offline = is_folder or not hub_answers(identifier, revision, _local_alternatives())
     for subfolder in (None, "vae"):
         try:
-            config = AutoencoderKL.load_config(
-                identifier, revision=revision, subfolder=subfolder, local_files_only=offline
-            )
+            with quiet_hub():
+                config = AutoencoderKL.load_config(
+                    identifier, revision=revision, subfolder=subfolder, local_files_only=offline
+                )
         except (OSError, ValueError):
             continue  # the next place may have it; when none does, the line below says so
         if "_class_name" in config and not config["_class_name"].endswith("Pipeline"):

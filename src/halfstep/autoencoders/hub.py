@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from halfstep.errors import InputError
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """diffusers passes the hub's library an option that it has dropped, which would then warn every user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument", category=UserWarning)
+        yield
 
 
 def hub_answers(identifier: str, revision: str | None, alternatives: str) -> bool:

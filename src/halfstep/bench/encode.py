@@ -83,6 +83,7 @@ def bench_encode(
         return document("encode", timings, **facts)
 
 
+@torch.random.fork_rng(devices=[])
 def sd_vae_shaped(folder: Path) -> str:
     from diffusers import AutoencoderKL
 

@@ -17,6 +17,7 @@ _PRECISIONS = ("auto", "fp32")
 _STEP, _MOMENTUM = 0.0017, 0.3
 
 
+@torch.random.fork_rng(devices=[])
 def bench_sample(
     *, model: str = "EqM-S/2", size: int = 256, batch: int = 2, updates: int = 249, rounds: int = 3
 ) -> dict[str, Any]:

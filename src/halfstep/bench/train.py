@@ -40,6 +40,7 @@ _DECAY, _RATE = 0.9999, 1e-4
 _PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16-true")
 
 
+@torch.random.fork_rng(devices=[])
 def bench_train(
     *, model: str = "EqM-S/2", size: int = 256, batch: int = 16, steps: int = 2, rounds: int = 3, memory: bool = True
 ) -> dict[str, Any]:

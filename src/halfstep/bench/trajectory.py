@@ -85,6 +85,7 @@ def sampled_trajectory() -> Float32:
     return np.stack([step.latent.numpy() for step in memory.steps])
 
 
+@torch.random.fork_rng(devices=[])
 def bench_recorder(*, rounds: int, steps: int = 24) -> dict[str, Any]:
     """A sampler whose network takes 50 ms a step or more, with recording off and on in turn, from the same seed.
 

@@ -6,7 +6,8 @@ import io
 import os
 import sys
 import traceback
-from typing import NoReturn
+import warnings
+from typing import Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -57,6 +58,7 @@ def _options(
 
 def main() -> NoReturn:
     """Run the command line; errors are one line on stderr, exit code 2 for the user's input and 1 for failed work."""
+    warnings.showwarning = _show_warning  # this process is ours
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be UTF-8, and must not end the run when printed
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _run()
@@ -90,6 +92,16 @@ def _run() -> int:
             err=True,
         )
     return code
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, _: Any = None, __: str | None = None
+) -> None:
+    """Our own as a line like all others; those of libraries as Python shows them."""
+    if f"{os.sep}halfstep{os.sep}" in filename:
+        typer.echo(f"halfstep: {message}", err=True)
+    else:
+        typer.echo(warnings.formatwarning(message, category, filename, lineno).rstrip(), err=True)
 
 
 def _unexpected(error: Exception) -> int:

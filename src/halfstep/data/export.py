@@ -47,7 +47,7 @@ def _pt_tree(store: DatasetStore, output: Path) -> None:
         folder = output / key
         folder.mkdir(parents=True)
         arrays = store.arrays(key)
-        numbers = store.read_array(key, "frame") if "frame" in arrays else np.arange(store.frames(key))
+        numbers = store.read_array(key, "frame") if "frame" in arrays else np.arange(store.length(key))
         for place, number in enumerate(numbers.tolist()):
             # A latent of its own: saving a view would save the storage of all the others with it.
             latent = torch.from_numpy(store.read(key, place, place + 1)[0])

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
+from halfstep.autoencoders import to_pixels
 from halfstep.data.base import Array, FrameSequence, contiguous_runs
+from halfstep.data.guarded import Guarded
 from halfstep.data.pickles import load_poses
 from halfstep.data.pictures import EXTENSIONS as PICTURE_EXTENSIONS
 from halfstep.data.pictures import load_fitted
@@ -30,7 +33,7 @@ class FrameReader(Protocol):
     """Random access to the frames of named sequences."""
 
     def keys(self) -> list[str]: ...
-    def frames(self, key: str) -> int: ...
+    def length(self, key: str) -> int: ...
     def label(self, key: str) -> str | None: ...
     def has_mirror(self, key: str) -> bool:
         """Whether the flipped frames can be had as well."""
@@ -64,8 +67,8 @@ class StoreFrames:
     def keys(self) -> list[str]:
         return list(self._keys)
 
-    def frames(self, key: str) -> int:
-        return self.store.frames(self.prefix + key)
+    def length(self, key: str) -> int:
+        return self.store.length(self.prefix + key)
 
     def label(self, key: str) -> str | None:
         return self.store.label(self.prefix + key)
@@ -79,14 +82,12 @@ class StoreFrames:
         stored = self.prefix + key
         if noise is None or "logvar" not in self.store.arrays(stored):
             return self.store.read(stored, start, stop, name="latents_mirror" if mirror else "latents")
-        mean, std = self.store.posterior(stored, start, stop, mirror=mirror)
-        drawn: Array = mean + std * noise.standard_normal(mean.shape, np.float32)
-        return drawn
+        return _drawn(*self.store.posterior(stored, start, stop, mirror=mirror), noise)
 
     def numbers(self, key: str) -> Array:
         if "frame" in self.store.arrays(self.prefix + key):
             return self.store.read_array(self.prefix + key, "frame")
-        return np.arange(self.frames(key))
+        return np.arange(self.length(key))
 
     def poses(self, key: str) -> tuple[Array, Array]:
         stored = self.prefix + key
@@ -111,7 +112,7 @@ class FolderFrames:
     def keys(self) -> list[str]:
         return list(self._keys)
 
-    def frames(self, key: str) -> int:
+    def length(self, key: str) -> int:
         return len(self._folder(key).files)
 
     def label(self, key: str) -> str | None:
@@ -159,7 +160,7 @@ class SequenceFrames:
     def keys(self) -> list[str]:
         return sorted(self._sequences)
 
-    def frames(self, key: str) -> int:
+    def length(self, key: str) -> int:
         return self._sequences[key].expected
 
     def label(self, key: str) -> str | None:
@@ -182,7 +183,7 @@ class SequenceFrames:
         return _to_pixels(pictures, mirror)
 
     def numbers(self, key: str) -> Array:
-        return np.arange(self.frames(key))
+        return np.arange(self.length(key))
 
     def poses(self, key: str) -> tuple[Array, Array]:
         raise InputError(f"{key}: pictures and videos have no poses; navigation needs walks")
@@ -209,7 +210,7 @@ def open_frames(folder: str | Path, pixels: PixelSpec | None = None) -> FrameRea
     assert pixels is not None
     if source.kind == "walks":
         return FolderFrames(source.root, list(source.files), pixels)
-    return SequenceFrames(source.sequences(pixels))
+    return SequenceFrames([Guarded(sequence) for sequence in source.sequences(pixels)])
 
 
 def open_latents(folder: str | Path, channels: int, known: LatentSpec | None) -> tuple[FrameReader, LatentSpec]:
@@ -259,16 +260,19 @@ def latents_spec(reader: FrameReader) -> LatentSpec | None:
 
 def _to_pixels(pictures: list[Array], mirror: bool) -> Array:
     """uint8 [H, W, 3] each to float32 [n, 3, H, W] in [-1, 1]."""
-    stacked = np.stack(pictures)[:, :, ::-1] if mirror else np.stack(pictures)
-    pixels: Array = np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
+    stacked = np.stack(pictures)
+    pixels: Array = to_pixels(torch.from_numpy(stacked[:, :, ::-1].copy() if mirror else stacked)).contiguous().numpy()
     return pixels
 
 
 def _load_latent(path: Path, noise: np.random.Generator | None) -> Array:
     mean, logvar = load_latent(path)
-    if noise is None or logvar is None:
-        return mean
-    drawn: Array = mean + np.exp(0.5 * logvar) * noise.standard_normal(mean.shape, np.float32)
+    return mean if noise is None or logvar is None else _drawn(mean, np.exp(0.5 * logvar), noise)
+
+
+def _drawn(mean: Array, std: Array, noise: np.random.Generator) -> Array:
+    """A fresh sample of a posterior."""
+    drawn: Array = mean + std * noise.standard_normal(mean.shape, np.float32)
     return drawn
 
 

@@ -85,7 +85,7 @@ class ImageLatents(SeededDataset):
         self.reader = _reader(frames)
         self.keys = self.reader.keys()
         self.classes = _classes(self.reader, self.keys)
-        counts = [self.reader.frames(key) for key in self.keys]
+        counts = [self.reader.length(key) for key in self.keys]
         if empty := [key for key, count in zip(self.keys, counts, strict=True) if count == 0]:
             warnings.warn(
                 f"frames: {len(empty)} of {len(self.keys)} sequences have none to read, {empty[0]!r} among them",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halfstep.autoencoders.hub import cached_models, hub_answers
+from halfstep.autoencoders.hub import cached_models, hub_answers, quiet_hub
 from halfstep.errors import InputError
 from halfstep.generate.config import MemorySettings, ModelSettings
 from halfstep.precision import Gate, PrecisionPolicy, prepare, torch_dtype
@@ -105,26 +106,18 @@ def load_generator(
     does not have the sampler.
     """
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
 
-    try:
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise InputError("generate: needs transformers; pip install 'halfstep[generate]'") from error
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
     identifier = model.model_id
-    # diffusers passes the hub's library an option that it has dropped, which then warns every user.
-    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument", category=UserWarning)
     alternatives = f"available here: {', '.join(cached_models()) or 'none'}, or the folder of a pipeline on disk"
     offline = Path(identifier).is_dir() or not hub_answers(identifier, model.revision, alternatives)
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            identifier,
-            revision=model.revision,
-            local_files_only=offline,
-            dtype={"default": torch_dtype(policy.params), "vae": torch.float32},
-        )
+        with _quiet(), quiet_hub():
+            pipe = DiffusionPipeline.from_pretrained(
+                identifier,
+                revision=model.revision,
+                local_files_only=offline,
+                dtype={"default": torch_dtype(policy.params), "vae": torch.float32},
+            )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{identifier}: cannot be loaded as a pipeline ({reason}); {alternatives}") from error
@@ -143,6 +136,22 @@ def load_generator(
     where = torch.device(device)
     _place(pipe, where, memory.offload_kind)
     return Generator(pipe, policy, decoder, where)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' progress bars, which are as they were afterwards."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [logging for logging in (of_diffusers, of_transformers) if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()
 
 
 def _place(pipe: Any, device: torch.device, offload: str) -> None:

@@ -148,7 +148,7 @@ class _Starts:
     def latent(self, number: int) -> torch.Tensor:
         """The sequence's first frame [C, H, W], or for a model of video as many as it has [C, T, H, W]."""
         key, frames = self.key(number), self.shape[1] if len(self.shape) == 4 else 1
-        values = self.reader.read(key, 0, min(frames, self.reader.frames(key)))
+        values = self.reader.read(key, 0, min(frames, self.reader.length(key)))
         latent = values[0] if values.ndim == 5 or len(self.shape) == 3 else values.swapaxes(0, 1)
         if latent.shape != self.shape:
             raise InputError(f"{self.path}: {key} gives {list(latent.shape)}; the model needs {list(self.shape)}")

@@ -87,7 +87,7 @@ class DatasetStore:
         """All sequences, sorted."""
         return sorted(self._row_of)
 
-    def frames(self, key: str) -> int:
+    def length(self, key: str) -> int:
         """The number of frames of a sequence."""
         return self._place(key)[2]
 
