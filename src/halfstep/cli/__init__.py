@@ -95,7 +95,12 @@ def _run() -> int:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, _: Any = None, __: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
 ) -> None:
     """Our own as a line like all others; those of libraries as Python shows them."""
     if f"{os.sep}halfstep{os.sep}" in filename:
