@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from halfstep.cli import analyze, bench, demo, encode, evaluate, generate, probe, sample, store, toy_world, train
+from halfstep.cli.paths import refuse_urls
 from halfstep.errors import HalfstepError
 from halfstep.extras import missing
 from halfstep.team import is_launched, leave
@@ -37,6 +38,7 @@ app.command()(probe.probe)
 app.command("toy-world")(toy_world.toy_world)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
+refuse_urls(app)
 
 
 def _print_version(wanted: bool) -> None:

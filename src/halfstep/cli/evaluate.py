@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from halfstep.errors import InputError
+from halfstep.files import place
 
 app = typer.Typer(help="Measure how good samples and predictions are.", no_args_is_help=True)
 
@@ -38,8 +39,8 @@ def fid(
 @app.command()
 def energy(
     ckpt: Annotated[Path, typer.Option(metavar="RUN", help="An EqM trained with an energy.")],
-    data_path: Annotated[Path, typer.Option(metavar="STORE", help="Latents like those it was trained on.")],
-    against: Annotated[Path | None, typer.Option(metavar="STORE", help="Others: can they be told apart?")] = None,
+    data_path: Annotated[str, typer.Option(metavar="STORE", help="Latents like those it was trained on.")],
+    against: Annotated[str | None, typer.Option(metavar="STORE", help="Others: can they be told apart?")] = None,
     precision: Annotated[str, typer.Option(metavar="P")] = "fp32",
     device: _Device = "auto",
     json: _Json = False,
@@ -49,7 +50,14 @@ def energy(
     from halfstep.evaluate.energy import compare_energies
 
     with Bar("evaluating", "items") as progress:
-        report = compare_energies(ckpt, data_path, against, precision=precision, device=device, progress=progress)
+        report = compare_energies(
+            ckpt,
+            place(data_path),
+            None if against is None else place(against),
+            precision=precision,
+            device=device,
+            progress=progress,
+        )
     if json:
         typer.echo(json_module.dumps(asdict(report)))
         return
@@ -64,7 +72,7 @@ def energy(
 @app.command()
 def nwm(
     ckpt: Annotated[Path, typer.Option(metavar="RUN", help="A CDiT.")],
-    data_path: Annotated[Path, typer.Option(metavar="STORE", help="Latents of walks with poses.")],
+    data_path: Annotated[str, typer.Option(metavar="STORE", help="Latents of walks with poses.")],
     names: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Walks to ask about: a traj_names.txt of those held out.")
     ] = None,
@@ -92,7 +100,7 @@ def nwm(
         raise InputError(f"--horizons: got {horizons!r}; expected numbers of frames, as 1,2,4,8")
     options = WalkOptions(
         ckpt=ckpt,
-        data_path=data_path,
+        data_path=place(data_path),
         names=names,
         horizons=tuple(int(part) for part in horizons.split(",")),
         walks=walks,

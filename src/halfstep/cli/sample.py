@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from halfstep.errors import InputError
+from halfstep.files import place
 
 
 def sample(
@@ -34,10 +35,10 @@ def sample(
         float | None, typer.Option(min=0, help="A sample is done when its field (rms) is below this.")
     ] = None,
     start_from: Annotated[
-        Path | None, typer.Option(metavar="STORE", help="Begin at these latents, noised, instead of noise.")
+        str | None, typer.Option(metavar="STORE", help="Begin at these latents, noised, instead of noise.")
     ] = None,
     start_gamma: Annotated[float | None, typer.Option(min=0, max=1, help="Their share, 0 to 1 (0.5).")] = None,
-    data_path: Annotated[Path | None, typer.Option(metavar="STORE", help="CDiT: walks that give the context.")] = None,
+    data_path: Annotated[str | None, typer.Option(metavar="STORE", help="CDiT: walks that give the context.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="CDiT: frames to predict, one after the other.")] = 8,
     spacing: Annotated[float | None, typer.Option(help="CDiT: meters a waypoint; the training's by default.")] = None,
     video: Annotated[bool, typer.Option("--video", help="A published checkpoint is of video.")] = False,
@@ -91,9 +92,9 @@ def sample(
         guidance_channels=cfg_channels,
         labels=_parse_labels(labels),
         stop_below=stop_below,
-        start_from=start_from,
+        start_from=None if start_from is None else place(start_from),
         start_gamma=start_gamma,
-        data_path=data_path,
+        data_path=None if data_path is None else place(data_path),
         frames=frames,
         spacing=spacing,
         video=video,

@@ -62,7 +62,7 @@ def compare_energies(
         progress.note(line)
     prepare(network.to(place), policy)
 
-    def energies(path: Path, known: LatentSpec | None) -> npt.NDArray[np.float64]:
+    def energies(path: Path | str, known: LatentSpec | None) -> npt.NDArray[np.float64]:
         reader, spec = open_latents(path, network.in_channels, known)
         found = np.concatenate(
             [energy_score(network, batch.to(place)).cpu().double().numpy() for batch in _batches(network, reader, spec)]

@@ -45,7 +45,7 @@ class WalkOptions:
     `iterations` rounds of the cross-entropy method, the best `elites` of which shape the next."""
 
     ckpt: Path
-    data_path: Path
+    data_path: Path | str
     names: Path | None = None
     horizons: tuple[int, ...] = (1, 2, 4, 8)
     walks: int = 16

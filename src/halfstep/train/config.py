@@ -149,6 +149,14 @@ class TrainConfig(Config):
             return PixelSpec(self.image_size or 224, self.image_size or 224, "4:3")
         return PixelSpec(self.image_size or 256, self.image_size or 256)
 
+    def encode_command(self, *, variational: bool) -> str:
+        """How the pixels of this config become latents once and for all."""
+        options = " --moments" * variational + " --mirror" * (self.family.items == "labeled")
+        return (
+            f"halfstep encode -i {self.data_path or 'PIXELS'} -o LATENTS --autoencoder {self.autoencoder} "
+            f"--size {self.pixels.width}x{self.pixels.height}{options}"
+        )
+
     @property
     def updates(self) -> Updates:
         """How the weights are moved; the rate and the clipping as published where they are not given."""

@@ -61,7 +61,11 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainReport:
         data = open_data(config, team.size)
         state, about = begin(config, data, device, team, progress)
         if data.encoder is not None:
-            progress.note(_hint(config, variational=data.encoder.autoencoder.variational))
+            progress.note(
+                f"{config.data_path or 'datasets'}: pixels, encoded by {config.autoencoder} again in every step; "
+                f"`{config.encode_command(variational=data.encoder.autoencoder.variational)}` once and training on "
+                "LATENTS is faster"
+            )
         if config.fsdp and team.size == 1:
             progress.note("--fsdp has no effect in one process; run under torchrun")
         team.on_leader(lambda: write_durably(config.folder / "config.json", config.model_dump_json(indent=1).encode()))
@@ -138,16 +142,4 @@ def _run(
         samples_per_second=newest.get("samples_per_second"),
         checkpoint=str(checkpoint),
         unreadable=meter.unreadable,
-    )
-
-
-def _hint(config: TrainConfig, *, variational: bool) -> str:
-    """How pixels become latents once and for all."""
-    pixels = config.pixels
-    moments = " --moments" if variational else ""
-    flips = " --mirror" if config.family.items == "labeled" else ""
-    return (
-        f"{config.data_path or 'datasets'}: pixels, encoded by {config.autoencoder} again in every step; "
-        f"`halfstep encode -i {config.data_path or 'PIXELS'} -o LATENTS --autoencoder {config.autoencoder} "
-        f"--size {pixels.width}x{pixels.height}{moments}{flips}` once and training on LATENTS is faster"
     )

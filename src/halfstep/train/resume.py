@@ -110,7 +110,7 @@ def _require_same_run(config: TrainConfig, data: TrainingData, saved: Saved, tea
             f"{folder}: its steps have {facts['items_per_step']} items, not {data.items_per_step}; with {team.size} "
             f"processes give a global batch of {facts['items_per_step']}, or another run_name"
         )
-    lines = _on_moved_data(config, data, facts)
+    lines = _on_moved_data(folder, config.places, data, facts)
     if facts["processes"] != team.size:
         lines.append(
             f"goes on with {team.size} processes, before with {facts['processes']}: the same items in each step, but "
@@ -119,15 +119,15 @@ def _require_same_run(config: TrainConfig, data: TrainingData, saved: Saved, tea
     return lines
 
 
-def _on_moved_data(config: TrainConfig, data: TrainingData, facts: dict[str, Any]) -> list[str]:
+def _on_moved_data(folder: Path, places: dict[str, str], data: TrainingData, facts: dict[str, Any]) -> list[str]:
     """Data may lie in another place, and may have grown where it lay; not both, because nobody could tell it from other
     data then."""
-    moved = _moved(facts["config"], config.places)
+    moved = _moved(facts["config"], places)
     # Older checkpoints do not tell the sequences; they tell how many items there were.
     same = facts["data"] == data.identity if "data" in facts else facts["items"] == len(data)
     if moved and not same:
         raise InputError(
-            f"{config.folder}: was trained on other data ({'; '.join(moved)}, and other sequences are there: "
+            f"{folder}: was trained on other data ({'; '.join(moved)}, and other sequences are there: "
             f"{facts['items']} items then, {len(data)} now); name the same data, or another run_name"
         )
     if not same:
