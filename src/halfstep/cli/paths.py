@@ -6,9 +6,10 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import typer
+from typer.models import ArgumentInfo
 
 from halfstep.errors import InputError
 
@@ -32,9 +33,18 @@ def _with_local_paths(verb: Callable[..., Any]) -> Callable[..., Any]:
                 if isinstance(path, Path) and path.parts and _SCHEME.fullmatch(path.parts[0]) and not path.exists():
                     url = str(path).replace(":/", "://", 1)
                     raise InputError(
-                        f"{name.replace('_', '-')}: got {url}; expected a local path. Stores alone are read by URL: "
-                        "by train, sample, eval, store inspect and store export"
+                        f"{_as_typed(verb, name)}: got {url}; expected a local path. Stores alone are read by URL: by "
+                        "train, sample, eval, store inspect and store export"
                     )
         return verb(**options)
 
     return checked
+
+
+def _as_typed(verb: Callable[..., Any], name: str) -> str:
+    """The longest flag of an option, or what stands for an argument in the help."""
+    info = get_type_hints(verb, include_extras=True)[name].__metadata__[0]
+    flags = sorted(info.param_decls or (), key=len)
+    if isinstance(info, ArgumentInfo):
+        return str(info.metavar or name).strip("[].")
+    return flags[-1] if flags else f"--{name.replace('_', '-')}"

@@ -39,8 +39,8 @@ class EnergyReport:
 
 def compare_energies(
     ckpt: Path,
-    data: Path,
-    against: Path | None = None,
+    data: Path | str,
+    against: Path | str | None = None,
     *,
     precision: str = "fp32",
     device: str = "auto",
