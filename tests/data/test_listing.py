@@ -22,7 +22,7 @@ from halfstep.data.keys import key_to_name, name_to_key
 from halfstep.data.latents import read_names
 from halfstep.data.listing import list_path
 from halfstep.data.sources import Source, SourceConfig, find_sources
-from halfstep.data.tree import walk
+from halfstep.data.tree import list_tree
 from halfstep.data.walks import numbered_files
 from halfstep.errors import InputError
 from halfstep.spec import PixelSpec
@@ -70,7 +70,7 @@ def test_every_link_is_followed_and_only_cycles_are_cut(tmp_path: Path) -> None:
     (root / "train" / "up").symlink_to(root)
     (root / "train" / "up2").symlink_to(root / "train")
     (root / "both").symlink_to(root / "train")
-    assert walk(root).files == ["both/x/1.png", "test/x/1.png", "train/x/1.png"]
+    assert list_tree(root).files == ["both/x/1.png", "test/x/1.png", "train/x/1.png"]
 
 
 def test_a_single_link_keeps_its_name(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_the_toy_world_is_the_same_for_the_same_seed(tmp_path: Path, toy_world: 
     assert len(names) == 33
     assert all((toy_world / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
     assert any((toy_world / n).read_bytes() != (tmp_path / "other" / n).read_bytes() for n in names)
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="name a new folder for the toy world"):
         write_toy_world(tmp_path / "again")
 
 

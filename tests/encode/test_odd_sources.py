@@ -18,9 +18,9 @@ from halfstep.encode.runner import missing_keys
 from halfstep.errors import InputError
 from halfstep.store import DatasetStore
 from halfstep.store.index import Index
-from tests.conftest import run_cli
 from tests.data.test_animations import animate
 from tests.data.test_pictures import wrong_exif
+from tests.support.cli import run_cli
 
 
 def run(path: Path, output: Path, *, dry_run: bool = False, kind: str | None = None, **options) -> EncodeReport:

@@ -1,6 +1,7 @@
 """Evaluation against plain oracles: Gaussians, pictures with known noise, planners with known goals."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from halfstep.evaluate.pictures import PictureMetrics
 from halfstep.evaluate.planning import cross_entropy_method
 from halfstep.evaluate.walks import WalkOptions, evaluate_walks
 from halfstep.models import EqM, read_checkpoint
-from halfstep.sampling import cdit, energy_score
+from halfstep.sampling import energy_score
 from halfstep.store import DatasetStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
@@ -92,7 +93,7 @@ def test_fid_says_what_is_missing(tmp_path: Path) -> None:
     # Neither the network's package nor its weights are part of this package, and nothing is downloaded in a test.
     missing = tmp_path / "inception.pth"
     result = run_cli("eval", "fid", tmp_path / "b.npz", tmp_path / "b.npz", "--weights", missing, check=2)
-    assert "fid: needs torch-fidelity" in result.stderr or "Inception weights are not there" in result.stderr
+    assert "torch_fidelity is not installed" in result.stderr or "Inception weights are not there" in result.stderr
 
 
 def test_pictures_are_measured_by_their_definitions() -> None:
@@ -154,15 +155,14 @@ def test_a_model_that_knows_the_way_is_right(world: Path, monkeypatch: pytest.Mo
             ahead = list(range(now, len(frames)))
             known.append((frames[now], frames[ahead], goal_actions(position, yaw, now, ahead, 0.25)))
 
-    def look_up(_: Any, context: torch.Tensor, y: torch.Tensor, *args: Any, **__: Any) -> torch.Tensor:
+    def look_up(asked: Prediction, **_: Any) -> Iterator[SamplerState]:
         found = []
-        for last, action in zip(context[:, -1].numpy(), y.numpy(), strict=True):
+        for last, action in zip(asked.context[:, -1].numpy(), asked.actions.numpy(), strict=True):
             ahead = next((f, a) for now, f, a in known if np.allclose(now, last))
             found.append(ahead[0][np.abs(ahead[1] - action).sum(axis=1).argmin()])
-        return torch.from_numpy(np.stack(found))
+        yield SamplerState(0, 0.0, 0.0, torch.from_numpy(np.stack(found)))
 
     monkeypatch.setattr(module, "sample_cdit", look_up)
-    monkeypatch.setattr(cdit, "sample_cdit", look_up)
     options = WalkOptions(world / "cdit", world / "latents", horizons=(1, 4), walks=6, plans=2, plan_steps=2,
                           candidates=40, elites=8, precision="fp32", device="cpu")  # fmt: skip
     report = evaluate_walks(options)

@@ -96,7 +96,7 @@ def test_the_command_makes_a_batch_and_goes_on_with_it(small_wan_pipeline: Path,
 def test_the_precision_reaches_the_networks(small_wan_pipeline: Path, tmp_path: Path, precision: str) -> None:
     policy = PrecisionPolicy.parse(precision)
     settings = config(small_wan_pipeline)
-    generator = load_generator(settings.model_settings, settings.memory_settings, policy, "cpu")
+    generator = load_generator(settings.model_settings, settings.memory_settings, policy, "cpu", None)
     seen: set[torch.dtype] = set()
     block = generator.pipe.transformer.blocks[0].ffn.net[2]
     block.register_forward_hook(lambda module, args, out: seen.add(out.dtype))

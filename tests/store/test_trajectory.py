@@ -393,7 +393,7 @@ def test_bad_input_is_named_and_loses_nothing(tmp_path: Path) -> None:
         open_trajectories(tmp_path / "nothing")
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "note.txt").touch()
-    with pytest.raises(InputError, match="is not a trajectory store"):
+    with pytest.raises(InputError, match="is no trajectory store"):
         TrajectoryStore.create(tmp_path / "else")
     with pytest.raises(StoreError, match="no recorded steps here"):
         open_trajectories(tmp_path / "else")

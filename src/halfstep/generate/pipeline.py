@@ -13,6 +13,7 @@ import torch
 
 from halfstep.autoencoders.hub import cached_models, hub_answers, quiet_hub
 from halfstep.errors import InputError
+from halfstep.extras import missing
 from halfstep.generate.config import MemorySettings, ModelSettings
 from halfstep.precision import Gate, PrecisionPolicy, prepare, torch_dtype
 
@@ -118,7 +119,9 @@ def load_generator(
                 local_files_only=offline,
                 dtype={"default": torch_dtype(policy.params), "vae": torch.float32},
             )
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except ImportError as error:
+        raise missing(error, "generate") or error from error
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{identifier}: cannot be loaded as a pipeline ({reason}); {alternatives}") from error
     pipe.set_progress_bar_config(disable=True)
