@@ -25,7 +25,7 @@ from halfstep.evaluate.pictures import PictureMetrics
 from halfstep.evaluate.planning import cross_entropy_method
 from halfstep.evaluate.walks import WalkOptions, evaluate_walks
 from halfstep.models import EqM, read_checkpoint
-from halfstep.sampling import energy_score
+from halfstep.sampling import Prediction, SamplerState, energy_score
 from halfstep.store import DatasetStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train

@@ -89,7 +89,7 @@ def test_the_command_makes_a_batch_and_goes_on_with_it(small_wan_pipeline: Path,
     assert verify_trajectories(tmp_path / "b" / "latents").ok
     assert np.array_equal(open_trajectories(tmp_path / "b")["prompt_000_vid002"].latents[-1], third[-1])
     other = run_cli(*command, "--resume", "--set", "model_settings.steps=5", check=2)
-    assert "model_settings.steps is 4 there and 5 here" in other.stderr
+    assert "(model_settings.steps: was 4, is 5; videos_per_variation: was 3, is 2)" in other.stderr
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
@@ -117,7 +117,8 @@ def test_the_precision_reaches_the_networks(small_wan_pipeline: Path, tmp_path: 
     assert generator.pipe.text_encoder.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == stored
     assert generator.pipe.transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
     assert generator.pipe.vae.dtype == torch.float32
-    assert (generator.gate.difference is None) == (precision == "fp32")
+    verdict = generator.decoder.verdict
+    assert (verdict.difference is None) == (precision == "fp32")
 
 
 class _Decoder:
