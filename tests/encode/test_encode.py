@@ -88,7 +88,7 @@ def test_new_poses_are_stored_without_encoding(world: Path, tmp_path: Path) -> N
 
 def test_other_settings_encode_anew(world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "s")
-    with pytest.raises(InputError, match=r"was made with policy fp32 \(now fp32,storage=fp16\); with --limit"):
+    with pytest.raises(InputError, match=r"made with other settings \(policy: was 'fp32', is 'fp32,storage=fp16'\); with --limit"):
         run(world, tmp_path / "s", storage="fp16", limit=1)
     assert run(world, tmp_path / "s", storage="fp16").encoded == 30
     assert run(world, tmp_path / "s", storage="fp16").encoded == 0
@@ -399,7 +399,7 @@ def test_the_last_clip_is_padded_or_overlaps(tmp_path: Path, small_wan: Path) ->
         tmp_path / "pad", precision="fp32", storage="fp32", size=(32, 32), last_clip="drop", **options
     )
     assert encode(sources, dropped, progress=notes).left_out == {"long.avi": 3}
-    assert any("was made with last_clip pad (now drop)" in line for line in notes.notes)
+    assert any("was made with other settings (last_clip: was 'pad', is 'drop')" in line for line in notes.notes)
 
 
 @pytest.mark.slow

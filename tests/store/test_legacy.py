@@ -153,7 +153,7 @@ def test_there_and_back(tmp_path: Path, storage: str) -> None:
     assert (report.converted, report.skipped, report.steps) == (2, 0, 6)
     assert to_store(original, tmp_path / "s", TrajectoryFormat(storage=storage)).skipped == 2
     with pytest.raises(
-        InputError, match=r"is there with format 'predictive, fp.*', not 'raw, fp32'; name another place"
+        InputError, match=r"holds a run with other settings \(format: was 'predictive, fp.*', is 'raw, fp32'\); name another"
     ):
         to_store(original, tmp_path / "s", TrajectoryFormat("raw", "fp32"))
     assert verify_trajectories(tmp_path / "s").ok
@@ -162,9 +162,9 @@ def test_there_and_back(tmp_path: Path, storage: str) -> None:
     with pytest.raises(InputError, match="is a trajectory store; name a folder for the batch"):
         to_batch(original, tmp_path / "s")
     write_batch(tmp_path / "else" / "latents" / "prompt_000" / "vid_001", seed=6)
-    with pytest.raises(InputError, match="is there with seed 5, not 6"):
+    with pytest.raises(InputError, match="seed: was 5, is 6"):
         to_store(open_trajectories(tmp_path / "else"), tmp_path / "s", TrajectoryFormat(storage=storage))
-    with pytest.raises(InputError, match="is there with seed 5, not 6"):
+    with pytest.raises(InputError, match="seed: was 5, is 6"):
         to_batch(open_trajectories(tmp_path / "else"), tmp_path / "back")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()

@@ -99,8 +99,9 @@ def _digest(folder: Path) -> str:
     paths = sorted({path for pattern in _KEPT for path in folder.rglob(pattern) if path.is_file()})
     state = hashlib.sha256()
     for path in paths:
-        state.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
-        state.update(_content(path))
+        content = _content(path)
+        state.update(f"{path.relative_to(folder)} {len(content)} ".encode())
+        state.update(content)
     return f"{state.hexdigest()[:24]} {len(paths)} files"
 
 

@@ -92,8 +92,9 @@ class EncodeJob:
             "tiled": self.tiled,
             "moments": self.moments,
             "mirror": self.mirror,
-            "last_clip": self.last_clip,
         }
+        if self.last_clip != "drop":
+            recipe["last_clip"] = self.last_clip
         return Manifest(
             self.spec, self.storage, str(self.policy), recipe=recipe, created_with=f"halfstep {__version__}"
         )

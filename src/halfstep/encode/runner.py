@@ -22,6 +22,7 @@ from halfstep.errors import InputError
 from halfstep.files import alone, file_errors, write_durably
 from halfstep.machine import open_device
 from halfstep.progress import SILENT, Progress
+from halfstep.settings import differences
 from halfstep.store.dataset import DatasetStore
 from halfstep.store.index import Index
 from halfstep.store.maintenance import compact
@@ -121,7 +122,7 @@ def prepare_run(
     existing = Index.read(options.output)
     if existing and manifest is not None and _changes(manifest, job) and (options.limit or options.keep_missing):
         raise InputError(
-            f"{options.output}: was made with {_changes(manifest, job)}; with --limit or --keep-missing a part of it "
+            f"{options.output}: was made with other settings ({_changes(manifest, job)}); with --limit or --keep-missing a part of it "
             "would stay so: give the same settings, or encode all of it without these options"
         )
     return job, autoencoder, sequences, existing
@@ -145,16 +146,18 @@ def warnings_before(job: EncodeJob, existing: Index, options: EncodeOptions) -> 
     """What the user should know before it starts: an emulated type, or that all of the store will be made anew."""
     lines = list(job.notes)
     if existing and (changes := _changes(read_manifest(options.output), job)):
-        lines.append(f"{options.output}: was made with {changes}; its {len(existing)} sequences are encoded again")
+        lines.append(
+            f"{options.output}: was made with other settings ({changes}); its {len(existing)} sequences are encoded "
+            "again"
+        )
     return lines
 
 
 def _changes(manifest: Manifest, job: EncodeJob) -> str:
     """The settings of a store, besides the spec, that differ from the job's in a way that changes latents."""
-    wanted = job.manifest.recipe
-    made_with = {"last_clip": "drop", **manifest.recipe}  # which stores did not name before there was a choice
+    made_with, wanted = ({"last_clip": "drop", **recipe} for recipe in (manifest.recipe, job.manifest.recipe))
     names = ("policy", "tiled", "moments", "mirror", "last_clip")
-    return ", ".join(f"{n} {made_with[n]} (now {wanted[n]})" for n in names if made_with.get(n) != wanted[n])
+    return "; ".join(differences(made_with, {name: wanted[name] for name in names}))
 
 
 def encode_share(

@@ -13,6 +13,7 @@ from typing import Any
 from halfstep.errors import InputError, StoreError
 from halfstep.files import claim, file_errors, write_durably
 from halfstep.progress import SILENT, Progress
+from halfstep.settings import require_same
 from halfstep.store.legacy import LegacyBatch, step_bytes
 from halfstep.store.open import find_trajectory_store
 from halfstep.store.run import Float32, Run
@@ -123,16 +124,12 @@ def _folder_name(key: str) -> Path:
 
 def _hold_against(there: Run, run: Run, where: str, format: TrajectoryFormat | None = None) -> None:
     """Raise InputError when what is there from an earlier call is another run, or was kept in another format."""
-    differences: dict[str, tuple[Any, Any]] = {
-        "prompt": (there.prompt, run.prompt),
-        "seed": (there.seed, run.seed),
-        "shape": (there.latents.shape[1:], run.latents.shape[1:]),
-    }
+    before, now = (
+        {"prompt": each.prompt, "seed": each.seed, "shape": list(each.latents.shape[1:])} for each in (there, run)
+    )
     if format is not None:
-        differences["format"] = there.attributes.get("latents_format", str(format)), str(format)
-    for name, (old, new) in differences.items():
-        if old != new:
-            raise InputError(f"{where}: is there with {name} {old!r}, not {new!r}; name another place")
+        before["format"], now["format"] = there.attributes.get("latents_format", str(format)), str(format)
+    require_same(where, "run", before, now, advice="name another place")
 
 
 def _readable_steps(run: Run, problems: list[str]) -> Iterator[tuple[int, Float32]]:
