@@ -88,7 +88,9 @@ def test_new_poses_are_stored_without_encoding(world: Path, tmp_path: Path) -> N
 
 def test_other_settings_encode_anew(world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "s")
-    with pytest.raises(InputError, match=r"made with other settings \(policy: was 'fp32', is 'fp32,storage=fp16'\); with --limit"):
+    with pytest.raises(
+        InputError, match=r"made with other settings \(policy: was 'fp32', is 'fp32,storage=fp16'\); with --limit"
+    ):
         run(world, tmp_path / "s", storage="fp16", limit=1)
     assert run(world, tmp_path / "s", storage="fp16").encoded == 30
     assert run(world, tmp_path / "s", storage="fp16").encoded == 0

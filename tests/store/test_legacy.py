@@ -153,7 +153,8 @@ def test_there_and_back(tmp_path: Path, storage: str) -> None:
     assert (report.converted, report.skipped, report.steps) == (2, 0, 6)
     assert to_store(original, tmp_path / "s", TrajectoryFormat(storage=storage)).skipped == 2
     with pytest.raises(
-        InputError, match=r"holds a run with other settings \(format: was 'predictive, fp.*', is 'raw, fp32'\); name another"
+        InputError,
+        match=r"holds a run with other settings \(format: was 'predictive, fp.*', is 'raw, fp32'\); name another",
     ):
         to_store(original, tmp_path / "s", TrajectoryFormat("raw", "fp32"))
     assert verify_trajectories(tmp_path / "s").ok

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from halfstep.cli.flags import precision_of
 from halfstep.errors import InputError
 from halfstep.files import place
 
@@ -71,8 +72,6 @@ def sample(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Make pictures or clips with a trained EqM, or walks with a CDiT; the same command makes what is missing."""
-    if (use_bf16 and use_amp) or (precision is not None and (use_bf16 or use_amp)):
-        raise InputError("sample: --precision, --use-bf16 and --use-amp say the same thing; give one of them")
     from halfstep.cli.progress import Bar
     from halfstep.models.eqm import ENERGY_NAMES
     from halfstep.sample import SampleOptions
@@ -103,7 +102,7 @@ def sample(
         ema=ema,
         batch_size=batch_size,
         seed=seed,
-        precision="bf16-mixed" if use_bf16 else "16-mixed" if use_amp else precision or "auto",
+        precision=precision_of(precision, use_bf16, use_amp) or "auto",
         device=device,
         format=format,
         fps=fps,

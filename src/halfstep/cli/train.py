@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halfstep.cli.flags import precision_of
 from halfstep.errors import InputError
 from halfstep.team import rank
 
@@ -81,16 +82,14 @@ def train(
 
     Runs alone or under `torchrun --nproc_per_node=N -m halfstep train ...`.
     """
-    if (use_bf16 and use_amp) or (precision is not None and (use_bf16 or use_amp)):
-        raise InputError("train: --precision, --use-bf16 and --use-amp say the same thing; give one of them")
     if clip_len is not None and not video:
-        raise InputError("--clip-len: is of video; add --video")
+        raise InputError("--clip-len needs --video")
     from halfstep.models.eqm import ENERGY_NAMES
 
     given: dict[str, Any] = {
         "model": model or (_DEFAULT_MODELS[family] if family is not None and config is None else None),
         "data_path": data_path,
-        "precision": "bf16-mixed" if use_bf16 else "16-mixed" if use_amp else precision,
+        "precision": precision_of(precision, use_bf16, use_amp),
         "clip_len": clip_len,
         "image_size": image_size,
         "autoencoder": autoencoder,
