@@ -122,8 +122,9 @@ def prepare_run(
     existing = Index.read(options.output)
     if existing and manifest is not None and _changes(manifest, job) and (options.limit or options.keep_missing):
         raise InputError(
-            f"{options.output}: was made with other settings ({_changes(manifest, job)}); with --limit or --keep-missing a part of it "
-            "would stay so: give the same settings, or encode all of it without these options"
+            f"{options.output}: was made with other settings ({_changes(manifest, job)}); with --limit or "
+            "--keep-missing a part of it would stay so: give the same settings, or encode all of it without these "
+            "options"
         )
     return job, autoencoder, sequences, existing
 
