@@ -16,10 +16,12 @@ def demo(
 ) -> None:
     """Make a toy world, encode it, train on it, sample with every step recorded, analyze that, and write a report that
     shows what was saved and what it cost."""
+    from halfstep.cli.progress import Bar
     from halfstep.demo.report import write_report
     from halfstep.demo.run import run_demo
 
-    result = run_demo(output, typer.echo, train_seconds=train_seconds)
+    with Bar("demo", "parts") as progress:
+        result = run_demo(output, progress, train_seconds=train_seconds)
     report = output / "report.html"
     write_report(result, report)
-    typer.echo(f"\n{report.resolve()}")
+    typer.echo(report.resolve())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from halfstep.data.base import Array
 from halfstep.demo.pictures import psnr
 from halfstep.machine import open_device
 from halfstep.precision import choose, probe
+from halfstep.progress import Progress
 from halfstep.sample import SampleOptions, sample
 from halfstep.store import DatasetStore, TrajectoryStore
 from halfstep.train.config import TrainConfig
@@ -79,20 +79,20 @@ class Learned:
     states: int
 
 
-def learn(output: Path, say: Callable[[str], None], seconds: float) -> Learned:
+def learn(output: Path, progress: Progress, seconds: float) -> Learned:
     """Train an EqM on clips of the store in `output` for about `seconds` and a CDiT on its walks for twice as long, in
     the precision that is measured to be fastest; sample from both."""
     policy = choose(open_device("auto"), "train")
-    say(f"5/9 train an EqM on clips of four frames, in {policy}")
+    progress.note(f"5/9 train an EqM on clips of four frames, in {policy}")
     eqm = _train_for(output, "eqm", EQM, seconds)
-    say(f"    loss {eqm.losses[0]:.2f} to {eqm.losses[-1]:.2f} in {eqm.steps[-1]} steps")
-    say("6/9 train a CDiT to predict frames from actions")
+    progress.note(f"    loss {eqm.losses[0]:.2f} to {eqm.losses[-1]:.2f} in {eqm.steps[-1]} steps")
+    progress.note("6/9 train a CDiT to predict frames from actions")
     cdit = _train_for(output, "cdit", CDIT, 2 * seconds)
-    say(f"    loss {cdit.losses[0]:.3f} to {cdit.losses[-1]:.3f} in {cdit.steps[-1]} steps")
-    say("7/9 train the EqM in each precision, from the same weights with the same noise")
+    progress.note(f"    loss {cdit.losses[0]:.3f} to {cdit.losses[-1]:.3f} in {cdit.steps[-1]} steps")
+    progress.note("7/9 train the EqM in each precision, from the same weights with the same noise")
     steps = max(_CURVE_POINTS, min(120, int(seconds / 3 / eqm.seconds_per_step)))
     curves = {name: _train(output, f"curve-{name}", EQM, steps, precision=name) for name in _worthwhile()}
-    say("8/9 sample from both, recording every step")
+    progress.note("8/9 sample from both, recording every step")
     clips = SampleOptions(output / "runs" / "eqm", output / "clips", number=_CLIPS, format="png", record=True)
     sample(clips)
     walks = SampleOptions(
@@ -106,7 +106,7 @@ def learn(output: Path, say: Callable[[str], None], seconds: float) -> Learned:
     )
     sample(walks)
     walk_psnr, copy_psnr = _walk_psnr(output)
-    say("9/9 analyze how the clips came about")
+    progress.note("9/9 analyze how the clips came about")
     store = TrajectoryStore.open(output / "clips" / "runs")
     plots = write_output(analyze(store, dict.fromkeys(store, "clips")), output / "analysis", "Clips from an EqM")
     return Learned(

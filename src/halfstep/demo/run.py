@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from halfstep.errors import StoreError
 from halfstep.files import claim
 from halfstep.machine import open_device
 from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, choose, probe, torch_dtype
+from halfstep.progress import Progress
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, VerifyReport, verify
 from halfstep.team import Team
@@ -65,7 +65,7 @@ class DemoResult:
 
 def run_demo(
     output: Path,
-    say: Callable[[str], None],
+    progress: Progress,
     *,
     walks: int = 16,
     frames: int = 48,
@@ -79,19 +79,19 @@ def run_demo(
     output.mkdir(parents=True, exist_ok=True)
     (output / _MARKER).touch()
 
-    say(f"1/9 a toy world: {walks} walks of {frames} pictures")
+    progress.note(f"1/9 a toy world: {walks} walks of {frames} pictures")
     write_toy_world(output / "world", walks=walks, frames=frames)
-    say("2/9 encode it with the built-in codec, in the precision that is measured to be fastest here")
+    progress.note("2/9 encode it with the built-in codec, in the precision that is measured to be fastest here")
     options = EncodeOptions(output / "latents", size=_SIZE)
     encoded = encode([SourceConfig(path=output / "world")], options)
     store = DatasetStore.open(output / "latents")
     policy = choose(open_device("auto"), "encode")
-    say(f"    {encoded.items} frames at {encoded.items_per_second:.0f} a second in {encoded.policy}")
-    say("3/9 verify every byte of the store")
+    progress.note(f"    {encoded.items} frames at {encoded.items_per_second:.0f} a second in {encoded.policy}")
+    progress.note("3/9 verify every byte of the store")
     verified = verify(output / "latents")
     if not verified.ok:
         raise StoreError(f"{output / 'latents'}: {verified.problems[0]}")
-    say("4/9 decode, compare with the pictures, and time each precision")
+    progress.note("4/9 decode, compare with the pictures, and time each precision")
     autoencoder = load_autoencoder()
     assert store.spec.pixels is not None
     originals = load_originals(output / "world", store, store.spec.pixels)
@@ -107,7 +107,7 @@ def run_demo(
         psnr_by_storage=psnrs,
         bytes_by_form=_bytes_by_form(output / "world", store, len(originals)),
         speed_by_precision=speeds,
-        learned=learn(output, say, train_seconds),
+        learned=learn(output, progress, train_seconds),
         seconds=time.monotonic() - started,
     )
 

@@ -11,7 +11,6 @@ Axes: S steps, C channels, N values of a channel.
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import numpy.typing as npt
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
 
 from halfstep.errors import InputError, StoreError
+from halfstep.machine import cores
 
 Float32 = npt.NDArray[np.float32]
 Fidelity = Literal["fp16", "bf16"]
@@ -351,7 +351,7 @@ class _AtOnce(Executor):
 
 def _pool(step: Float32) -> Executor:
     """A thread a core; none for small steps, whose operations are so short that threads only wait for each other."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "codec") if step.size >= _PARALLEL_VALUES else _AtOnce()
+    return ThreadPoolExecutor(cores(), "codec") if step.size >= _PARALLEL_VALUES else _AtOnce()
 
 
 def _damaged(what: str) -> StoreError:
