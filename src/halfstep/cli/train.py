@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import re
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -150,4 +151,13 @@ def _read(path: Path | None, defaults: dict[str, Any], given: dict[str, Any], se
     content = with_settings({**defaults, **content, **given}, settings)
     if "model" not in content and path is None:
         raise InputError("train: nothing to train; name eqm or cdit, a --model or a --config")
-    return validate(content, TrainConfig, path or "train")
+    try:
+        return validate(content, TrainConfig, path or "train")
+    except InputError as error:
+        raise InputError(_as_typed(str(error), given)) from error
+
+
+def _as_typed(line: str, given: dict[str, Any]) -> str:
+    """An error's line with the settings that came by a flag under the flag's name."""
+    names = "|".join(map(re.escape, given))
+    return re.sub(rf"(?<![\w-])({names})(?=[ :])", lambda name: f"--{name[0].replace('_', '-')}", line)
