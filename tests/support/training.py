@@ -22,7 +22,7 @@ WALKS = {
 }
 
 
-def config(folder: Path, latents: Path, **changes: Any) -> TrainConfig:
+def config(folder: Path, latents: Path | str, **changes: Any) -> TrainConfig:
     values = {
         "model": SMALL,
         "data_path": str(latents),

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from halfstep.errors import HalfstepError, InputError, NumericsError
 from halfstep.models import EqM
+from halfstep.store import DatasetStore, compact
 from halfstep.train.loop import train
-from tests.support.training import SMALL, SMALL_CDIT, WALKS, Listening, assert_same, config, rewrite, run_folder
+from tests.support.training import SMALL, SMALL_CDIT, WALKS, Listening, assert_same, config, log, rewrite, run_folder
 
 
 def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path: Path, latents: Path) -> None:
@@ -294,3 +295,64 @@ def test_another_run_in_the_folder_is_left_alone(tmp_path: Path, latents: Path) 
     assert_same(run_folder(tmp_path), before)
     report = train(config(tmp_path, latents, precision="bf16-mixed", log_every=1, steps=3))
     assert report.policy.startswith("bf16-mixed")
+
+
+def photos(folder: Path, toy_world: Path, pictures: int = 10) -> Path:
+    (folder / "a").mkdir(parents=True)
+    for frame in range(pictures):
+        shutil.copy(toy_world / "walk_000" / f"{frame}.jpg", folder / "a")
+    return folder
+
+
+def test_pictures_that_cannot_be_read_are_replaced_counted_and_named(tmp_path: Path, toy_world: Path) -> None:
+    chosen: dict[str, Any] = {"image_size": 32, "global_batch_size": 5, "steps": 4, "log_every": 2}
+    folder = photos(tmp_path / "photos", toy_world)
+    train(config(tmp_path / "whole", folder, **chosen))
+    (folder / "a" / "3.jpg").write_bytes(b"no picture")
+    told = Listening()
+    report = train(config(tmp_path / "broken", folder, **chosen), told)
+    assert [line for line in told.notes if "3.jpg: not a picture that Pillow can read; another item stands in" in line]
+    assert sum("3.jpg" in line for line in told.notes) == 1  # once, though two epochs meet it
+    assert [record["unreadable"] for record in log(tmp_path / "broken")] == [1, 2]
+    assert report.unreadable == 2
+    assert all(record["unreadable"] == 0 for record in log(tmp_path / "whole"))
+
+
+def test_where_nothing_can_be_read_the_work_is_kept(tmp_path: Path, toy_world: Path) -> None:
+    """The pictures go away while it trains: there is a checkpoint of the step that they went at."""
+    folder = photos(tmp_path / "photos", toy_world, 4)
+
+    class Removing(Listening):
+        step = 0
+
+        def advance(self, units: int = 1, *, written: int = 0) -> None:
+            self.step += units
+            if self.step == 3:
+                for path in (folder / "a").iterdir():
+                    path.write_bytes(b"")
+
+    with pytest.raises(InputError, match=r"an empty file; nor can the 3 items after it be read"):
+        train(config(tmp_path, folder, image_size=32, global_batch_size=4, steps=9), Removing())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000003"]
+
+
+def test_a_run_goes_on_where_its_data_lies_now(tmp_path: Path, latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(latents, tmp_path / "here")
+    train(config(tmp_path, tmp_path / "here", steps=2))
+    monkeypatch.chdir(tmp_path)
+    told = Listening()
+    assert train(config(tmp_path, Path("here"), steps=3), told).step == 3  # another spelling is no other place
+    assert told.notes == []
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert train(config(tmp_path, tmp_path / "there", steps=4), told).step == 4
+    assert [line for line in told.notes if f"here', is '{tmp_path / 'there'}'; it holds the same sequences" in line]
+    assert train(config(tmp_path, f"file://{tmp_path}/there", steps=5)).step == 5
+    train(config(tmp_path / "never", latents, steps=5))  # the moves changed nothing
+    assert_same(run_folder(tmp_path), run_folder(tmp_path / "never"))
+    shutil.copytree(tmp_path / "there", tmp_path / "fewer")
+    compact(tmp_path / "fewer", drop=DatasetStore.open(tmp_path / "fewer").keys()[:1])
+    with pytest.raises(InputError, match=r"was trained on other data .*30 items then, 20 now.*another run_name"):
+        train(config(tmp_path, tmp_path / "fewer", steps=6))
+    with pytest.raises(InputError, match="s3://bucket/latents"):
+        train(config(tmp_path, "s3://bucket/latents", run_name="new"))
+    assert not (tmp_path / "new").exists()
