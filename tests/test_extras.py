@@ -61,6 +61,7 @@ main()
         ("plotly", ["analyze", "--batch-dir", "RUNS"], "analyze: plotly is not installed; pip install 'halfstep[an"),
         ("transformers", ["generate", "--template", "a cat", "-o", "x"], "pip install 'halfstep[generate]'"),
         ("torchmetrics", ["eval", "fid", "A", "A"], "pip install 'halfstep[fid]'"),
+        ("matplotlib", ["demo", "-o", "x"], "demo: matplotlib is not installed; pip install 'halfstep[all]'"),
         ("ray", ["encode", "-i", "A", "-o", "y", "--ray"], "--ray: ray is not installed; pip install 'halfstep[ray]'"),
     ],
 )

@@ -20,6 +20,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "wandb": ("wandb",),
 }
 
+# Verbs that go through all of it.
+_OF_EVERYTHING = ("bench", "demo")
+
 
 def missing(error: ImportError, wanted: str) -> InputError | None:
     """The line for an import that failed because an extra is not installed, by preference the one of `wanted`, a verb
@@ -28,5 +31,5 @@ def missing(error: ImportError, wanted: str) -> InputError | None:
     found = [name for name, modules in EXTRAS.items() if module in modules]
     if not found:
         return None
-    extra = wanted if wanted in found else found[0]
+    extra = wanted if wanted in found else "all" if wanted in _OF_EVERYTHING else found[0]
     return InputError(f"{wanted}: {module} is not installed; pip install 'halfstep[{extra}]'")
