@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch.utils.data import Dataset, Sampler
 
 from halfstep.config import Config, load_yaml, validate
@@ -30,7 +30,7 @@ from halfstep.store.dataset import DatasetStore
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 
 # A folder, or the URL of a store.
-Place = Annotated[Path | str, BeforeValidator(place)]
+Place = Annotated[str | Path, AfterValidator(place)]  # str first: JSON has both alike
 
 
 class SeededDataset(Dataset[Any], ABC):
