@@ -58,6 +58,14 @@ def begin(
     return state, about
 
 
+def policy_of(config: TrainConfig, data: TrainingData, device: torch.device) -> Settled:
+    """What a run of one process would be trained in. Raises InputError when the folder holds another run."""
+    saved = newest(config.folder)
+    if saved is not None:
+        _require_same_run(config, data, saved, Team())
+    return _policy(config, saved, device)
+
+
 def facts_of(config: TrainConfig, data: TrainingData, team: Team) -> dict[str, Any]:
     """What a checkpoint notes of its run, so that this module can tell whether another call is the same run."""
     return {
