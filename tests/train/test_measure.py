@@ -20,7 +20,7 @@ from halfstep.store import DatasetStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.data import open_data
 from halfstep.train.loop import TrainReport, train
-from halfstep.train.measure import measure
+from halfstep.train.measure import Timing, measure, summed_up
 from halfstep.train.measured import Case, Measured, against_fp32, conditions, read_measured, saving, types_of
 from tests.support.cli import run_cli
 from tests.support.encoding import run
@@ -44,6 +44,12 @@ def test_savings_are_ratios_of_times_and_of_memory() -> None:
     half, full = Case(0.2, 40.0, 730.0, 8), Case(0.286, 28.0, 1000.0, 6)
     assert saving(half, full) == {"speedup": 1.43, "memory": 0.73}
     assert saving(full, half) == {"speedup": 0.7, "memory": 1.37}
+
+
+def test_each_process_counts_alike() -> None:
+    """One that ran in a busy moment got fewer steps done."""
+    busy, idle = Timing([4.0], 900.0), Timing([1.0, 1.0, 2.0, 1.0, 1.0], 1000.0)
+    assert summed_up([busy, idle], samples=5) == Case(2.5, 2.0, 950.0, 6)
 
 
 def test_the_type_of_files_is_none_of_a_step() -> None:

@@ -49,7 +49,7 @@ class _Timed(TrainConfig):
 
 
 @dataclass(frozen=True)
-class _Run:
+class Timing:
     """What one process found: seconds of each timed step, and the most memory that it held, in MB."""
 
     seconds: list[float]
@@ -87,7 +87,7 @@ def measure(config: TrainConfig, pixels: Path, progress: Progress = SILENT) -> M
     with alone(config.folder):
         runs = _in_turn(cases, progress)
         samples = data.items_per_step * data.goals
-        found = {name: _summed_up(parts, samples) for name, parts in runs.items()}
+        found = {name: summed_up(parts, samples) for name, parts in runs.items()}
         about = config.about(data.latent_shape, data.num_classes)
         measured = Measured(
             conditions=conditions(config, about, data, settled.policy, device, 1),
@@ -179,9 +179,9 @@ def _timed(config: TrainConfig, spec: LatentSpec, changes: dict[str, Any]) -> _T
     return validate(values, _Timed, "--measure")
 
 
-def _in_turn(cases: dict[str, _Timed], progress: Progress) -> dict[str, list[_Run]]:
+def _in_turn(cases: dict[str, _Timed], progress: Progress) -> dict[str, list[Timing]]:
     """Each case once a round, so that a busy moment falls on all of them."""
-    runs: dict[str, list[_Run]] = {name: [] for name in cases}
+    runs: dict[str, list[Timing]] = {name: [] for name in cases}
     progress.start(_ROUNDS * len(cases))
     with tempfile.TemporaryDirectory(prefix="halfstep-measure-") as scratch:
         for number in range(_ROUNDS):
@@ -193,14 +193,14 @@ def _in_turn(cases: dict[str, _Timed], progress: Progress) -> dict[str, list[_Ru
     return runs
 
 
-def _in_own_process(name: str, case: _Timed) -> _Run:
+def _in_own_process(name: str, case: _Timed) -> Timing:
     command = [sys.executable, "-c", "from halfstep.train.measure import print_own_times; print_own_times()"]
     result = subprocess.run(command, input=case.model_dump_json(), capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()
     if result.returncode != 0 or not lines:
         why = (result.stderr.splitlines() or ["it said nothing"])[-1]
         raise HalfstepError(f"--measure: {name}: the process ended with {result.returncode} ({why})")
-    return _Run(**json.loads(lines[-1]))
+    return Timing(**json.loads(lines[-1]))
 
 
 def print_own_times() -> None:
@@ -231,17 +231,16 @@ class _Clock(Progress):
         if timed == _MOST_STEPS or (timed and self._ends[-1] - self._ends[0] > _SECONDS):
             raise _Enough
 
-    def found(self) -> _Run:
-        return _Run(np.diff(self._ends).tolist(), peak_memory_mb(self._device))
+    def found(self) -> Timing:
+        return Timing(np.diff(self._ends).tolist(), peak_memory_mb(self._device))
 
 
-def _summed_up(runs: list[_Run], samples: int) -> Case:
-    """Medians, of steps of `samples` samples."""
-    steps = [seconds for run in runs for seconds in run.seconds]
-    seconds = statistics.median(steps)
+def summed_up(runs: list[Timing], samples: int) -> Case:
+    """Steps of `samples` samples. Each process counts alike: in a busy moment it gets fewer steps done."""
+    seconds = statistics.median(statistics.median(run.seconds) for run in runs)
     return Case(
         seconds_per_step=float(f"{seconds:.4g}"),
         samples_per_second=float(f"{samples / seconds:.4g}"),
         peak_memory_mb=round(statistics.median(run.peak_memory_mb for run in runs), 1),
-        steps=len(steps),
+        steps=sum(len(run.seconds) for run in runs),
     )

@@ -27,7 +27,7 @@ _SAVED = {"speedup", "memory"}
 
 @dataclass(frozen=True)
 class Case:
-    """Medians over `steps` steps, in processes of their own; memory, in MB, is the most that one of them held."""
+    """Medians over processes, which timed `steps` steps in all. Memory, in MB, is the most that a process held."""
 
     seconds_per_step: float
     samples_per_second: float
