@@ -41,7 +41,7 @@ def a_measurement(now: dict[str, Any]) -> Measured:
 
 
 def test_savings_are_ratios_of_times_and_of_memory() -> None:
-    half, full = Case(0.2, 40.0, 730.0, 8), Case(0.286, 28.0, 1000.0, 6)
+    half, full = Case(0.2, 0.2, 0.3, 40.0, 730.0, 8), Case(0.286, 0.2, 0.3, 28.0, 1000.0, 6)
     assert saving(half, full) == {"speedup": 1.43, "memory": 0.73}
     assert saving(full, half) == {"speedup": 0.7, "memory": 1.37}
 
@@ -49,7 +49,7 @@ def test_savings_are_ratios_of_times_and_of_memory() -> None:
 def test_each_process_counts_alike() -> None:
     """One that ran in a busy moment got fewer steps done."""
     busy, idle = Timing([4.0], 900.0), Timing([1.0, 1.0, 2.0, 1.0, 1.0], 1000.0)
-    assert summed_up([busy, idle], samples=5) == Case(2.5, 2.0, 950.0, 6)
+    assert summed_up([busy, idle], samples=5) == Case(2.5, 1.0, 4.0, 2.0, 950.0, 6)
 
 
 def test_the_type_of_files_is_none_of_a_step() -> None:
@@ -128,6 +128,8 @@ def test_what_cannot_be_measured_is_named(tmp_path: Path, latents: Path, toy_wor
         ({}, tmp_path / "fewer", r"--measure .*fewer: lacks 1 of the 3 sequences of the latents \(walk_001\)"),
         ({**unspaced, "data_path": None, "datasets": datasets}, toy_world, r"it does not measure datasets"),
         ({"global_batch_size": 64}, toy_world, r"a batch has 64: use a batch of 30 or less"),
+        ({"model": "EqM-S/8"}, toy_world, r"got latents of 4 x 4; expected multiples of the patch, 8"),
+        ({"ckpt": "/nowhere.pt"}, toy_world, r"no such file or folder; expected a checkpoint"),
         ({"precision": "fp16"}, toy_world, r"fp16 weights cannot be trained"),
         ({"results_dir": str(tmp_path), "run_name": "mine"}, toy_world, r"holds thesis.tex and is no training run"),
     ]
@@ -149,7 +151,7 @@ def test_a_measurement_and_the_run_after_it(
     common = [*sizes, "--data-path", latents, "-o", tmp_path, "--run-name", "run", "--global-batch-size", 8]
     command = ["train", "eqm", *common, "--precision", "bf16-mixed", "--device", "cpu", "--quiet"]
     lines = run_cli(*command, "--measure", toy_world).stdout.splitlines()
-    assert lines[0].split() == ["s/step", "samples/s", "peak", "MB"]
+    assert lines[0].split() == ["s/step", "from", "..", "to", "samples/s", "peak", "MB"]
     assert [line[:20].strip() for line in lines[1:4]] == ["latents, bf16-mixed", "latents, fp32", "pixels, bf16-mixed"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "measured.json"]
     assert not list((tmp_path / "scratch").iterdir())
@@ -160,7 +162,8 @@ def test_a_measurement_and_the_run_after_it(
     assert content["against_fp32"] == saving(ours, full)
     assert content["against_pixels"] == saving(ours, pixels)
     for case in cases.values():
-        assert case.steps >= 2
+        assert case.steps >= 4
+        assert case.smallest <= case.seconds_per_step <= case.largest
         assert case.samples_per_second == pytest.approx(8 / case.seconds_per_step, rel=1e-2)
         assert case.peak_memory_mb > 50
     assert content["conditions"]["batch"] == 8

@@ -160,11 +160,11 @@ def _measure(config: TrainConfig, pixels: Path, *, json: bool, quiet: bool) -> N
         typer.echo(json_module.dumps(asdict(found)))
         return
     wide = max(map(len, found.cases))
-    typer.echo(f"{'':{wide}}  s/step  samples/s  peak MB")
+    typer.echo(f"{'':{wide}}  s/step  {'from .. to':>14}  samples/s  peak MB")
     for name, case in found.cases.items():
-        typer.echo(
-            f"{name:{wide}}  {case.seconds_per_step:6.3g}  {case.samples_per_second:9.4g}  {case.peak_memory_mb:7.0f}"
-        )
+        spread = f"{case.smallest:.3g} .. {case.largest:.3g}"
+        rates = f"{case.samples_per_second:9.3g}  {case.peak_memory_mb:7.0f}"
+        typer.echo(f"{name:{wide}}  {case.seconds_per_step:6.3g}  {spread:>14}  {rates}")
     if found.against_fp32 is not None:
         typer.echo(_told(found.conditions["policy"], "fp32", found.against_fp32))
     typer.echo(_told("latents", "pixels", found.against_pixels))

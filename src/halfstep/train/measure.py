@@ -30,10 +30,10 @@ from halfstep.train.config import TrainConfig
 from halfstep.train.data import TrainingData, open_data
 from halfstep.train.loop import MARKS, train
 from halfstep.train.measured import Case, Measured, conditions, saving, types_of
-from halfstep.train.resume import policy_of
+from halfstep.train.resume import would_begin
 
 _ROUNDS = 2
-_MOST_STEPS, _SECONDS = 16, 4.0  # timed in one process: at least one step, and none after so many or so long
+_FEWEST, _MOST, _SECONDS = 2, 16, 4.0  # steps timed in one process; after so long there are no more than the fewest
 _NEVER = 10**9  # steps
 _ALIKE = 0.1  # relative: encoders in half stay below, another picture's latents are far above
 
@@ -71,7 +71,7 @@ def measure(config: TrainConfig, pixels: Path, progress: Progress = SILENT) -> M
     device = open_device(config.device)
     spec = _stored_spec(config)
     data = open_data(config, 1)
-    settled = policy_of(config, data, device)
+    about, settled = would_begin(config, data, device)
     _require_same_frames(open_frames(config.data_path), pixels, spec)
     from_pixels = _timed(config, spec, _of_pixels(config, pixels, spec, data))
     open_data(from_pixels, 1)
@@ -88,7 +88,6 @@ def measure(config: TrainConfig, pixels: Path, progress: Progress = SILENT) -> M
         runs = _in_turn(cases, progress)
         samples = data.items_per_step * data.goals
         found = {name: summed_up(parts, samples) for name, parts in runs.items()}
-        about = config.about(data.latent_shape, data.num_classes)
         measured = Measured(
             conditions=conditions(config, about, data, settled.policy, device, 1),
             machine={
@@ -228,7 +227,7 @@ class _Clock(Progress):
             torch.cuda.synchronize(self._device)
         self._ends.append(time.perf_counter())
         timed = len(self._ends) - 1
-        if timed == _MOST_STEPS or (timed and self._ends[-1] - self._ends[0] > _SECONDS):
+        if timed == _MOST or (timed >= _FEWEST and self._ends[-1] - self._ends[0] > _SECONDS):
             raise _Enough
 
     def found(self) -> Timing:
@@ -239,8 +238,14 @@ def summed_up(runs: list[Timing], samples: int) -> Case:
     """Steps of `samples` samples. Each process counts alike: in a busy moment it gets fewer steps done."""
     seconds = statistics.median(statistics.median(run.seconds) for run in runs)
     return Case(
-        seconds_per_step=float(f"{seconds:.4g}"),
-        samples_per_second=float(f"{samples / seconds:.4g}"),
+        seconds_per_step=_rounded(seconds),
+        smallest=_rounded(min(min(run.seconds) for run in runs)),
+        largest=_rounded(max(max(run.seconds) for run in runs)),
+        samples_per_second=_rounded(samples / seconds),
         peak_memory_mb=round(statistics.median(run.peak_memory_mb for run in runs), 1),
         steps=sum(len(run.seconds) for run in runs),
     )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

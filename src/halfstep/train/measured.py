@@ -27,9 +27,12 @@ _SAVED = {"speedup", "memory"}
 
 @dataclass(frozen=True)
 class Case:
-    """Medians over processes, which timed `steps` steps in all. Memory, in MB, is the most that a process held."""
+    """Medians over processes, which timed `steps` steps in all, and the `smallest` and `largest` seconds of a step.
+    Memory, in MB, is the most that a process held."""
 
     seconds_per_step: float
+    smallest: float
+    largest: float
     samples_per_second: float
     peak_memory_mb: float
     steps: int
