@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from halfstep.cli.encode import saving
 from halfstep.store import DatasetStore
 from tests.support.cli import run_cli
 
@@ -145,6 +146,26 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = run_cli("--debug", "store", "verify", tmp_path, check=1)
     assert "Traceback" in result.stderr
     assert "StoreError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("latents", "fp32", "sources", "told"),
+    [
+        (12_300_000, 24_600_000, 151_900_000, "12.3 MB of latents: 8.1% of the sources (151.9 MB), 50% of fp32"),
+        (12_300, 24_600, 20_000, "12.3 kB of latents: 62% of the sources (20.0 kB), 50% of fp32 latents"),
+        (12_300_000, 12_300_000, 5_300_000, "12.3 MB of latents: 2.3 times the sources (5.3 MB), 100% of fp32 latents"),
+        (12_300_000, 24_600_000, None, "12.3 MB of latents: 50% of fp32 latents; not all of their sources are there"),
+    ],
+)
+def test_what_latents_take_is_told_as_it_is(latents: int, fp32: int, sources: int | None, told: str) -> None:
+    assert saving(latents, fp32, sources).startswith(told)
+
+
+def test_encode_ends_with_what_the_latents_take(toy_world: Path, tmp_path: Path) -> None:
+    result = run_cli("encode", "-i", toy_world, "-o", tmp_path / "s", *SMALL)
+    assert "15.4 kB of latents: " in result.stdout
+    assert " the sources (" in result.stdout
+    assert "of latents" not in run_cli("encode", "-i", toy_world, "-o", tmp_path / "s", "--dry-run").stdout
 
 
 def test_a_yaml_list_and_several_folders(toy_world: Path, tmp_path: Path) -> None:

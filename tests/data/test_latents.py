@@ -19,6 +19,7 @@ from halfstep.data.latents import (
     ClipLatents,
     ImageLatents,
     NavigationConfig,
+    NavigationDatasetConfig,
     NavigationLatents,
     SeededOrder,
     navigation_datasets,
@@ -411,3 +412,11 @@ def test_faults_in_a_config_are_named(encoded: Path, tmp_path: Path, change: tup
     config.write_text(text.replace(*change).replace("LATENTS", str(encoded)))
     with pytest.raises(InputError, match=named):
         navigation_datasets(NavigationConfig.load(config))
+
+
+@pytest.mark.parametrize("named", ["walks", "/data/walks", "s3://bucket/walks", "file:///data/walks"])
+def test_a_place_is_the_same_in_json_as_in_yaml(named: str) -> None:
+    read = NavigationDatasetConfig(latent_folder=named)
+    assert read.latent_folder == (named if named.startswith("s3") else Path(named.removeprefix("file://")))
+    assert NavigationDatasetConfig.model_validate_json(read.model_dump_json()) == read
+    assert NavigationDatasetConfig.model_validate_json(json.dumps({"latent_folder": named})) == read

@@ -54,6 +54,45 @@ def test_latents_are_what_the_autoencoder_gives(world: Path, tmp_path: Path) -> 
     assert verify(tmp_path / "s").ok
 
 
+@pytest.mark.parametrize("storage", ["fp16", "fp32"])
+def test_bytes_are_told_against_the_sources_and_fp32(world: Path, tmp_path: Path, storage: str) -> None:
+    """Of the pictures that became latents, not of poses and what else lies there."""
+    (world / "notes.txt").write_text("not read")
+    sources = sum(path.stat().st_size for path in world.rglob("*.jpg"))
+    report = run(world, tmp_path / "s", storage=storage)
+    fp32 = 30 * 16 * 4 * 4 * 4
+    assert (report.source_bytes, report.fp32_bytes, report.bytes) == (sources, fp32, fp32 // (2 - (storage == "fp32")))
+    assert run(world, tmp_path / "s", storage=storage).source_bytes == sources
+    planned = encode([SourceConfig(path=world)], EncodeOptions(tmp_path / "s"), dry_run=True)
+    assert (planned.source_bytes, planned.fp32_bytes) == (None, 0)
+
+
+def test_a_source_counts_once_and_what_failed_does_not(toy_world: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        shutil.copy(toy_world / "walk_000" / f"{number}.jpg", photos)
+    (photos / "again.jpg").symlink_to("0.jpg")
+    sources = sum((photos / f"{number}.jpg").stat().st_size for number in range(3))
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    report = run(photos, tmp_path / "s")
+    assert (report.items, report.failed, report.source_bytes) == (4, 1, sources)
+    write_video(tmp_path / "clip.mp4", 6)
+    assert run(tmp_path / "clip.mp4", tmp_path / "v").source_bytes == (tmp_path / "clip.mp4").stat().st_size
+
+
+def test_sources_that_are_not_all_there_are_not_compared_with(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "s")
+    assert run(world, tmp_path / "s", limit=10).source_bytes is None
+    (world / "walk_001" / "traj_data.pkl").unlink()
+    report = run(world, tmp_path / "s")
+    assert (report.items, report.failed, report.source_bytes) == (30, 1, None)
+    shutil.rmtree(world / "walk_001")
+    assert run(world, tmp_path / "s", keep_missing=True).source_bytes is None
+    left = sum(path.stat().st_size for path in world.rglob("*.jpg"))
+    assert run(world, tmp_path / "s").source_bytes == left
+
+
 def test_a_rerun_encodes_nothing(world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "s")
     before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
@@ -452,6 +491,7 @@ def test_latents_of_another_tool_are_repacked(world: Path, tmp_path: Path) -> No
     torch.save(torch.full((16, 4, 4), torch.inf), tmp_path / "pt" / "walk_002" / "9.pt")
     report = run(tmp_path / "pt", tmp_path / "again", size=None)
     assert (report.items, report.failed) == (29, 1)
+    assert report.source_bytes == sum(path.stat().st_size for path in (tmp_path / "pt").rglob("*.pt"))
     ours, theirs = DatasetStore.open(tmp_path / "again"), DatasetStore.open(tmp_path / "s")
     assert np.array_equal(ours.read("walk_000"), theirs.read("walk_000"))
     assert np.array_equal(ours.read_array("walk_001", "position"), theirs.read_array("walk_001", "position"))

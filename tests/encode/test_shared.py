@@ -19,6 +19,7 @@ def test_torchrun_gives_the_same_store_and_resumes_under_another_count(toy_world
     run(world, tmp_path / "one")
     report = json.loads(torchrun(2, "encode", "-i", world, "-o", tmp_path / "two", *OPTIONS).stdout)
     assert (report["encoded"], report["items"], report["failed"]) == (30, 30, 0)
+    assert report["source_bytes"] == sum(path.stat().st_size for path in world.rglob("*.jpg"))
     assert same(content(tmp_path / "two"), content(tmp_path / "one"))
     assert verify(tmp_path / "two").ok
     shutil.rmtree(world / "walk_000")
@@ -48,6 +49,7 @@ def test_ray_gives_the_same_store(toy_world: Path, tmp_path: Path) -> None:
     result = run_process("encode", "-i", world, "-o", tmp_path / "ray", *OPTIONS, "--ray")
     report = json.loads(result.stdout)
     assert (report["encoded"], report["items"], report["failed"]) == (30, 30, 0)
+    assert report["source_bytes"] == sum(path.stat().st_size for path in world.rglob("*.jpg"))
     assert same(content(tmp_path / "ray"), content(tmp_path / "one"))
     assert verify(tmp_path / "ray").ok
     (world / "walk_001" / "3.jpg").write_bytes(b"")

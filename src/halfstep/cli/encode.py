@@ -135,6 +135,20 @@ def _parse_batch_size(text: str) -> int | None:
     return int(text)
 
 
+def saving(latents: int, fp32: int, sources: int | None) -> str:
+    """What latents take, in bytes, against what they would take in fp32 and what their sources do."""
+    in_fp32 = f"{latents / fp32:.0%} of fp32 latents"
+    if not sources:
+        return f"{_size(latents)} of latents: {in_fp32}; not all of their sources are there to compare with"
+    share = latents / sources
+    told = f"{share:.1f} times" if share > 1 else f"{share:.{1 if share < 0.1 else 0}%} of"
+    return f"{_size(latents)} of latents: {told} the sources ({_size(sources)}), {in_fp32}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
 def _summary(report: EncodeReport, keep_missing: bool) -> str:
     did = "would encode" if report.dry_run else "encoded"
     lines = [
@@ -144,8 +158,10 @@ def _summary(report: EncodeReport, keep_missing: bool) -> str:
     if not report.dry_run:
         lines.append(
             f"{report.store}: {report.items} items in {report.sequences} sequences, "
-            f"{report.bytes / 1e6:.1f} MB of latents, {report.items_per_second:.1f} items/s"
+            f"{report.items_per_second:.1f} items/s"
         )
+    if report.bytes:
+        lines.append(saving(report.bytes, report.fp32_bytes, report.source_bytes))
     if report.retried_in_fp32:
         lines.append(f"{report.retried_in_fp32} items overflowed in half precision and were encoded again in fp32")
     if report.left_out:

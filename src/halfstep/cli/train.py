@@ -17,6 +17,7 @@ from halfstep.team import rank
 
 if TYPE_CHECKING:
     from halfstep.train.config import TrainConfig
+    from halfstep.train.loop import TrainReport
 
 
 class Family(StrEnum):
@@ -73,6 +74,13 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log there too.")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log there too.")] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    measure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Train nothing: time steps from --data-path, from the pixels that it was encoded from, and in fp32.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any other setting, in place of the YAML's.")
     ] = None,
@@ -120,6 +128,10 @@ def train(
     if family is not None and chosen.family.name.lower() != family:
         raise InputError(f"train: got {family.value} and a model of {chosen.family.name}; they do not go together")
 
+    if measure is not None:
+        _measure(chosen, measure, json=json, quiet=quiet)
+        return
+
     from halfstep.cli.progress import Bar
     from halfstep.train.loop import train as run_train
 
@@ -133,6 +145,48 @@ def train(
     loss = "" if report.loss is None else f", loss {report.loss:.4f}, {report.samples_per_second:.1f} samples/s"
     skipped = f", {report.skipped} updates skipped" if report.skipped else ""
     typer.echo(f"{report.checkpoint}: {report.network} after {report.step} steps in {report.policy}{loss}{skipped}")
+    if line := saved_line(report):
+        typer.echo(line)
+
+
+def _measure(config: TrainConfig, pixels: Path, *, json: bool, quiet: bool) -> None:
+    from halfstep.cli.progress import Bar
+    from halfstep.train.measure import measure
+    from halfstep.train.measured import NAME
+
+    with Bar("measuring", "runs", hidden=quiet) as progress:
+        found = measure(config, pixels, progress)
+    if json:
+        typer.echo(json_module.dumps(asdict(found)))
+        return
+    wide = max(map(len, found.cases))
+    typer.echo(f"{'':{wide}}  s/step  {'from .. to':>14}  samples/s  peak MB")
+    for name, case in found.cases.items():
+        spread = f"{case.smallest:.3g} .. {case.largest:.3g}"
+        rates = f"{case.samples_per_second:9.3g}  {case.peak_memory_mb:7.0f}"
+        typer.echo(f"{name:{wide}}  {case.seconds_per_step:6.3g}  {spread:>14}  {rates}")
+    if found.against_fp32 is not None:
+        typer.echo(_told(found.conditions["policy"], "fp32", found.against_fp32))
+    typer.echo(_told("latents", "pixels", found.against_pixels))
+    typer.echo(f"{config.folder / NAME}: batches of {found.conditions['batch']} on {found.machine['device']}")
+
+
+def saved_line(report: TrainReport) -> str | None:
+    """What precision saved, for people; None where there was nothing to save."""
+    from halfstep.precision import PrecisionPolicy
+    from halfstep.train.measured import types_of
+
+    policy = PrecisionPolicy.parse(report.policy)
+    if policy.compute == "fp32":
+        return None
+    if report.against_fp32 is None:
+        return f"what {types_of(policy)} saves against fp32 was not measured here; --measure PIXELS does"
+    return f"{_told(types_of(policy), 'fp32', report.against_fp32)} (measured)"
+
+
+def _told(ours: str, other: str, saving: dict[str, float]) -> str:
+    whose = "their" if other == "pixels" else "its"
+    return f"{ours}: {saving['speedup']:.2f}x as fast as {other} here, {saving['memory']:.2f} of {whose} memory"
 
 
 def _read(path: Path | None, defaults: dict[str, Any], given: dict[str, Any], settings: list[str]) -> TrainConfig:

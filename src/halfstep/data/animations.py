@@ -33,6 +33,9 @@ class AnimationSequence:
     def expected(self) -> int:
         return -(-frames_in(self.source) // self.stride)
 
+    def files(self) -> list[Path]:
+        return [self.source]
+
     def inspect(self) -> Inspection:
         return Inspection(digest(file_digest(self.source), repr((self.stride, self.fps)).encode()))
 

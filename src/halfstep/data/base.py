@@ -65,6 +65,9 @@ class FrameSequence(Protocol):
     @property
     def expected(self) -> int: ...
 
+    def files(self) -> list[Path]:
+        """The files that the frames are in. Raises SourceError when they cannot be told."""
+
     def inspect(self) -> Inspection:
         """Digests of what is there. Raises SourceError when the sequence is unusable as a whole."""
 

@@ -37,6 +37,10 @@ class Guarded:
         except SourceError:
             return 0  # an estimate only; inspecting or reading it tells what is wrong
 
+    def files(self) -> list[Path]:
+        with reading(self.source):
+            return self.inner.files()
+
     def inspect(self) -> Inspection:
         with reading(self.source):
             return self.inner.inspect()
@@ -68,6 +72,9 @@ class Unusable:
     @property
     def expected(self) -> int:
         return 0
+
+    def files(self) -> list[Path]:
+        raise SourceError(self.reason)
 
     def inspect(self) -> Inspection:
         raise SourceError(self.reason)

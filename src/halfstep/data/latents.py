@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch.utils.data import Dataset, Sampler
 
 from halfstep.config import Config, load_yaml, validate
@@ -30,7 +30,7 @@ from halfstep.store.dataset import DatasetStore
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 
 # A folder, or the URL of a store.
-Place = Annotated[Path | str, BeforeValidator(place)]
+Place = Annotated[str | Path, AfterValidator(place)]  # str first: JSON has both alike
 
 
 class SeededDataset(Dataset[Any], ABC):
@@ -284,20 +284,21 @@ class NavigationConfig(Config):
 
 
 def navigation_datasets(
-    config: NavigationConfig, split: str = "train", *, seed: int = 0
+    config: NavigationConfig, split: str = "train", *, seed: int = 0, pixels: PixelSpec | None = None
 ) -> dict[str, NavigationLatents]:
     """One dataset for each entry of the config: over `latent_folder` when it is given and there, else over the
-    pictures of `data_folder`.
+    pictures of `data_folder`, fitted to `pixels` (by default squares of the config's `image_size`).
 
     Raises InputError when neither is there, or the spacing of a dataset is neither known nor given.
     """
     made = {}
+    pixels = pixels or PixelSpec(config.image_size, config.image_size, "4:3")
     for name, entry in config.datasets.items():
         spacing = entry.metric_waypoint_spacing or METRIC_WAYPOINT_SPACING.get(name)
         if spacing is None:
             raise InputError(f"datasets.{name}.metric_waypoint_spacing: not given, and not known for this name")
         made[name] = NavigationLatents(
-            _open_entry(name, entry, config.image_size),
+            _open_entry(name, entry, pixels),
             spacing=spacing,
             context_size=config.context_size,
             len_traj_pred=config.len_traj_pred,
@@ -310,12 +311,12 @@ def navigation_datasets(
     return made
 
 
-def _open_entry(name: str, entry: NavigationDatasetConfig, image_size: int) -> FrameReader:
+def _open_entry(name: str, entry: NavigationDatasetConfig, pixels: PixelSpec) -> FrameReader:
     if entry.latent_folder is not None and (entry.data_folder is None or _has_latents(entry.latent_folder)):
         return open_frames(entry.latent_folder)
     if entry.data_folder is None:
         raise InputError(f"datasets.{name}: neither latent_folder nor data_folder is given")
-    return open_frames(entry.data_folder, PixelSpec(image_size, image_size, "4:3"))
+    return open_frames(entry.data_folder, pixels)
 
 
 def _has_latents(folder: Path | str) -> bool:

@@ -249,6 +249,9 @@ class PictureSequence:
     def expected(self) -> int:
         return 1
 
+    def files(self) -> list[Path]:
+        return [self.source]
+
     def inspect(self) -> Inspection:
         content = file_digest(self.source)
         return Inspection(content, (0,), (content,), unused=frames_in(self.source) - 1)

@@ -99,6 +99,9 @@ class PtSequence:
     def expected(self) -> int:
         return len(numbered_files(self.source, EXTENSIONS))
 
+    def files(self) -> list[Path]:
+        return list(numbered_files(self.source, EXTENSIONS).values())
+
     def inspect(self) -> Inspection:
         files = numbered_files(self.source, EXTENSIONS)
         numbers = tuple(sorted(files))

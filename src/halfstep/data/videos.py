@@ -53,6 +53,9 @@ class VideoSequence:
         """Counted, not decoded; damage makes it fewer."""
         return count_taken(self.source, self.stride, self.fps)
 
+    def files(self) -> list[Path]:
+        return [self.source]
+
     def inspect(self) -> Inspection:
         thinning = (self.stride, self.fps) if self.fps is None else (self.stride, self.fps, _AT_A_RATE)
         return Inspection(digest(file_digest(self.source), repr(thinning).encode()))

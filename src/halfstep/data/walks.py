@@ -54,6 +54,9 @@ class WalkSequence:
     def expected(self) -> int:
         return len(numbered_files(self.source, EXTENSIONS))
 
+    def files(self) -> list[Path]:
+        return list(numbered_files(self.source, EXTENSIONS).values())
+
     def inspect(self) -> Inspection:
         try:
             position, yaw = load_poses(self.source / POSES_FILE)

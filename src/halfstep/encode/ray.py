@@ -80,7 +80,7 @@ def encode_on_ray(sources: list[SourceConfig], options: EncodeOptions, progress:
             if own_cluster:
                 ray.shutdown()
         drop = [] if options.keep_missing else missing
-        return finish_run(job, totals, drop, missing, time.monotonic() - started)
+        return finish_run(job, listed, totals, drop, missing, time.monotonic() - started)
 
 
 def _map(ray: Any, job: EncodeJob, sequences: list[FrameSequence], existing: Index, progress: Progress) -> list[Counts]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from halfstep.autoencoders import Autoencoder
-from halfstep.data.base import FrameSequence
+from halfstep.data.base import FrameSequence, SourceError
 from halfstep.data.guarded import Unusable
 from halfstep.data.sources import SourceConfig, find_sources
 from halfstep.encode.counts import Counts, Failure, StoppedError, merge_counts
@@ -36,7 +37,9 @@ FAILURES_FILE = "failures.jsonl"
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What a run did. `sequences`, `items` and `bytes` (of latents) are the store's afterwards; the rest is this run's.
+    """What a run did. `sequences`, `items`, `bytes` (of latents) and what these would be in fp32 are the store's
+    afterwards, as is `source_bytes`, of the files that it was made of (None where some are not there any more, or not
+    among this run's sources); the rest is this run's.
 
     `failures` says what could not be encoded and why; the same lines are in failures.jsonl. By sequence, `left_out`
     counts the frames that make no whole clip, and `unused` those beyond the first of animations encoded as pictures.
@@ -49,6 +52,8 @@ class EncodeReport:
     removed: int
     failed: int
     bytes: int
+    fp32_bytes: int
+    source_bytes: int | None
     items_per_second: float
     seconds: float
     retried_in_fp32: int
@@ -59,6 +64,16 @@ class EncodeReport:
     left_out: dict[str, int]
     unused: dict[str, int]
     dry_run: bool = False
+
+
+class _Stored(NamedTuple):
+    """What is in the store after a run."""
+
+    sequences: int
+    items: int
+    bytes: int = 0
+    fp32_bytes: int = 0
+    source_bytes: int | None = None
 
 
 def encode(
@@ -82,7 +97,7 @@ def encode(
         started = time.monotonic()
         if dry_run:
             totals = merge_counts(team.gather(lambda: plan_only(job, mine, existing)))
-            stored = (len(existing), existing.items_in(existing), 0)
+            stored = _Stored(len(existing), existing.items_in(existing))
             removed = 0 if options.keep_missing else existing.items_in(missing)
             return _report(job, totals, removed, missing, 0.0, stored, dry_run=True)
         job = replace(team.on_leader(lambda: open_store(job, autoencoder)), device=job.device)
@@ -99,7 +114,7 @@ def encode(
             raise
         seconds = time.monotonic() - started
         drop = [] if options.keep_missing else missing
-        return team.on_leader(lambda: finish_run(job, totals, drop, missing, seconds))
+        return team.on_leader(lambda: finish_run(job, sequences, totals, drop, missing, seconds))
 
 
 def prepare_run(
@@ -174,7 +189,14 @@ def encode_share(
         return run(job, sequences, existing, lanes, writer, progress)
 
 
-def finish_run(job: EncodeJob, totals: Counts, drop: list[str], missing: list[str], seconds: float) -> EncodeReport:
+def finish_run(
+    job: EncodeJob,
+    sequences: list[FrameSequence],
+    totals: Counts,
+    drop: list[str],
+    missing: list[str],
+    seconds: float,
+) -> EncodeReport:
     """Drop what is gone, merge small shards, note failures and numerics, and report."""
     removed = compact(job.output, drop)
     with file_errors(job.output):
@@ -187,8 +209,27 @@ def finish_run(job: EncodeJob, totals: Counts, drop: list[str], missing: list[st
             replace(manifest, numerics=numerics).write(job.output)
         write_failures(job.output, totals.failures)
     store = DatasetStore.open(job.output)
-    stored = (len(store.keys()), len(store), store.latent_bytes())
+    keys = store.keys()
+    sources = source_bytes(sequences, set(keys))
+    stored = _Stored(len(keys), len(store), store.latent_bytes(), store.fp32_bytes(), sources)
     return _report(job, totals, removed, missing, seconds, stored)
+
+
+def source_bytes(sequences: list[FrameSequence], stored: Collection[str]) -> int | None:
+    """Bytes of the files that the sequences with the keys `stored` are in, each file once by whatever names; None where
+    they cannot be told of all."""
+    known = [sequence for sequence in sequences if sequence.key in stored]
+    if len(known) < len(stored):
+        return None
+    sizes: dict[tuple[int, int], int] = {}
+    try:
+        for sequence in known:
+            for path in sequence.files():
+                found = path.stat()
+                sizes[found.st_dev, found.st_ino] = found.st_size
+    except (SourceError, OSError):
+        return None
+    return sum(sizes.values())
 
 
 def write_failures(output: Path, failures: list[Failure]) -> None:
@@ -239,19 +280,20 @@ def _report(
     removed: int,
     missing: list[str],
     seconds: float,
-    stored: tuple[int, int, int],
+    stored: _Stored,
     *,
     dry_run: bool = False,
 ) -> EncodeReport:
-    sequences, items, latent_bytes = stored
     return EncodeReport(
-        sequences=sequences,
-        items=items,
+        sequences=stored.sequences,
+        items=stored.items,
         encoded=totals.encoded,
         skipped=totals.skipped,
         removed=removed,
         failed=len(totals.failures),
-        bytes=latent_bytes,
+        bytes=stored.bytes,
+        fp32_bytes=stored.fp32_bytes,
+        source_bytes=stored.source_bytes,
         items_per_second=round(totals.encoded / seconds, 3) if seconds > 0 else 0.0,
         seconds=round(seconds, 3),
         retried_in_fp32=totals.retried,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from halfstep.store.formats import LATENT_ARRAYS, Array, Float32, to_float32
 from halfstep.store.index import INDEX_SCHEMA, READING_COLUMNS, read_table
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import Manifest, parse_manifest
-from halfstep.store.shard import MappedShard, RemoteShard, Shard
+from halfstep.store.shard import ArrayLayout, MappedShard, RemoteShard, Shard
 
 # Each mapped shard costs one file descriptor; 1024 is a usual limit for a process.
 _OPEN_SHARDS = 256
@@ -99,13 +100,20 @@ class DatasetStore:
 
     def latent_bytes(self) -> int:
         """Bytes of all latents (mean, variance, mirrored ones), without poses, index and headers."""
+        return self._sum_of_latents(lambda layout: layout.row_bytes)
+
+    def fp32_bytes(self) -> int:
+        """What `latent_bytes` would be in fp32."""
+        return self._sum_of_latents(lambda layout: 4 * layout.row_values)
+
+    def _sum_of_latents(self, row: Callable[[ArrayLayout], int]) -> int:
         total = 0
         sizes: dict[int, int] = {}
-        for key, row in self._row_of.items():
-            number, _, length = self._places[row].tolist()
+        for key, place in self._row_of.items():
+            number, _, length = self._places[place].tolist()
             if number not in sizes:
                 layouts = self._located(key)[0].layouts
-                sizes[number] = sum(layouts[name].row_bytes for name in LATENT_ARRAYS if name in layouts)
+                sizes[number] = sum(row(layouts[name]) for name in LATENT_ARRAYS if name in layouts)
             total += sizes[number] * length
         return total
 

@@ -31,8 +31,12 @@ class ArrayLayout:
     offset: int
 
     @property
+    def row_values(self) -> int:
+        return int(np.prod(self.shape[1:], dtype=np.int64))
+
+    @property
     def row_bytes(self) -> int:
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * NUMPY_TYPES[self.type_name].itemsize
+        return self.row_values * NUMPY_TYPES[self.type_name].itemsize
 
 
 def parse_header(raw: bytes, where: str) -> tuple[dict[str, ArrayLayout], dict[str, str]]:

@@ -125,7 +125,7 @@ def open_data(config: TrainConfig, processes: int) -> TrainingData:
     """Find what there is to train on, by so many processes. Raises InputError when it is not there, does not fill a
     step or does not suit the network."""
     if config.family.items == "walks":
-        walks = navigation_datasets(_navigation(config), seed=config.global_seed)
+        walks = navigation_datasets(_navigation(config), seed=config.global_seed, pixels=config.pixels)
         goals = {walk.goals_per_obs for walk in walks.values()}
         if len(goals) > 1:
             raise InputError(f"goals_per_obs: the datasets have {sorted(goals)}; expected one number for all")

@@ -18,17 +18,23 @@ from halfstep.train.checkpoint import remove_unfinished, save
 from halfstep.train.config import TrainConfig
 from halfstep.train.data import open_data
 from halfstep.train.health import Movement, require_finite
+from halfstep.train.measured import NAME as MEASURED_NAME
+from halfstep.train.measured import against_fp32, conditions, read_measured
 from halfstep.train.meter import Logs, Meter, told
 from halfstep.train.resume import begin, facts_of
 from halfstep.train.state import COLLAPSE, TrainState
 from halfstep.train.stop import stop_request
 from halfstep.train.work import StepWork
 
+MARKS = ("config.json", MEASURED_NAME)  # files that tell the folder of a run
+
 
 @dataclass(frozen=True)
 class TrainReport:
     """Where a run stands. `loss` is the mean since the last line of the log; None when there was nothing to do.
-    `unreadable`: items that others stood in for, because they could not be read."""
+    `unreadable`: items that others stood in for, because they could not be read. `against_fp32`: how many times as fast
+    as fp32 the policy is ("speedup") and its share of the "memory", where `measure` found that out for such a run here.
+    """
 
     run: str
     network: str
@@ -39,6 +45,7 @@ class TrainReport:
     samples_per_second: float | None
     checkpoint: str
     unreadable: int = 0
+    against_fp32: dict[str, float] | None = None
 
 
 def train(config: TrainConfig, progress: Progress = SILENT) -> TrainReport:
@@ -55,7 +62,7 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainReport:
             torch.cuda.set_device(device)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         progress = progress if team.leads else SILENT
-        team.on_leader(lambda: claim(config.folder, "training run", ("config.json",)))
+        team.on_leader(lambda: claim(config.folder, "training run", MARKS))
         team.on_leader(lambda: stack.enter_context(alone(config.folder)))
         team.on_leader(lambda: remove_unfinished(config.folder))
         data = open_data(config, team.size)
@@ -74,13 +81,25 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainReport:
         work = StepWork(data.prepared(device, state.policy), objective, team, device, config.global_seed, parts)
         logs = Logs(config.folder, tensorboard=config.tensorboard, wandb=config.wandb)
         team.on_leader(lambda: stack.enter_context(logs).open(state.step, about.name, config.model_dump(mode="json")))
-        return _run(config, state, about, work, progress, logs)
+        measured = team.on_leader(lambda: read_measured(config.folder))
+        return _run(config, state, about, work, progress, logs, measured)
 
 
 def _run(
-    config: TrainConfig, state: TrainState, about: About, work: StepWork, progress: Progress, logs: Logs
+    config: TrainConfig,
+    state: TrainState,
+    about: About,
+    work: StepWork,
+    progress: Progress,
+    logs: Logs,
+    measured: dict[str, Any] | None,
 ) -> TrainReport:
     run, team = config.folder, work.team
+
+    def saved_by_precision() -> dict[str, float] | None:
+        now = conditions(config, about, work.data, state.policy, state.device, team.size)
+        return against_fp32(measured, now)
+
     last = config.steps or config.epochs * work.data.steps_per_epoch
     facts = facts_of(config, work.data, team)
     meter = Meter(about, state, work)
@@ -115,7 +134,7 @@ def _run(
                 )
             if movement is not None:  # only here, and in fp16 there, does the host wait for the device
                 require_finite(state, work, run)
-                record, notes = meter.record(movement)
+                record, notes = meter.record(movement, saved_by_precision())
                 if team.leads:
                     logs.write(record)
                 progress.show(told(record))
@@ -142,4 +161,5 @@ def _run(
         samples_per_second=newest.get("samples_per_second"),
         checkpoint=str(checkpoint),
         unreadable=meter.unreadable,
+        against_fp32=saved_by_precision(),
     )

@@ -59,9 +59,9 @@ class Meter:
         self._steps += 1
         self._reasons += batch.unreadable
 
-    def record(self, movement: Movement) -> tuple[dict[str, Any], list[str]]:
-        """The line for the steps since the last one, which all processes make together, and what the user should know
-        of them. Waits for the device."""
+    def record(self, movement: Movement, against_fp32: dict[str, float] | None) -> tuple[dict[str, Any], list[str]]:
+        """The line for the steps since the last one, which all processes make together, with what precision saves, and
+        what the user should know of them. Waits for the device."""
         state, team = self._state, self._work.team
         loss = self._loss / self._steps
         if team.size > 1:
@@ -81,6 +81,7 @@ class Meter:
             "grad_norm": float(self._norm) / norms if norms else None,
             "lr": state.optimizer.param_groups[0]["lr"],
             "policy": str(state.policy),
+            "against_fp32": against_fp32,
             "loss_scale": state.scaler.get_scale() if state.scaler.is_enabled() else None,
             "skipped": int(state.skipped),
             "switched_at": state.switched_at,

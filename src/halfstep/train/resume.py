@@ -26,21 +26,9 @@ def begin(
     config: TrainConfig, data: TrainingData, device: torch.device, team: Team, progress: Progress
 ) -> tuple[TrainState, About]:
     """The state to go on from. Raises InputError when the folder holds another run, or weights do not fit."""
-    about = replace(
-        config.about(data.latent_shape, data.num_classes),
-        latents=data.spec,
-        classes=data.classes,
-        spacing=data.spacing,
-    )
-    saved = newest(config.folder)
-    start: Checkpoint | None = None
-    if saved is not None:
-        for line in _require_same_run(config, data, saved, team):
-            progress.note(line)
-        start = saved.checkpoint
-    elif config.ckpt is not None:
-        start = read_checkpoint(config.ckpt, assumed=about.config)
-        _require_fitting(start, about, data)
+    about, saved, start, lines = _look(config, data, team)
+    for line in lines:
+        progress.note(line)
     policy, notes = team.on_leader(lambda: _policy(config, saved, device))
     for line in notes:
         progress.note(line)
@@ -56,6 +44,35 @@ def begin(
     elif start is not None:
         state.restore(start.ema or start.weights, start.moments, start.updates, start.path)
     return state, about
+
+
+def would_begin(config: TrainConfig, data: TrainingData, device: torch.device) -> tuple[About, Settled]:
+    """The network that a run of one process would train, and in what. Raises InputError where `begin` would."""
+    about, saved, _, _ = _look(config, data, Team())
+    settled = _policy(config, saved, device)
+    with torch.device("meta"):
+        about.build()
+    return about, settled
+
+
+def _look(
+    config: TrainConfig, data: TrainingData, team: Team
+) -> tuple[About, Saved | None, Checkpoint | None, list[str]]:
+    """The network, what is in the folder, the weights to begin with, and lines on what may differ and does."""
+    about = replace(
+        config.about(data.latent_shape, data.num_classes),
+        latents=data.spec,
+        classes=data.classes,
+        spacing=data.spacing,
+    )
+    saved = newest(config.folder)
+    if saved is not None:
+        return about, saved, saved.checkpoint, _require_same_run(config, data, saved, team)
+    if config.ckpt is None:
+        return about, None, None, []
+    start = read_checkpoint(config.ckpt, assumed=about.config)
+    _require_fitting(start, about, data)
+    return about, None, start, []
 
 
 def facts_of(config: TrainConfig, data: TrainingData, team: Team) -> dict[str, Any]:
