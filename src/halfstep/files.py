@@ -123,18 +123,23 @@ def copy_bytes(source: IO[bytes], target: IO[bytes]) -> None:
 
 def claim(folder: Path, what: str, marks: tuple[str, ...] = ()) -> bool:
     """Whether `folder` is ours already: it holds one of `marks`, the files that tell a `what`. False when it is not
-    there or empty, and may be written to. Hidden files, such as locks, do not count.
+    there or empty, and may be written to. Hidden files, such as locks, do not count, but where there are no marks: such
+    a folder is put in place as a whole.
 
-    Raises InputError, and touches nothing, when it is a file or holds something else.
+    Raises InputError, and touches nothing, when it is a file or a link to nothing, lies within a file, or holds
+    something else.
     """
     with file_errors(folder):
+        for path in (folder, *folder.parents):
+            if path.is_symlink() and not path.exists():
+                raise InputError(f"{path}: is a link to nothing; name a folder for the {what}")
+            if path.is_file():
+                raise InputError(f"{path}: is a file; name a folder for the {what}")
         if not folder.exists():
             return False
-        if not folder.is_dir():
-            raise InputError(f"{folder}: is a file; name a folder for the {what}")
         if any((folder / mark).exists() for mark in marks):
             return True
-        foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        foreign = sorted(path.name for path in folder.iterdir() if not (marks and path.name.startswith(".")))
     if foreign:
         other = f" and is no {what}; name a new or empty folder" if marks else f"; name a new folder for the {what}"
         raise InputError(f"{folder}: holds {some(foreign, 2)}{other}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halfstep.cli.encode import saving
-from halfstep.store import DatasetStore
+from halfstep.store import DatasetStore, TrajectoryStore
 from tests.support.cli import run_cli
 
 SMALL = ["--size", "32", "--batch-size", "4", "--quiet"]
@@ -266,3 +266,49 @@ def test_the_trajectory_benchmark_runs(tmp_path: Path) -> None:
     assert result["recorder"]["same_samples"]
     (tmp_path / "bad.npz").write_bytes(b"x")
     assert "bad.npz: cannot be read" in run_cli("bench", "trajectory", "--file", tmp_path / "bad.npz", check=2).stderr
+
+
+_OUTPUTS: dict[str, list[str]] = {
+    "encode": ["encode", "-i", "{toy}", *SMALL, "-o"],
+    "train": ["train", "eqm", "--data-path", "{store}", "--quiet", "-o", "{tmp}", "--run-name"],
+    "sample": ["sample", "--ckpt", "{tmp}/none", "-o"],
+    "generate": ["generate", "--template", "a", "--model", "{tmp}/none", "-o"],
+    "analyze": ["analyze", "--batch-dir", "{runs}", "-o"],
+    "export": ["store", "export", "{store}", "-o"],
+    "convert": ["store", "convert", "{runs}", "-o"],
+    "toy-world": ["toy-world", "-o"],
+    "demo": ["demo", "-o"],
+    "bench": ["bench", "precision", "--plot"],
+}
+
+
+@pytest.mark.parametrize("place", ["theirs", "file", "link", "file/within"])
+@pytest.mark.parametrize("verb", sorted(_OUTPUTS))
+def test_a_place_that_is_taken_is_refused_before_the_work(
+    tmp_path: Path, toy_world: Path, store: Path, verb: str, place: str
+) -> None:
+    (tmp_path / "theirs" / "runs").mkdir(parents=True)  # a folder that samples and batches have too
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    runs = TrajectoryStore.create(tmp_path / "recorded")
+    runs.add("a", np.zeros((3, 1, 2, 2), np.float32), sigmas=[1, 0.5, 0])
+    if verb == "bench" and place in ("file", "link"):
+        pytest.skip("a file is what it writes")
+    if verb == "sample":
+        (tmp_path / "none").touch()
+
+    def listing() -> dict[Path, int]:
+        return {path: path.lstat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
+
+    before = listing()
+    words = [word.format(tmp=tmp_path, toy=toy_world, store=store, runs=runs.root) for word in _OUTPUTS[verb]]
+    result = run_cli(*words, tmp_path / place, check=2)
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1 and str(tmp_path / place.partition("/")[0]) in result.stderr
+    assert listing() == before
+
+
+def test_a_folder_put_in_place_as_a_whole_has_nothing_hidden_in_its_way(tmp_path: Path, store: Path) -> None:
+    (tmp_path / "mine" / ".git").mkdir(parents=True)
+    for words in (["toy-world"], ["store", "export", store]):
+        assert ".git; name a new folder" in run_cli(*words, "-o", tmp_path / "mine", check=2).stderr

@@ -107,7 +107,7 @@ def test_what_is_there_is_left_alone(runs: Path, tmp_path: Path) -> None:
         sample(options(runs, tmp_path / "out", steps=7))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("all of it")
-    with pytest.raises(InputError, match="and is no folder of samples"):
+    with pytest.raises(InputError, match="and is no set of samples"):
         sample(options(runs, tmp_path / "other"))
 
 

@@ -3,7 +3,7 @@
 from halfstep.analyze.analysis import Analysis, analyze
 from halfstep.analyze.groups import group_by_file, group_by_prompt
 from halfstep.analyze.metrics import METRICS
-from halfstep.analyze.output import full_document, write_output
+from halfstep.analyze.output import claim_output, full_document, write_output
 from halfstep.analyze.storage import StorageComparison, compare_storage
 from halfstep.verbs import make_callable
 
@@ -12,6 +12,7 @@ __all__ = [
     "Analysis",
     "StorageComparison",
     "analyze",
+    "claim_output",
     "compare_storage",
     "full_document",
     "group_by_file",

@@ -39,10 +39,15 @@ def full_document(analysis: Analysis, storage: Sequence[StorageComparison]) -> d
     return content
 
 
+def claim_output(folder: Path) -> None:
+    """Raise InputError when `folder` holds something other than an analysis."""
+    claim(folder, "analysis", ("analysis.json",))
+
+
 def write_output(analysis: Analysis, folder: Path, title: str, storage: Sequence[StorageComparison] = ()) -> list[Path]:
     """Write all files into `folder`, in place of those of an earlier analysis. Raises InputError when the folder holds
     something else."""
-    claim(folder, "analysis", ("analysis.json",))
+    claim_output(folder)
     with file_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     content = full_document(analysis, storage)

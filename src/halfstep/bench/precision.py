@@ -14,6 +14,7 @@ from halfstep.config import validate
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
+from halfstep.errors import InputError
 from halfstep.files import replacing
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
@@ -32,7 +33,10 @@ def bench_precision(
 
     A seed decides initial weights, order and noise, in all precisions alike. `within_seed_spread` says whether the mean
     curve of a precision lies within the fp32 seeds' smallest and largest at every point. `plot` writes the curves.
+    Raises InputError where there is no place for it.
     """
+    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
+        raise InputError(f"--plot: got {plot}; expected a file in a folder that is there")
     curves: dict[str, list[list[float]]] = {precision: [] for precision in precisions}
     with tempfile.TemporaryDirectory(prefix="halfstep-bench-") as scratch:
         folder = Path(scratch)

@@ -55,9 +55,12 @@ def analyze(
     if compared and video_id is not None:
         raise InputError("--video-id: looks at one run; leave it out to compare several")
     from halfstep.analyze import analyze as run_analyze
+    from halfstep.analyze import claim_output, full_document, group_by_file, group_by_prompt, write_output
     from halfstep.analyze import compare_storage as run_compare_storage
-    from halfstep.analyze import full_document, group_by_file, group_by_prompt, write_output
     from halfstep.cli.progress import Bar
+
+    if output is not None:
+        claim_output(output)  # before the work
 
     if compared or video_id is not None:
         chosen = {key: key for key in (compared or [str(video_id)])}

@@ -22,7 +22,7 @@ from halfstep.encode import EncodeOptions, EncodeReport, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
 from halfstep.errors import StoreError
-from halfstep.files import claim
+from halfstep.files import claim, file_errors
 from halfstep.machine import open_device
 from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeResult, choose, probe, torch_dtype
 from halfstep.progress import Progress
@@ -76,8 +76,9 @@ def run_demo(
     claim(output, "demo", (_MARKER,))
     for name in ("world", "latents", "runs", "clips", "walks", "analysis"):
         shutil.rmtree(output / name, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / _MARKER).touch()
+    with file_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / _MARKER).touch()
 
     progress.note(f"1/9 a toy world: {walks} walks of {frames} pictures")
     write_toy_world(output / "world", walks=walks, frames=frames)

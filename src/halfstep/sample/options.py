@@ -10,8 +10,6 @@ from halfstep.files import claim
 from halfstep.store import TrajectoryFormat
 
 FORMATS = ("png", "mp4", "gif", "npy")
-# The files of a folder of samples, besides the samples themselves.
-FILES = ("samples.json", "samples.npz", "contact_sheet.png", "runs")
 
 # The options of one family alone.
 _OWN = {
@@ -76,7 +74,7 @@ class SampleOptions:
         if self.storage != "fp16" and not self.record:
             raise InputError("--storage needs --record: it is the type of recorded steps")
         TrajectoryFormat(storage=self.storage)  # which refuses what it cannot keep
-        claim(self.output, "folder of samples", FILES)
+        claim(self.output, "set of samples", ("samples.json",))
 
     def require_for(self, family: str) -> None:
         """Raise InputError for an option that is of another family of networks."""

@@ -279,7 +279,7 @@ def _claim(options: SampleOptions, checkpoint: Checkpoint, policy: PrecisionPoli
     wanted = json.loads(json.dumps(whole, default=str))
     there = _settings(folder)
     if there is not None:
-        require_same(folder, "folder of samples", there, wanted, advice="name a new folder")
+        require_same(folder, "set of samples", there, wanted, advice="name a new folder")
         return
     write_durably(folder / "samples.json", json.dumps({"settings": wanted, "samples": []}, indent=1).encode())
 
