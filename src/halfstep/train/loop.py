@@ -101,7 +101,7 @@ def _run(
         return against_fp32(measured, now)
 
     last = config.steps or config.epochs * work.data.steps_per_epoch
-    facts = facts_of(config, work.data, team)
+    facts = facts_of(config.model_dump(mode="json"), work.data, team)
     meter = Meter(about, state, work)
     batches = work.batches(state.step)
     progress.start(last, state.step)

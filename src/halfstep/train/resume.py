@@ -29,7 +29,7 @@ def begin(
     about, saved, start, lines = _look(config, data, team)
     for line in lines:
         progress.note(line)
-    policy, notes = team.on_leader(lambda: _policy(config, saved, device))
+    policy, notes = team.on_leader(lambda: _policy(config.precision, saved, device, sharded=config.fsdp))
     for line in notes:
         progress.note(line)
     torch.manual_seed(config.global_seed)
@@ -49,7 +49,7 @@ def begin(
 def would_begin(config: TrainConfig, data: TrainingData, device: torch.device) -> tuple[About, Settled]:
     """The network that a run of one process would train, and in what. Raises InputError where `begin` would."""
     about, saved, _, _ = _look(config, data, Team())
-    settled = _policy(config, saved, device)
+    settled = _policy(config.precision, saved, device, sharded=config.fsdp)
     with torch.device("meta"):
         about.build()
     return about, settled
@@ -75,10 +75,10 @@ def _look(
     return about, None, start, []
 
 
-def facts_of(config: TrainConfig, data: TrainingData, team: Team) -> dict[str, Any]:
+def facts_of(settings: dict[str, Any], data: TrainingData, team: Team) -> dict[str, Any]:
     """What a checkpoint notes of its run, so that this module can tell whether another call is the same run."""
     return {
-        "config": json.loads(config.model_dump_json()),
+        "config": settings,
         "data": data.identity,
         "items": len(data),
         "items_per_step": data.items_per_step,
@@ -86,10 +86,10 @@ def facts_of(config: TrainConfig, data: TrainingData, team: Team) -> dict[str, A
     }
 
 
-def _policy(config: TrainConfig, saved: Saved | None, device: torch.device) -> Settled:
-    """That of the config; a run goes on in what it was trained in."""
-    wanted = PrecisionPolicy.parse(config.precision)
-    if config.fsdp and wanted.islands:
+def _policy(precision: str, saved: Saved | None, device: torch.device, *, sharded: bool) -> Settled:
+    """That which is asked for; a run goes on in what it was trained in."""
+    wanted = PrecisionPolicy.parse(precision)
+    if sharded and wanted.islands:
         raise InputError("--fsdp: sharded layers have weights of one type; leave the policy's islands out")
     if wanted.params == "fp16":
         raise InputError("precision: fp16 weights cannot be trained; use 16-mixed (--use-amp), bf16-mixed or bf16-true")
