@@ -49,7 +49,7 @@ LEFT = {
     "README.md": ["results/EqM-S-8/checkpoints/0000020/ema.safetensors", "samples/samples.npz", "analysis/report.html"],
     "docs/index.md": ["latents/index/00000.parquet"],
     "docs/guides/encode.md": ["walks/manifest.json", "both/manifest.json", "latents-pt/red/2.jpg/0.pt"],
-    "docs/guides/train.md": ["results/EqM-S-8/log.jsonl", "results/walks/checkpoints/0000010/model.safetensors"],
+    "docs/guides/train.md": ["results/EqM-S-8/measured.json", "results/walks/checkpoints/0000010/model.safetensors"],
     "docs/guides/sample.md": ["samples/contact_sheet.png", "imagined/000001.png", "recorded/runs/zarr.json"],
     "docs/guides/record.md": [
         "batch/runs/prompt_001_vid002/video.mp4",
