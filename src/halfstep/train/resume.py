@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def begin(
 def facts_of(config: TrainConfig, data: TrainingData, team: Team) -> dict[str, Any]:
     """What a checkpoint notes of its run, so that this module can tell whether another call is the same run."""
     return {
-        "config": json.loads(config.model_dump_json()),
+        "config": config.document(),
         "data": data.identity,
         "items": len(data),
         "items_per_step": data.items_per_step,
@@ -89,7 +88,7 @@ def _policy(config: TrainConfig, saved: Saved | None, device: torch.device) -> S
 
 def _require_same_run(config: TrainConfig, data: TrainingData, saved: Saved, team: Team) -> list[str]:
     """Raise InputError when the run in the config's folder is another one; lines on what may differ and does."""
-    folder, facts, now = config.folder, saved.facts, json.loads(config.model_dump_json())
+    folder, facts, now = config.folder, saved.facts, config.document()
     # Settings that are younger than the checkpoint had their defaults then.
     silent = {name: field.get_default(call_default_factory=True) for name, field in type(config).model_fields.items()}
     before = {**{name: value for name, value in silent.items() if name in now}, **facts["config"]}
