@@ -103,7 +103,7 @@ def test_what_is_there_is_left_alone(runs: Path, tmp_path: Path) -> None:
     assert sample(options(runs, tmp_path / "out")).made == 0
     assert json.loads((tmp_path / "out" / "samples.json").read_text()) == facts
     assert (tmp_path / "out" / "contact_sheet.png").exists()
-    with pytest.raises(InputError, match="steps 6, not 7"):
+    with pytest.raises(InputError, match="steps: was 6, is 7"):
         sample(options(runs, tmp_path / "out", steps=7))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("all of it")

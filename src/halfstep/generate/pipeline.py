@@ -13,6 +13,7 @@ import torch
 
 from halfstep.autoencoders.hub import cached_models, hub_answers, quiet_hub
 from halfstep.errors import InputError
+from halfstep.extras import missing
 from halfstep.generate.config import MemorySettings, ModelSettings
 from halfstep.precision import Gate, PrecisionPolicy, prepare, torch_dtype
 
@@ -120,7 +121,10 @@ def load_generator(
             )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{identifier}: cannot be loaded as a pipeline ({reason}); {alternatives}") from error
+        absent = missing(error, "generate") if isinstance(error, ImportError) else None
+        raise absent or InputError(
+            f"{identifier}: cannot be loaded as a pipeline ({reason}); {alternatives}"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     if model.sampler is not None:
         pipe.scheduler = _scheduler(pipe.scheduler, model.sampler)
