@@ -1,5 +1,7 @@
 """A base install reads and writes stores; a library that is missing is named with the pip command that brings it."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -13,6 +15,7 @@ import halfstep
 from halfstep.extras import EXTRAS
 from halfstep.store import DatasetWriter, Manifest, TrajectoryStore
 from tests.support.arrays import latents
+from tests.support.cli import run_script
 
 BLOCKED = """
 import sys
@@ -118,3 +121,12 @@ def test_the_extras_bring_what_they_say() -> None:
             brought = {name.lower().replace("_", "-") for name in modules.get(module, [module])}
             assert brought & packages(extra), f"{extra}: {module}"
     assert packages("all") >= set().union(*(packages(extra) for extra in EXTRAS))
+
+
+@pytest.mark.parametrize("verb", ["encode", "train", "sample", "analyze"])
+def test_a_verb_reaches_another_process_as_a_function_does(verb: str) -> None:
+    function = getattr(halfstep, verb)
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert copy.deepcopy(function) is function
+    script = f"import pickle; print(callable(pickle.loads({pickle.dumps(function)!r})))"
+    assert run_script(script).stdout.strip() == "True"

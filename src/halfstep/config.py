@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -20,6 +22,11 @@ class Config(BaseModel):
     """Base of all configurations: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def document(self) -> dict[str, Any]:
+        """All values as JSON has them. Paths may be of any bytes, which pydantic's own JSON may not."""
+        content: dict[str, Any] = json.loads(json.dumps(self.model_dump(), default=os.fspath))
+        return content
 
 
 def load_yaml(path: Path, kind: type[T], settings: Sequence[str] = ()) -> T:

@@ -35,7 +35,8 @@ def file_errors(path: Path | str) -> Iterator[None]:
             advice = "name another place"
         else:
             advice = "what was complete before is kept"
-        raise FileError(f"{error.filename or path}: {os.strerror(error.errno or 0)}; {advice}") from error
+        what = str(error) if error.errno is None else os.strerror(error.errno)  # numpy's say it in words alone
+        raise FileError(f"{error.filename or path}: {what}; {advice}") from error
 
 
 def fsync_path(path: Path) -> None:

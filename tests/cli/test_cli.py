@@ -12,7 +12,7 @@ import torch
 
 from halfstep.cli.encode import saving
 from halfstep.store import DatasetStore, TrajectoryStore
-from tests.support.cli import run_cli
+from tests.support.cli import run_cli, run_script
 
 SMALL = ["--size", "32", "--batch-size", "4", "--quiet"]
 
@@ -313,3 +313,34 @@ def test_a_folder_put_in_place_as_a_whole_has_nothing_hidden_in_its_way(tmp_path
     (tmp_path / "mine" / ".git").mkdir(parents=True)
     for words in (["toy-world"], ["store", "export", store]):
         assert ".git; name a new folder" in run_cli(*words, "-o", tmp_path / "mine", check=2).stderr
+
+
+@pytest.mark.parametrize("form", ["pt-tree", "npy", "webdataset"])
+def test_an_export_that_finds_no_room_leaves_nothing(tmp_path: Path, store: Path, form: str) -> None:
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)); sys.argv[0] = 'halfstep'\n"
+    script = limit + "from halfstep.cli import main; main()"
+    result = run_script(script, "store", "export", store, "-o", tmp_path / "out", "--format", form, check=1)
+    assert result.stderr.startswith("halfstep: ") and result.stderr.count("\n") == 1
+    assert "File too large; what was complete before is kept; free some space" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path, toy_world: Path) -> None:
+    """A name that is not UTF-8, as on an old disk, with a line break in it."""
+    odd = tmp_path / "a b$HOME\nc\udce9"
+    run_cli("encode", "-i", toy_world, "-o", odd / "latents", *SMALL)
+    assert json.loads(run_cli("store", "verify", odd / "latents", "--json").stdout)["ok"]
+    assert "0 items, 30 unchanged" in run_cli("encode", "-i", toy_world, "-o", odd / "latents", *SMALL).stdout
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        "model: {network: EqM, hidden_size: 32, depth: 1, num_heads: 2}\nprecision: fp32\nglobal_batch_size: 8\n"
+        "run_name: run\nsteps: 1\ndevice: cpu\n"
+    )
+    training = ["train", "--config", config, "--data-path", odd / "latents", "--quiet", "-o"]
+    assert "is not UTF-8, and safetensors reads no such name" in run_cli(*training, odd / "runs", check=2).stderr
+    assert not (odd / "runs").exists()
+    run_cli(*training, tmp_path)
+    assert "after 2 steps" in run_cli(*training, tmp_path, "--steps", "2").stdout
+    run_cli("sample", "--ckpt", tmp_path / "run", "-o", odd / "out", "-n", "2", "--steps", "3", "--record", "--quiet")
+    run_cli("analyze", "--batch-dir", odd / "out" / "runs", "-o", odd / "analysis", "--quiet")
+    assert (odd / "analysis" / "report.html").exists()

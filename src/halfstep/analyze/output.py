@@ -52,8 +52,9 @@ def write_output(analysis: Analysis, folder: Path, title: str, storage: Sequence
         folder.mkdir(parents=True, exist_ok=True)
     content = full_document(analysis, storage)
     write_durably(folder / "analysis.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
-    with replacing(folder / "metrics.parquet") as unfinished:
-        pq.write_table(pa.Table.from_pylist(tidy(analysis), schema=_SCHEMA), unfinished)
+    # Opened by Python: Arrow refuses names that are not UTF-8.
+    with replacing(folder / "metrics.parquet") as unfinished, unfinished.open("wb") as file:
+        pq.write_table(pa.Table.from_pylist(tidy(analysis), schema=_SCHEMA), file)
     plots = write_plots(analysis, folder / "plots")
-    write_durably(folder / "report.html", render_report(analysis, title, storage).encode())
+    write_durably(folder / "report.html", render_report(analysis, title, storage).encode(errors="backslashreplace"))
     return [folder / "analysis.json", folder / "metrics.parquet", *plots, folder / "report.html"]

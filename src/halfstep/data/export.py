@@ -51,7 +51,9 @@ def _pt_tree(store: DatasetStore, output: Path) -> None:
         for place, number in enumerate(numbers.tolist()):
             # A latent of its own: saving a view would save the storage of all the others with it.
             latent = torch.from_numpy(store.read(key, place, place + 1)[0])
-            torch.save({"latent": latent}, folder / f"{number}.pt")
+            buffer = io.BytesIO()  # torch does not say which error of the disk it met
+            torch.save({"latent": latent}, buffer)
+            (folder / f"{number}.pt").write_bytes(buffer.getbuffer())
         if {"position", "yaw"} <= arrays:
             poses = {name: _filled(store.read_array(key, name), numbers) for name in ("position", "yaw")}
             with (folder / POSES_FILE).open("wb") as file:
@@ -69,7 +71,10 @@ def _npy(store: DatasetStore, output: Path) -> None:
     for key in store.keys():
         path = output / f"{key}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, store.read(key))
+        values = np.ascontiguousarray(store.read(key))
+        with path.open("wb") as file:  # as np.save, which does not say which error of the disk it met
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+            file.write(values.data)
 
 
 def _webdataset(store: DatasetStore, output: Path) -> None:

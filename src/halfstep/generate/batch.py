@@ -132,7 +132,7 @@ def _claim(
     """Write batch.json, or hold the one that is there against this batch; the precision of all of its runs, and the
     verdict on their decoder."""
     path = output / "batch.json"
-    wanted: dict[str, Any] = {"template": template, "config": config.model_dump(mode="json")}
+    wanted: dict[str, Any] = {"template": template, "config": config.document()}
     kept: dict[str, Any] = {}
     if path.exists() and any((output / "runs").glob("*/metadata.json")):
         if not resume:

@@ -123,7 +123,10 @@ def load_generator(
         raise missing(error, "generate") or error from error
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{identifier}: cannot be loaded as a pipeline ({reason}); {alternatives}") from error
+        absent = missing(error, "generate") if isinstance(error, ImportError) else None
+        raise absent or InputError(
+            f"{identifier}: cannot be loaded as a pipeline ({reason}); {alternatives}"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     if model.sampler is not None:
         pipe.scheduler = _scheduler(pipe.scheduler, model.sampler)

@@ -76,8 +76,10 @@ class EqMMaker:
         if self._ode and options.stop_below is not None:
             raise InputError("--stop-below needs --sampler gd or ngd; the flow's ODE has a fixed end")
         self.steps = options.steps if self._ode else options.steps - 1
-        if not (math.isfinite(options.step_size) and math.isfinite(options.momentum)):
-            raise InputError(f"--step-size {options.step_size}, --momentum {options.momentum}: expected numbers")
+        numbers = {"step-size": options.step_size, "momentum": options.momentum, "cfg-scale": options.guidance_scale}
+        for flag, value in {**numbers, "stop-below": options.stop_below or 0.0}.items():
+            if not math.isfinite(value):
+                raise InputError(f"--{flag}: got {value}; expected a finite number")
         if options.guidance_channels is not None and options.guidance_channels > network.in_channels:
             raise InputError(
                 f"--cfg-channels: got {options.guidance_channels}; the latents have {network.in_channels} channels"

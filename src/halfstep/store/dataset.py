@@ -232,7 +232,7 @@ class DatasetStore:
 
     def _read_part(self, part: str) -> pa.Table:
         name = f"{self._root}/index/{part}"
-        source = name if self._filesystem is None else self._filesystem.open(name, "rb")
+        source = Path(name) if self._filesystem is None else self._filesystem.open(name, "rb")
         return read_table(source, f"{self._location}/index/{part}", READING_COLUMNS)
 
     def _index_parts(self) -> list[str]:

@@ -92,6 +92,8 @@ def rows_to_bytes(rows: Iterable[Row]) -> bytes:
 def read_table(source: Any, where: str, columns: list[str] | None = None) -> pa.Table:
     """An index part as an Arrow table. Raises StoreError when it is damaged, FileNotFoundError when it is gone."""
     try:
+        if isinstance(source, Path):  # opened by Python: Arrow refuses names that are not UTF-8
+            source = pa.BufferReader(source.read_bytes())
         return pq.read_table(source, columns=columns, partitioning=None)
     except FileNotFoundError:
         raise

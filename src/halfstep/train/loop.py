@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, InputError
 from halfstep.files import alone, claim, write_durably
 from halfstep.machine import open_device
 from halfstep.models import About
@@ -62,7 +65,7 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainReport:
             torch.cuda.set_device(device)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         progress = progress if team.leads else SILENT
-        team.on_leader(lambda: claim(config.folder, "training run", MARKS))
+        team.on_leader(lambda: _claim(config.folder))
         team.on_leader(lambda: stack.enter_context(alone(config.folder)))
         team.on_leader(lambda: remove_unfinished(config.folder))
         data = open_data(config, team.size)
@@ -75,14 +78,23 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainReport:
             )
         if config.fsdp and team.size == 1:
             progress.note("--fsdp has no effect in one process; run under torchrun")
-        team.on_leader(lambda: write_durably(config.folder / "config.json", config.model_dump_json(indent=1).encode()))
+        team.on_leader(
+            lambda: write_durably(config.folder / "config.json", json.dumps(config.document(), indent=1).encode())
+        )
         objective = config.family.objective(config.own_settings)
         parts = config.gradient_accumulation_steps
         work = StepWork(data.prepared(device, state.policy), objective, team, device, config.global_seed, parts)
         logs = Logs(config.folder, tensorboard=config.tensorboard, wandb=config.wandb)
-        team.on_leader(lambda: stack.enter_context(logs).open(state.step, about.name, config.model_dump(mode="json")))
+        team.on_leader(lambda: stack.enter_context(logs).open(state.step, about.name, config.document()))
         measured = team.on_leader(lambda: read_measured(config.folder))
         return _run(config, state, about, work, progress, logs, measured)
+
+
+def _claim(folder: Path) -> None:
+    """Raise InputError when `folder` holds something else, or when its weights could not be read again."""
+    if os.fsencode(folder) != str(folder).encode(errors="replace"):
+        raise InputError(f"{folder}: is not UTF-8, and safetensors reads no such name; name another folder for the run")
+    claim(folder, "training run", MARKS)
 
 
 def _run(
@@ -101,7 +113,7 @@ def _run(
         return against_fp32(measured, now)
 
     last = config.steps or config.epochs * work.data.steps_per_epoch
-    facts = facts_of(config.model_dump(mode="json"), work.data, team)
+    facts = facts_of(config.document(), work.data, team)
     meter = Meter(about, state, work)
     batches = work.batches(state.step)
     progress.start(last, state.step)

@@ -174,7 +174,7 @@ def _of_pixels(config: TrainConfig, pixels: Path, spec: LatentSpec, data: Traini
 def _timed(config: TrainConfig, spec: LatentSpec, changes: dict[str, Any]) -> _Timed:
     """The config with `changes`, of a run that neither ends nor leaves anything but a line."""
     quiet = {"steps": _NEVER, "log_every": _NEVER, "ckpt_every": _NEVER, "tensorboard": False, "wandb": False}
-    values = {**config.model_dump(mode="json"), **quiet, **changes, "fitted": spec.pixels}
+    values = {**config.document(), **quiet, **changes, "fitted": spec.pixels}
     return validate(values, _Timed, "--measure")
 
 
@@ -194,7 +194,7 @@ def _in_turn(cases: dict[str, _Timed], progress: Progress) -> dict[str, list[Tim
 
 def _in_own_process(name: str, case: _Timed) -> Timing:
     command = [sys.executable, "-c", "from halfstep.train.measure import print_own_times; print_own_times()"]
-    result = subprocess.run(command, input=case.model_dump_json(), capture_output=True, text=True, check=False)
+    result = subprocess.run(command, input=json.dumps(case.document()), capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()
     if result.returncode != 0 or not lines:
         why = (result.stderr.splitlines() or ["it said nothing"])[-1]
@@ -204,7 +204,7 @@ def _in_own_process(name: str, case: _Timed) -> Timing:
 
 def print_own_times() -> None:
     """Time the training that standard input describes in this process, and print what was found."""
-    config = _Timed.model_validate_json(sys.stdin.read())
+    config = _Timed.model_validate(json.load(sys.stdin))
     clock = _Clock(open_device(config.device))
     try:
         train(config, clock)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ def _policy(precision: str, saved: Saved | None, device: torch.device, *, sharde
 
 def _require_same_run(config: TrainConfig, data: TrainingData, saved: Saved, team: Team) -> list[str]:
     """Raise InputError when the run in the config's folder is another one; lines on what may differ and does."""
-    folder, facts, now = config.folder, saved.facts, json.loads(config.model_dump_json())
+    folder, facts, now = config.folder, saved.facts, config.document()
     # Settings that are younger than the checkpoint had their defaults then.
     silent = {name: field.get_default(call_default_factory=True) for name, field in type(config).model_fields.items()}
     before = {**{name: value for name, value in silent.items() if name in now}, **facts["config"]}
