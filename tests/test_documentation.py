@@ -356,6 +356,14 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("trajectories/sde_trajectory_12/ways/halfstep, groups of 16/share_of_fp32", "{:.3f}"),
         ("recorder/overhead", "{:.1%}"), ("recorder/step_ms", "{:.0f} ms"),
     ]),
+    (INTEL, "encode", [
+        ("seconds/plain loop, fp32/median", "{:.1f} s"), ("seconds/halfstep, fp32/median", "{:.1f} s"),
+        ("seconds/halfstep, auto/median", "{:.1f} s"), ("seconds/encoder alone, auto/median", "{:.1f} s"),
+        ("speedup_over_plain_loop", "{:.1f}x"), ("pipeline_over_encoder", "{:.1%}"),
+    ]),
+    (INTEL, "trajectory", [
+        ("recorder/overhead", "{:.1%}"), ("recorder/overhead_with_finish", "{:.1%}"), ("recorder/step_ms", "{:.0f} ms"),
+    ]),
     (INTEL, "storage", [
         (f"formats/{kept}/{fact}", form)
         for kept in ("fp16", "predictive at fp16's error")
@@ -367,7 +375,9 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("machine", "name", "figures"), FIGURES, ids=[name for _, name, _ in FIGURES])
+@pytest.mark.parametrize(
+    ("machine", "name", "figures"), FIGURES, ids=[f"{name}-{machine}" for machine, name, _ in FIGURES]
+)
 def test_figures_are_those_of_the_benchmarks(machine: str, name: str, figures: list[tuple[str, str]]) -> None:
     result = json.loads((REPOSITORY / "benchmarks" / machine / f"{name}.json").read_text())
     page = PAGES["docs/measured.md"].read_text().replace("**", "")
