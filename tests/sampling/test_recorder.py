@@ -11,12 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+import halfstep.sampling.recorder as recorder_module
 from halfstep.errors import InputError
 from halfstep.sampling import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder
 from halfstep.store import TrajectoryFormat, TrajectoryStore, repair_trajectories, verify_trajectories
 from tests.support.cli import run_script
 
 EXACT = TrajectoryFormat(storage="fp32")
+
+
+class _CopyOfGpu(recorder_module._Copy):
+    """Whose group is encoded once it is full, as beside a GPU."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__(step)
+        self.of_cpu = False
 
 
 def sample(
@@ -73,6 +82,27 @@ def test_a_done_ticket_is_a_durable_step(tmp_path: Path) -> None:
         assert np.array_equal(store["a"].latents[k], latent.numpy())  # as another process would see it
     recorder.close()
     assert store["a"].problems[0].startswith("incomplete")
+
+
+def test_a_sampler_on_the_cpu_keeps_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are encoded in the end and not beside it. What is left is the same, byte for byte."""
+    store = TrajectoryStore.create(tmp_path / "s")
+
+    def record(key: str) -> tuple[list[str], dict[str, bytes]]:
+        latents = store.root / key / "latents"
+        with StoreRecorder(store, key) as recorder:
+            sample(recorder, steps=20)
+            recorder.record(Step(21, 0.0, 0.0, torch.zeros(4, 8, 8))).result()
+            beside = sorted(path.name for path in latents.iterdir())
+        return beside, {path.name: path.read_bytes() for path in latents.iterdir()}
+
+    beside, kept = record("cpu")
+    monkeypatch.setattr(recorder_module, "_Copy", _CopyOfGpu)
+    beside_gpu, kept_of_gpu = record("gpu")
+    assert beside == ["zarr.json"]
+    assert len(beside_gpu) == 2
+    assert kept == kept_of_gpu
+    assert len(kept) == 3
 
 
 def test_leaving_by_an_exception_keeps_what_was_recorded(tmp_path: Path) -> None:
@@ -172,13 +202,14 @@ def test_what_the_format_cannot_hold_stops_the_recording_only(tmp_path: Path) ->
 
 def _record_for_ever(root: Path, first: int, said: Connection) -> None:
     """Record runs, and say on the pipe, a line at once, which tickets are done."""
-    say = said.fileno()
+    say, kinds = said.fileno(), (recorder_module._Copy, _CopyOfGpu)
     store = TrajectoryStore.create(root)
     os.write(say, b"ready\n")
     for run in range(first, 10**9):
-        with StoreRecorder(store, f"r{run}", format=EXACT) as recorder:
+        recorder_module._Copy = kinds[run // 1000 % 2]  # type: ignore[misc]
+        with StoreRecorder(store, f"r{run}", format=EXACT) as recording:
             for k in range(37):
-                ticket = recorder.record(Step(k, float(k), float(-k), _latent(run, k)))
+                ticket = recording.record(Step(k, float(k), float(-k), _latent(run, k)))
                 ticket.add_done_callback(lambda _, line=f"{run} {k}\n": os.write(say, line.encode()))
         os.write(say, f"{run} end\n".encode())
 

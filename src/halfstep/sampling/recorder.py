@@ -79,7 +79,9 @@ class StoreRecorder:
     """Records into a TrajectoryStore, off the sampler's path.
 
     `record` copies the latent (from a GPU into pinned memory, without waiting for it) and returns; a thread of low
-    priority writes and encodes. At most a few steps wait in memory: a sampler that is faster than the disk waits.
+    priority writes it. Beside a GPU that thread also encodes groups of steps. A sampler on the CPU would lose its own
+    cores to that, so its steps wait in the journal for `finish`. At most a few steps wait in memory: a sampler that is
+    faster than the disk waits.
     `interval` keeps every n-th step, and always the first and the last; the tickets of others are done at once, and the
     last, when it falls between, is written by `finish` or `close`. When the store cannot take a step (a full disk),
     sampling goes on: one warning is given, that ticket and all after it hold the error, and the run stays incomplete.
@@ -181,7 +183,8 @@ class StoreRecorder:
             ticket.set_result(None) if error is None else ticket.set_exception(error)
 
         self._thread.submit(self._append, copy).add_done_callback(settle)
-        self._thread.submit(self._pack).add_done_callback(self._note_failure)
+        if not copy.of_cpu:
+            self._thread.submit(self._pack).add_done_callback(self._note_failure)
 
     def _append(self, copy: _Copy) -> None:
         if self._failure is not None:
@@ -221,6 +224,7 @@ class _Copy:
     def __init__(self, step: Step) -> None:
         latent = step.latent.detach()
         self._arrived: torch.cuda.Event | None = None
+        self.of_cpu = latent.device.type == "cpu"
         if latent.is_cuda:
             self._host = torch.empty(latent.shape, dtype=latent.dtype, pin_memory=True)
             self._host.copy_(latent, non_blocking=True)
