@@ -57,14 +57,14 @@ main()
     [
         ("torch", ["encode", "-i", "x", "-o", "y"], "encode: torch is not installed; pip install 'halfstep[encode]'"),
         ("av", ["encode", "-i", "x", "-o", "y"], "encode: av is not installed; pip install 'halfstep[encode]'"),
-        ("PIL", ["toy-world", "-o", "x"], "toy-world: PIL is not installed; pip install 'halfstep[encode]'"),
+        ("PIL", ["toy-world", "-o", "y"], "toy-world: PIL is not installed; pip install 'halfstep[encode]'"),
         ("safetensors", ["train", "eqm", "--data-path", "x"], "train: safetensors is not installed; pip install 'ha"),
         ("torch", ["sample", "--ckpt", "x", "-o", "y"], "sample: torch is not installed; pip install 'halfstep[sam"),
         ("scipy", ["analyze", "--batch-dir", "RUNS"], "analyze: scipy is not installed; pip install 'halfstep[an"),
         ("plotly", ["analyze", "--batch-dir", "RUNS"], "analyze: plotly is not installed; pip install 'halfstep[an"),
-        ("transformers", ["generate", "--template", "a cat", "-o", "x"], "pip install 'halfstep[generate]'"),
+        ("transformers", ["generate", "--template", "a cat", "-o", "y"], "pip install 'halfstep[generate]'"),
         ("torchmetrics", ["eval", "fid", "A", "A"], "pip install 'halfstep[fid]'"),
-        ("matplotlib", ["demo", "-o", "x"], "demo: matplotlib is not installed; pip install 'halfstep[all]'"),
+        ("matplotlib", ["demo", "-o", "y"], "demo: matplotlib is not installed; pip install 'halfstep[all]'"),
         ("ray", ["encode", "-i", "A", "-o", "y", "--ray"], "--ray: ray is not installed; pip install 'halfstep[ray]'"),
     ],
 )
@@ -78,6 +78,7 @@ def test_a_missing_library_is_one_line(
     assert done.stderr.startswith("halfstep: ")
     assert len(done.stderr.splitlines()) == 1
     assert told in done.stderr
+    assert not any(path for path in (tmp_path / "y").glob("*") if path.name != ".lock")
 
 
 def test_a_public_name_names_what_it_misses() -> None:

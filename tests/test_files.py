@@ -54,7 +54,7 @@ def test_whose_a_folder_is(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
     with pytest.raises(InputError, match=r"f: holds photos, thesis.txt and is no run; name a new or empty folder"):
         claim(folder, "run", ("config.json",))
-    with pytest.raises(InputError, match=r"f: holds photos, thesis.txt; name a new folder for the export"):
+    with pytest.raises(InputError, match=r"f: holds \.lock, photos and 1 more; name a new folder for the export"):
         claim(folder, "export")
     assert {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]} == before
     (folder / "config.json").touch()

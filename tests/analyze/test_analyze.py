@@ -207,7 +207,7 @@ def test_everything_is_written(store: TrajectoryStore, tmp_path: Path) -> None:
     write_output(analyze(store, group_by_prompt(store)), tmp_path / "out", "again")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(InputError, match="holds notes.txt and is no analysis"):
+    with pytest.raises(InputError, match=r"holds notes\.txt and is no analysis"):
         write_output(analysis, tmp_path / "mine", "t")
 
 

@@ -67,7 +67,7 @@ def test_a_full_disk_is_one_clear_line_and_the_store_stays(toy_world: Path, tmp_
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     last = limited.stderr.strip().splitlines()[-1]
-    assert "File too large; what was committed is intact; free some space and run the same command again" in last
+    assert "File too large; what was complete before is kept; free some space and run the same command again" in last
     assert same(content(tmp_path / "s"), before)
     assert verify(tmp_path / "s").ok
     assert run(more, tmp_path / "s").items == 60
@@ -77,14 +77,14 @@ def test_a_full_disk_is_one_clear_line_and_the_store_stays(toy_world: Path, tmp_
 INTERRUPTED_RUN = """
 import os, signal
 from halfstep.cli import main, progress
-class Interrupting(progress.EncodeBar):
+class Interrupting(progress.Bar):
     done = 0
-    def advance(self, items, latent_bytes):
-        super().advance(items, latent_bytes)
-        self.done += items
+    def advance(self, units=1, *, written=0):
+        super().advance(units, written=written)
+        self.done += units
         if self.done == 150:
             os.kill(os.getpid(), signal.SIGINT)
-progress.EncodeBar = Interrupting
+progress.Bar = Interrupting
 main()
 """
 

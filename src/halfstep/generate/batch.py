@@ -26,7 +26,7 @@ from halfstep.generate.config import GenerateConfig, VideoSettings
 from halfstep.generate.pipeline import Decoder, Generator, Verdict, load_generator
 from halfstep.generate.template import expand_template
 from halfstep.machine import open_device
-from halfstep.precision import Settled, settle
+from halfstep.precision import settle
 from halfstep.progress import SILENT, Progress
 from halfstep.sampling import record
 from halfstep.settings import require_same
@@ -75,9 +75,9 @@ def generate(
     """Make every run of `template` in folder `output`.
 
     With `resume`, complete runs are left alone and the others made again, in the precision of the batch; it must be
-    the same batch but for more videos a prompt. A run whose result is not finite, or whose
-    latents could not be kept, fails alone. `progress` hears of each
-    sampling step. Raises InputError for a folder that holds a batch already (without `resume`) or another one.
+    the same batch but for more videos a prompt. A run whose result is not finite, or whose latents could not be kept,
+    fails alone. `progress` hears of each sampling step. Raises InputError for a folder that holds a batch already
+    (without `resume`) or another one.
     """
     runs = plan(config, template)
     claim(output, "batch", ("batch.json",))
@@ -95,7 +95,9 @@ def _generate(
 ) -> GenerateReport:
     started = time.monotonic()
     device = str(open_device(config.model_settings.device))
-    (policy, notes), verdict = _claim(output, config, template, runs, resume, device)
+    settings = {"template": template, **config.document()}
+    kept = _kept(output, settings, config.videos_per_variation, resume)
+    policy, notes = settle("auto" if kept else config.model_settings.precision, device, "sample", kept.get("policy"))
     for line in notes:
         progress.note(line)
     done = {run.key for run in runs if _status(output, run) == "complete"}
@@ -106,10 +108,22 @@ def _generate(
             f"memory_settings: {', '.join(unused)} have no effect here; attention is memory-efficient as it is"
         )
     if len(done) < len(runs):
+        decoder = kept.get("decoder")
+        verdict = None if decoder is None else Verdict(**decoder)
         generator = load_generator(config.model_settings, config.memory_settings, policy, device, verdict)
         frames = _frames(generator, config.video_settings)
         if frames not in (None, wanted_frames := config.video_settings.wanted_frames):
             progress.note(f"video_settings: {wanted_frames} frames do not fit the model, {frames} are made")
+        # Not before the model is there: a name that was mistyped may be put right with the same command.
+        content = {
+            "template": template,
+            "config": config.document(),
+            "policy": str(policy),
+            "decoder": decoder,
+            "halfstep": halfstep.__version__,
+            "runs": [asdict(run) for run in runs],
+        }
+        write_durably(output / "batch.json", _json(content))
         progress.start(config.model_settings.steps * (len(runs) - len(done)))
         for run in runs:
             if run.key in done:
@@ -126,35 +140,21 @@ def _generate(
     return report
 
 
-def _claim(
-    output: Path, config: GenerateConfig, template: str, runs: list[PlannedRun], resume: bool, device: str
-) -> tuple[Settled, Verdict | None]:
-    """Write batch.json, or hold the one that is there against this batch; the precision of all of its runs, and the
-    verdict on their decoder."""
+def _kept(output: Path, settings: dict[str, Any], videos: int, resume: bool) -> dict[str, Any]:
+    """What batch.json says of the batch that is to be gone on with, {} where none began; InputError where it has other
+    settings, or more than the `videos` a prompt that are wanted now."""
     path = output / "batch.json"
-    wanted: dict[str, Any] = {"template": template, "config": config.document()}
-    kept: dict[str, Any] = {}
-    if path.exists() and any((output / "runs").glob("*/metadata.json")):
-        if not resume:
-            raise InputError(f"{output}: holds a batch already; --resume goes on with it, or name a new folder")
-        kept = json.loads(path.read_text())
-        may_differ = {
-            f"config.{name}" for name in ("output_dir", "batch_name", "use_timestamp", "model_settings.device")
-        }
-        if kept["config"].get("videos_per_variation", 1) <= config.videos_per_variation:
-            may_differ.add("config.videos_per_variation")  # more of them are added
-        require_same(output, "batch", kept, wanted, may_differ=may_differ, advice="name a new folder")
-    settled = settle("auto" if kept else config.model_settings.precision, device, "sample", kept.get("policy"))
-    decoder = kept.get("decoder")
-    content = {
-        **wanted,
-        "policy": str(settled.policy),
-        "decoder": decoder,
-        "halfstep": halfstep.__version__,
-        "runs": [asdict(run) for run in runs],
-    }
-    write_durably(path, _json(content))
-    return settled, None if decoder is None else Verdict(**decoder)
+    if not (path.exists() and any((output / "runs").glob("*/metadata.json"))):
+        return {}
+    if not resume:
+        raise InputError(f"{output}: holds a batch already; --resume goes on with it, or name a new folder")
+    kept: dict[str, Any] = json.loads(path.read_text())
+    may_differ = {"output_dir", "batch_name", "use_timestamp", "model_settings.device"}
+    if kept["config"].get("videos_per_variation", 1) <= videos:
+        may_differ.add("videos_per_variation")  # more of them are added
+    before = {"template": kept["template"], **kept["config"]}
+    require_same(output, "batch", before, settings, may_differ=may_differ, advice="name a new folder")
+    return kept
 
 
 def _keep_verdict(output: Path, verdict: Verdict) -> None:
