@@ -16,9 +16,7 @@ from halfstep.data.base import digest
 from halfstep.data.pickles import load_poses
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import Source, SourceConfig
-from halfstep.data.videos import VideoSequence
 from halfstep.encode import EncodeOptions, encode
-from halfstep.encode.counts import StoppedError
 from halfstep.encode.job import settle
 from halfstep.errors import BusyError, InputError
 from halfstep.files import FileLock
@@ -26,14 +24,8 @@ from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, verify
 from halfstep.store.writer import read_manifest
 from tests.support.encoding import content, run, same
-from tests.support.media import overwrite, packets, write_video
-from tests.support.networks import tiny_autoencoder
+from tests.support.media import write_video
 from tests.support.training import Listening
-
-
-@pytest.fixture
-def world(toy_world: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(toy_world, tmp_path / "world")
 
 
 def test_latents_are_what_the_autoencoder_gives(world: Path, tmp_path: Path) -> None:
@@ -256,204 +248,6 @@ def test_the_result_does_not_depend_on_threads_or_neighbors(
     assert np.array_equal(alone["zzz"], whole["walk_000"])
 
 
-def test_a_bad_picture_costs_only_itself(world: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    (folder / "cat").mkdir(parents=True)
-    for i in range(6):
-        shutil.copy(world / "walk_000" / f"{i}.jpg", folder / "cat" / f"{i}.jpg")
-    data = (folder / "cat" / "1.jpg").read_bytes()
-    (folder / "cat" / "1.jpg").write_bytes(data[: len(data) // 2])
-    (folder / "cat" / "2.jpg").write_bytes(b"")
-    (folder / "cat" / "3.jpg").write_bytes(b"not a picture")
-    report = run(folder, tmp_path / "s")
-    assert (report.items, report.encoded, report.failed) == (3, 3, 3)
-    lines = [json.loads(line) for line in (tmp_path / "s" / "failures.jsonl").read_text().splitlines()]
-    assert [line["key"] for line in lines] == ["cat/1.jpg", "cat/2.jpg", "cat/3.jpg"]
-    assert all(line["source"].endswith(line["key"]) and line["reason"] for line in lines)
-    assert DatasetStore.open(tmp_path / "s").label("cat/0.jpg") == "cat"
-    again = run(folder, tmp_path / "s")
-    assert (again.encoded, again.failed) == (0, 3)
-    (folder / "cat" / "1.jpg").write_bytes(data)
-    (folder / "cat" / "2.jpg").unlink()
-    (folder / "cat" / "3.jpg").unlink()
-    healed = run(folder, tmp_path / "s")
-    assert (healed.items, healed.encoded, healed.failed) == (4, 1, 0)
-    assert not (tmp_path / "s" / "failures.jsonl").exists()
-
-
-def test_a_sequence_that_fails_now_keeps_its_older_version(world: Path, tmp_path: Path) -> None:
-    run(world, tmp_path / "s")
-    before = content(tmp_path / "s")
-    (world / "walk_001" / "traj_data.pkl").write_bytes(b"broken")
-    report = run(world, tmp_path / "s")
-    assert (report.failed, report.removed) == (1, 0)
-    assert same(content(tmp_path / "s"), before)
-
-
-def test_a_bad_frame_leaves_a_gap_that_heals(world: Path, tmp_path: Path) -> None:
-    good = (world / "walk_000" / "4.jpg").read_bytes()
-    (world / "walk_000" / "4.jpg").write_bytes(good[:300])
-    report = run(world, tmp_path / "s")
-    assert (report.items, report.failed, report.failures[0].frame) == (29, 1, 4)
-    store = DatasetStore.open(tmp_path / "s")
-    numbers = [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    assert store.read_array("walk_000", "frame").tolist() == numbers
-    position, _ = load_poses(world / "walk_000" / "traj_data.pkl")
-    assert np.array_equal(store.read_array("walk_000", "position"), position[numbers])
-    shards = sorted(path.name for path in (tmp_path / "s" / "shards").iterdir())
-    again = run(world, tmp_path / "s")
-    assert (again.encoded, again.failed) == (0, 1)
-    assert sorted(path.name for path in (tmp_path / "s" / "shards").iterdir()) == shards  # nothing was rewritten
-    (world / "walk_000" / "4.jpg").write_bytes(good)
-    healed = run(world, tmp_path / "s")
-    assert (healed.encoded, healed.skipped, healed.failed, healed.items) == (1, 29, 0, 30)
-    run(world, tmp_path / "whole")
-    assert same(content(tmp_path / "s"), content(tmp_path / "whole"))
-
-
-def test_a_frame_that_breaks_keeps_its_older_latent(world: Path, tmp_path: Path) -> None:
-    run(world, tmp_path / "s")
-    before = content(tmp_path / "s")
-    good = (world / "walk_000" / "4.jpg").read_bytes()
-    (world / "walk_000" / "4.jpg").write_bytes(good[:300])
-    for _ in range(2):  # told every time
-        report = run(world, tmp_path / "s")
-        assert (report.encoded, report.failed, report.items) == (0, 1, 30)
-        assert same(content(tmp_path / "s"), before)
-    shutil.copy(world / "walk_001" / "0.jpg", world / "walk_000" / "4.jpg")
-    report = run(world, tmp_path / "s")
-    assert (report.encoded, report.failed) == (1, 0)
-    assert np.array_equal(content(tmp_path / "s")["walk_000"][4], before["walk_001"][0])
-
-
-def test_strict_stops_and_keeps_what_was_complete(world: Path, tmp_path: Path) -> None:
-    (world / "walk_001" / "4.jpg").write_bytes(b"")
-    with pytest.raises(StoppedError, match=r"walk_001/4.jpg: an empty file; stopped because of --strict"):
-        run(world, tmp_path / "s", strict=True, batch_size=2)
-    assert "4.jpg: an empty file" in (tmp_path / "s" / "failures.jsonl").read_text()
-    store = DatasetStore.open(tmp_path / "s")
-    assert store.keys() == ["walk_000"]
-    assert verify(tmp_path / "s").ok
-    assert run(world, tmp_path / "s").items == 29
-
-
-def test_latents_beyond_the_storage_type_are_quarantined(world: Path, tmp_path: Path) -> None:
-    model = tiny_autoencoder([8])
-    with torch.no_grad():
-        model.quant_conv.weight.mul_(1e6)
-    model.save_pretrained(tmp_path / "hot")
-    options = {"autoencoder": str(tmp_path / "hot"), "limit": 1}
-    report = run(world, tmp_path / "s", storage="fp16", **options)
-    assert report.items == 0
-    assert report.failed == 10
-    assert "use --storage bf16 or fp32" in report.failures[0].reason
-    assert DatasetStore.open(tmp_path / "s").manifest.numerics["refused"] == 10
-    assert run(world, tmp_path / "s", storage="bf16", **options).failed == 0
-
-
-def test_overflow_in_half_precision_is_repeated_in_fp32_and_counted(world: Path, tmp_path: Path) -> None:
-    model = tiny_autoencoder([8])
-    with torch.no_grad():
-        model.encoder.conv_out.weight.mul_(1e6)
-        model.encoder.conv_out.bias.mul_(1e6)
-        model.quant_conv.weight.mul_(1e-7)
-    model.save_pretrained(tmp_path / "hot")
-    options = {"autoencoder": str(tmp_path / "hot"), "limit": 1, "storage": "fp16"}
-    report = run(world, tmp_path / "half", precision="16-true", **options)
-    run(world, tmp_path / "exact", precision="fp32", **options)
-    assert (report.failed, report.retried_in_fp32) == (0, 10)
-    assert DatasetStore.open(tmp_path / "half").manifest.numerics["retried_in_fp32"] == 10
-    assert same(content(tmp_path / "half"), content(tmp_path / "exact"))
-
-
-def test_videos_thinned_short_and_damaged(tmp_path: Path) -> None:
-    folder = tmp_path / "videos"
-    for label, name, frames in (("run", "a.avi", 20), ("run", "b.avi", 20), ("walk", "c.avi", 3)):
-        (folder / label).mkdir(parents=True, exist_ok=True)
-        write_video(folder / label / name, frames)
-    data = (folder / "run" / "b.avi").read_bytes()
-    (folder / "run" / "b.avi").write_bytes(data[: len(data) * 2 // 3])
-    report = run(folder, tmp_path / "s")
-    store = DatasetStore.open(tmp_path / "s")
-    assert report.failed == 1
-    assert "run/b.avi" in report.failures[0].reason
-    assert [store.length(key) for key in ("run/a.avi", "walk/c.avi")] == [20, 3]
-    assert 5 < store.length("run/b.avi") < 20
-    assert store.label("walk/c.avi") == "walk"
-    again = run(folder, tmp_path / "s")
-    assert (again.encoded, again.failed) == (0, 1)  # told again, not encoded again
-    thinned = SourceConfig(path=folder, stride=5)
-    encode([thinned], EncodeOptions(tmp_path / "t", precision="fp32", storage="fp32", size=(32, 32), batch_size=4))
-    every_fifth = DatasetStore.open(tmp_path / "t")
-    assert every_fifth.read_array("run/a.avi", "frame").tolist() == [0, 1, 2, 3]
-    assert np.array_equal(every_fifth.read("run/a.avi"), store.read("run/a.avi")[::5])
-
-
-@pytest.mark.slow
-def test_clips_through_an_autoencoder_over_time(tmp_path: Path, small_wan: Path) -> None:
-    (tmp_path / "v").mkdir()
-    write_video(tmp_path / "v" / "long.avi", 13)
-    write_video(tmp_path / "v" / "short.avi", 3)
-    report = run(tmp_path / "v", tmp_path / "s", autoencoder=str(small_wan), clip_length=5, batch_size=1)
-    store = DatasetStore.open(tmp_path / "s")
-    assert store.read("long.avi").shape == (2, 16, 2, 4, 4)  # the three frames left over make no clip
-    assert store.read_array("long.avi", "frame").tolist() == [0, 5]
-    assert report.failures[0].reason.endswith("3 frames; one clip has 5")
-    assert report.left_out == {"long.avi": 3}
-    again = run(tmp_path / "v", tmp_path / "s", autoencoder=str(small_wan), clip_length=5, batch_size=1)
-    assert (again.encoded, again.left_out) == (0, {"long.avi": 3})
-    options = {"autoencoder": str(small_wan), "clip_length": 5, "batch_size": 1, "precision": "fp32", "storage": "fp32"}
-    planned = encode(
-        [SourceConfig(path=tmp_path / "v")], EncodeOptions(tmp_path / "s", size=(32, 32), **options), dry_run=True
-    )
-    assert planned.left_out == {"long.avi": 3}
-    with pytest.raises(InputError, match="--clip-length: got 6"):
-        run(tmp_path / "v", tmp_path / "t", autoencoder=str(small_wan), clip_length=6)
-
-
-@pytest.mark.slow
-def test_the_last_clip_is_padded_or_overlaps(tmp_path: Path, small_wan: Path) -> None:
-    (tmp_path / "v").mkdir()
-    write_video(tmp_path / "v" / "long.avi", 13)
-    write_video(tmp_path / "v" / "short.avi", 3)
-    sequence = VideoSequence("long.avi", None, tmp_path / "v" / "long.avi", PixelSpec(32, 32))
-    frames = np.stack([load() for _, load in sequence.frames()])
-    codec = load_autoencoder(str(small_wan))
-
-    def encoded(places: list[int]) -> np.ndarray:
-        clip = torch.from_numpy(frames[places]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        return codec.scaled(codec.encode(clip).mean)[0].detach().numpy()
-
-    options = {"autoencoder": str(small_wan), "clip_length": 5, "batch_size": 1}
-    for last, places, failed in (("pad", [10, 11, 12, 12, 12], 0), ("overlap", [8, 9, 10, 11, 12], 1)):
-        report = run(tmp_path / "v", tmp_path / last, last_clip=last, **options)
-        assert (report.failed, report.left_out) == (failed, {})
-        store = DatasetStore.open(tmp_path / last)
-        assert store.read_array("long.avi", "frame").tolist() == [0, 5, places[0]]
-        np.testing.assert_allclose(store.read("long.avi")[2], encoded(places), rtol=1e-4, atol=1e-4)
-        assert ("short.avi" in store.keys()) == (last == "pad")
-        again = run(tmp_path / "v", tmp_path / last, **options)  # the store keeps how it was made
-        assert (again.encoded, again.left_out) == (0, {})
-    notes = Listening()
-    sources = [SourceConfig(path=tmp_path / "v")]
-    dropped = EncodeOptions(
-        tmp_path / "pad", precision="fp32", storage="fp32", size=(32, 32), last_clip="drop", **options
-    )
-    assert encode(sources, dropped, progress=notes).left_out == {"long.avi": 3}
-    assert any("was made with other settings (last_clip: was 'pad', is 'drop')" in line for line in notes.notes)
-
-
-@pytest.mark.slow
-def test_no_clip_crosses_a_lost_frame(tmp_path: Path, small_wan: Path) -> None:
-    (tmp_path / "v").mkdir()
-    write_video(tmp_path / "v" / "v.avi", 20)
-    overwrite(tmp_path / "v" / "v.avi", lost := packets(tmp_path / "v" / "v.avi")[7], bytes(len(lost)))
-    report = run(tmp_path / "v", tmp_path / "s", autoencoder=str(small_wan), clip_length=5, batch_size=1)
-    assert DatasetStore.open(tmp_path / "s").read_array("v.avi", "frame").tolist() == [0, 8, 13]
-    assert report.left_out == {"v.avi": 2 + 2}
-    assert ["damaged: frame 7 cannot be decoded" in failure.reason for failure in report.failures] == [True]
-
-
 def test_stores_made_before_there_was_a_choice_of_last_clip_stay(toy_world: Path, tmp_path: Path) -> None:
     run(toy_world, tmp_path / "s")
     manifest = read_manifest(tmp_path / "s")
@@ -467,18 +261,6 @@ def test_stores_made_before_there_was_a_choice_of_last_clip_stay(toy_world: Path
     old = digest(json.dumps([asdict(spec), str(job.policy), job.tiled, job.moments, job.mirror]).encode())
     assert job.recipe == old
     assert len({old, *(replace(job, last_clip=last).recipe for last in ("drop", "pad", "overlap"))}) == 3
-
-
-def test_what_an_older_reader_gave_up_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "v").mkdir()
-    write_video(tmp_path / "v" / "v.avi", 20)
-    data = (tmp_path / "v" / "v.avi").read_bytes()
-    (tmp_path / "v" / "v.avi").write_bytes(data[: len(data) * 2 // 3])
-    with monkeypatch.context() as patch:
-        patch.setattr("halfstep.encode.filling.READER", 1)
-        first = run(tmp_path / "v", tmp_path / "s")
-    assert (first.encoded > 5, first.failed) == (True, 1)
-    assert [run(tmp_path / "v", tmp_path / "s").encoded for _ in range(2)] == [first.encoded, 0]
 
 
 def test_latents_of_another_tool_are_repacked(world: Path, tmp_path: Path) -> None:
