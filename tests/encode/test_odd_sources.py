@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from halfstep.data.guarded import Unusable
 from halfstep.data.keys import key_to_name
 from halfstep.data.sources import SourceConfig
-from halfstep.encode import EncodeOptions, EncodeReport, encode
+from halfstep.encode import EncodeOptions, encode
 from halfstep.encode.runner import missing_keys
 from halfstep.errors import InputError
 from halfstep.store import DatasetStore
@@ -21,16 +21,7 @@ from halfstep.store.index import Index
 from tests.data.test_animations import animate
 from tests.data.test_pictures import wrong_exif
 from tests.support.cli import run_cli
-
-
-def run(path: Path, output: Path, *, dry_run: bool = False, kind: str | None = None, **options) -> EncodeReport:
-    settings = {"precision": "fp32", "storage": "fp32", "size": (32, 32), "batch_size": 4, **options}
-    return encode([SourceConfig(path=path, kind=kind)], EncodeOptions(output, **settings), dry_run=dry_run)
-
-
-@pytest.fixture
-def world(toy_world: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(toy_world, tmp_path / "world")
+from tests.support.encoding import run
 
 
 def odd_pictures(folder: Path) -> list[str]:

@@ -10,10 +10,13 @@ from halfstep.encode import EncodeOptions, EncodeReport, encode
 from halfstep.store import DatasetStore
 
 
-def run(source: Path | list[Path], output: Path, **options: Any) -> EncodeReport:
-    sources = source if isinstance(source, list) else [source]
+def run(
+    source: Path | list[Path], output: Path, *, kind: str | None = None, dry_run: bool = False, **options: Any
+) -> EncodeReport:
+    paths = source if isinstance(source, list) else [source]
+    sources = [SourceConfig(path=path, kind=kind) for path in paths]
     defaults = {"precision": "fp32", "storage": "fp32", "size": (32, 32), "batch_size": 4}
-    return encode([SourceConfig(path=path) for path in sources], EncodeOptions(output, **{**defaults, **options}))
+    return encode(sources, EncodeOptions(output, **{**defaults, **options}), dry_run=dry_run)
 
 
 def content(root: Path, *, raw: bool = True) -> dict[str, np.ndarray]:
