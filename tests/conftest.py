@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _seeded() -> None:
     """Whatever ran before, a test that draws without a seed draws the same."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads_stay() -> Iterator[None]:
+    """Whoever changes the number of threads for a while gives the caller's back."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from halfstep.cli import app
 from halfstep.config import validate
 from halfstep.data.sources import SourceConfig
 from halfstep.encode import EncodeOptions, encode
-from halfstep.sampling import StoreRecorder
+from halfstep.sampling import StoreRecorder, drive
 from halfstep.sampling.toy_flow import ToyFlow
 from halfstep.store import TrajectoryStore
 from halfstep.train.config import TrainConfig
@@ -130,7 +130,7 @@ def put_runs(folder: Path, toy_world: Path) -> None:
     put_stores(folder, toy_world)
     store = TrajectoryStore.create(folder / "runs")
     with StoreRecorder(store, "one-car-00", prompt="one car", seed=0) as recorder:
-        ToyFlow(torch.ones(2, 4, 8, 8)).sample(0, steps=4, recorder=recorder)
+        drive(ToyFlow(torch.ones(2, 4, 8, 8)).sample(0, steps=4), [recorder])
 
 
 PUT: dict[str, Callable[[Path, Path], None]] = {
@@ -138,6 +138,13 @@ PUT: dict[str, Callable[[Path, Path], None]] = {
     "docs/guides/sample.md": put_networks,
     "docs/formats.md": put_runs,
 }
+
+
+def environment(home: Path) -> dict[str, str]:
+    """That of someone who just installed the package, without a hub, with the threads and the cache of the tests."""
+    kept = {name: os.environ[name] for name in ("XDG_CACHE_HOME", "OMP_NUM_THREADS") if name in os.environ}
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    return {"PATH": path, "HOME": str(home), "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", **kept}
 
 
 def test_every_page_with_blocks_that_run_is_tried() -> None:
@@ -157,17 +164,10 @@ def test_blocks_run_in_order(page: str, tmp_path: Path, toy_world: Path, request
             (tmp_path / yaml.safe_load(block.text)["model_settings"]["model_id"]).symlink_to(
                 request.getfixturevalue("small_wan_pipeline")
             )
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"],
-        "MPLBACKEND": "Agg",
-        "HF_HUB_OFFLINE": "1",
-    }
     for block in blocks(page):
         if block.runs:
             start = ["bash", "-euc"] if block.language == "bash" else [sys.executable, "-c"]
-            subprocess.run([*start, block.text], check=True, cwd=tmp_path, env=environment)
+            subprocess.run([*start, block.text], check=True, cwd=tmp_path, env=environment(tmp_path))
     for name in LEFT[page]:
         assert (tmp_path / name).exists(), name
 
@@ -180,9 +180,7 @@ def test_every_example_is_tried() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "examples" / name), *EXAMPLES[name]]
-    subprocess.run(
-        command, check=True, cwd=tmp_path, env={"MPLBACKEND": "Agg", "HOME": str(tmp_path), "PATH": "/usr/bin"}
-    )
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment(tmp_path))
 
 
 # --- what does not run parses -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
-from halfstep.machine import cores, open_device, peak_memory_mb
+from halfstep.machine import open_device, peak_memory_mb
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.team import Team
@@ -102,7 +102,6 @@ def sd_vae_shaped(folder: Path) -> str:
 @torch.inference_mode()
 def _plain_loop(autoencoder: Autoencoder, folder: Path, size: int, stores: Iterator[int]) -> None:
     """What a straightforward script does."""
-    torch.set_num_threads(cores())  # whatever the cases before it have set
     pixels = PixelSpec(size, size, "4:3")
     output = folder / f"pt{next(stores)}"
     for walk in sorted((folder / "world").iterdir()):

@@ -94,7 +94,8 @@ def read_table(source: Any, where: str, columns: list[str] | None = None) -> pa.
     try:
         if isinstance(source, Path):  # opened by Python: Arrow refuses names that are not UTF-8
             source = pa.BufferReader(source.read_bytes())
-        return pq.read_table(source, columns=columns, partitioning=None)
+        # In this thread alone: one of Arrow's that lets go of Python's memory while the interpreter ends aborts it.
+        return pq.ParquetFile(source, pre_buffer=False).read(columns, use_threads=False)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
