@@ -77,6 +77,7 @@ def test_a_full_disk_is_one_clear_line_and_the_store_stays(toy_world: Path, tmp_
 INTERRUPTED_RUN = """
 import os, signal
 from halfstep.cli import main, progress
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 class Interrupting(progress.Bar):
     done = 0
     def advance(self, units=1, *, written=0):

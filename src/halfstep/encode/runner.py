@@ -94,7 +94,6 @@ def encode(
             for line in warnings_before(job, existing, options):
                 progress.note(line)
         mine = sequences[team.rank :: team.size]
-        started = time.monotonic()
         if dry_run:
             totals = merge_counts(team.gather(lambda: plan_only(job, mine, existing)))
             stored = _Stored(len(existing), existing.items_in(existing))
