@@ -15,6 +15,7 @@ import halfstep.sampling.recorder as recorder_module
 from halfstep.errors import InputError
 from halfstep.sampling import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder
 from halfstep.store import TrajectoryFormat, TrajectoryStore, repair_trajectories, verify_trajectories
+from halfstep.store.predictive import count_states
 from tests.support.cli import run_script
 
 EXACT = TrajectoryFormat(storage="fp32")
@@ -102,7 +103,8 @@ def test_a_sampler_on_the_cpu_keeps_its_cores(tmp_path: Path, monkeypatch: pytes
     assert beside == ["zarr.json"]
     assert len(beside_gpu) == 2
     assert kept == kept_of_gpu
-    assert len(kept) == 3
+    assert len(kept) == 2
+    assert count_states(kept["c.0.0.0.0"]) == 22
 
 
 def test_leaving_by_an_exception_keeps_what_was_recorded(tmp_path: Path) -> None:

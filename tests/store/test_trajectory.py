@@ -1,5 +1,6 @@
 """TrajectoryStore against a plain list of steps: what was appended is there, in every state a writer can leave."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,12 @@ from halfstep.store import (
     trajectory,
     verify_trajectories,
 )
+from halfstep.store.predictive import first_groups
+from tests.support.arrays import GOLDEN
 
 FORMATS = [
     TrajectoryFormat(),
+    TrajectoryFormat(strict=True),
     TrajectoryFormat(storage="bf16"),
     TrajectoryFormat(storage="fp32"),
     TrajectoryFormat(max_error=0.01),
@@ -122,33 +126,63 @@ def test_a_reader_follows_the_steps_from_the_journal_to_the_arrays(tmp_path: Pat
     assert np.array_equal(early.latents[:], latents[:10])
 
 
-def test_every_damaged_byte_of_the_latents_is_found_and_costs_its_group(tmp_path: Path) -> None:
+def test_every_damaged_byte_of_the_latents_is_found_and_costs_what_follows(tmp_path: Path) -> None:
+    """In its chunk: groups refer to those before them."""
     store, latents = TrajectoryStore.create(tmp_path / "s"), walk(40)
     store.add("a", latents, sigmas=np.linspace(1, 0, 40), format=TrajectoryFormat(storage="fp32"))
     store.add("b", latents, sigmas=np.linspace(1, 0, 40))
-    chunk = tmp_path / "s" / "a" / "latents" / "c.1.0.0.0.0"
+    chunk = tmp_path / "s" / "a" / "latents" / "c.0.0.0.0.0"
     good = chunk.read_bytes()
+    start = len(first_groups(good, 16))
     rng = np.random.default_rng(0)
-    for place in [*range(40), *rng.integers(len(good), size=60)]:
+    for place in [*range(start, start + 40), *rng.integers(start, len(first_groups(good, 32)), size=60)]:
         damaged = bytearray(good)
         damaged[place] ^= 1 << int(rng.integers(8))
         chunk.write_bytes(damaged)
         with pytest.raises(StoreError, match=r"s/a: steps 16 to 31 are damaged"):
             store["a"].latents[20]
-    assert np.array_equal(store["a"].latents[39], latents[39])
-    chunk.unlink()  # zarr alone would read zeros
+    assert np.array_equal(store["a"].latents[:16], latents[:16])
+    with pytest.raises(StoreError, match=r"s/a: steps 32 to 39 are damaged"):
+        store["a"].latents[39]
     report = verify_trajectories(tmp_path / "s")
     assert not report.ok
-    assert len(report.problems) == 1
+    assert len(report.problems) == 2
     repaired = repair_trajectories(tmp_path / "s")
     assert len(repaired.lost) == 1
     run = store["a"]
-    assert run.steps.tolist() == [*range(16), *range(32, 40)]
-    assert np.array_equal(run.latents[:], latents[run.steps])
-    assert np.array_equal(run.sigmas, np.linspace(1, 0, 40)[run.steps])
-    assert "steps 16 to 31 (16) could not be read" in run.problems[-1]
+    assert run.steps.tolist() == list(range(16))
+    assert np.array_equal(run.latents[:], latents[:16])
+    assert np.array_equal(run.sigmas, np.linspace(1, 0, 40)[:16])
+    assert "steps 16 to 39 (24) could not be read" in run.problems[-1]
     assert verify_trajectories(tmp_path / "s").ok
     assert len(store["b"]) == 40
+
+
+def test_a_chunk_that_is_missing_costs_its_own_steps(tmp_path: Path) -> None:
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk(150)
+    store.add("a", latents, sigmas=np.linspace(1, 0, 150), format=TrajectoryFormat(storage="fp32"))
+    (tmp_path / "s" / "a" / "latents" / "c.1.0.0.0.0").unlink()  # zarr alone would read zeros
+    assert len(verify_trajectories(tmp_path / "s").problems) == 4
+    assert np.array_equal(store["a"].latents[149], latents[149])
+    repair_trajectories(tmp_path / "s")
+    run = store["a"]
+    assert run.steps.tolist() == [*range(64), *range(128, 150)]
+    assert np.array_equal(run.latents[:], latents[run.steps])
+    assert verify_trajectories(tmp_path / "s").ok
+
+
+def test_runs_of_the_older_codec_are_read_repaired_and_finished(tmp_path: Path) -> None:
+    root = shutil.copytree(GOLDEN / "trajectories_version1", tmp_path / "s")
+    expected = np.load(GOLDEN / "trajectories_version1.npy")
+    store = TrajectoryStore.open(root)
+    assert np.array_equal(store["a"].latents[:], expected)
+    assert (store["a"].prompt, store["a"].attributes["latents_format"]) == ("a cat", "predictive, fp16")
+    waiting = store["killed"].latents[:]
+    assert repair_trajectories(root).recovered == {"killed": 3}
+    assert store["killed"].steps.tolist() == list(range(19))
+    assert np.array_equal(store["killed"].latents[:16], waiting[:16])
+    assert np.abs(store["killed"].latents[16:] - waiting[16:]).max() < 2e-3
+    assert verify_trajectories(root).ok
 
 
 def test_few_groups_are_held_however_many_runs_are_open(tmp_path: Path) -> None:
@@ -330,14 +364,14 @@ def test_a_run_without_steps_is_no_damage(tmp_path: Path) -> None:
 
 
 def test_a_run_opened_before_a_repair_does_not_read_other_steps(tmp_path: Path) -> None:
-    store, latents = TrajectoryStore.create(tmp_path / "s"), walk(40)
-    store.add("a", latents, sigmas=np.linspace(1, 0, 40))
+    store, latents = TrajectoryStore.create(tmp_path / "s"), walk(80)
+    store.add("a", latents, sigmas=np.linspace(1, 0, 80))
     run = store["a"]
     next((tmp_path / "s" / "a" / "latents").glob("c.0.*")).unlink()
     repair_trajectories(tmp_path / "s")
     with pytest.raises(StoreError, match="repaired or removed after it was opened; open it again"):
-        run.latents[20]
-    assert store["a"].steps.tolist() == list(range(16, 40))
+        run.latents[70]
+    assert store["a"].steps.tolist() == list(range(64, 80))
 
 
 def test_values_that_are_not_finite_are_kept_and_noted(tmp_path: Path) -> None:

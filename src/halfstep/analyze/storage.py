@@ -11,13 +11,14 @@ import numpy as np
 from halfstep.analyze.analysis import Analysis, analyze
 from halfstep.errors import NumericsError
 from halfstep.progress import SILENT, Progress
-from halfstep.store.codecs import GROUP, decode_trajectory, encode_trajectory
 from halfstep.store.formats import to_float32, to_storage
+from halfstep.store.predictive import Promise, decode_trajectory, encode_trajectory
 from halfstep.store.run import Float32, Latents, Run
+from halfstep.store.trajectory_layout import STATES_A_CHUNK
 
 _BOUNDS = (1e-3, 1e-2, 1e-1)  # of the root-mean-square of the latents
 
-# What a group of steps becomes when it is stored and read again, and the bytes that it took.
+# What a chunk of steps becomes when it is stored and read again, and the bytes that it took.
 RoundTrip = Callable[[Float32], tuple[Float32, int]]
 
 
@@ -75,11 +76,11 @@ def _formats(rms: float) -> dict[str, RoundTrip]:
     formats: dict[str, RoundTrip] = {
         "fp16": _cast("fp16", "F16"),
         "bf16": _cast("bf16", "BF16"),
-        "predictive at fp16's error": _predictive(fidelity="fp16"),
-        "predictive at bf16's error": _predictive(fidelity="bf16"),
+        "predictive at fp16's error": _predictive(Promise(fidelity="fp16")),
+        "predictive at bf16's error": _predictive(Promise(fidelity="bf16")),
     }
     for bound in _BOUNDS:
-        formats[f"predictive, error <= {bound:g} rms"] = _predictive(max_error=bound * rms)
+        formats[f"predictive, error <= {bound:g} rms"] = _predictive(Promise(bound * rms))
     return formats
 
 
@@ -91,29 +92,29 @@ def _cast(storage: str, type_name: str) -> RoundTrip:
     return round_trip
 
 
-def _predictive(**options: object) -> RoundTrip:
+def _predictive(promise: Promise) -> RoundTrip:
     def round_trip(latents: Float32) -> tuple[Float32, int]:
-        blob = encode_trajectory(latents, **options)  # type: ignore[arg-type]
+        blob = encode_trajectory(latents, promise)
         return decode_trajectory(blob), len(blob)
 
     return round_trip
 
 
 def _stored(run: Run, round_trip: RoundTrip, held: dict[tuple[str, int], Float32], sizes: list[tuple[int, int]]) -> Run:
-    """`run` as it would be read from a store, group by group. `held` has the one group that was read last, of all runs;
-    the bytes of each group go to `sizes` once."""
+    """`run` as it would be read from a store, chunk by chunk. `held` has the one chunk that was read last, of all runs;
+    the bytes of each chunk go to `sizes` once."""
     counted: set[int] = set()
 
     def read(k: int) -> Float32:
-        group = k // GROUP
-        if (run.key, group) not in held:
+        chunk = k // STATES_A_CHUNK
+        if (run.key, chunk) not in held:
             held.clear()
-            plain = run.latents[group * GROUP : (group + 1) * GROUP]
-            held[run.key, group], size = round_trip(plain)
-            if group not in counted:
-                counted.add(group)
+            plain = run.latents[chunk * STATES_A_CHUNK : (chunk + 1) * STATES_A_CHUNK]
+            held[run.key, chunk], size = round_trip(plain)
+            if chunk not in counted:
+                counted.add(chunk)
                 sizes.append((size, plain.nbytes))
-        step: Float32 = held[run.key, group][k % GROUP]
+        step: Float32 = held[run.key, chunk][k % STATES_A_CHUNK]
         return step
 
     return replace(run, latents=Latents(len(run), run.latents.shape[1:], read))

@@ -24,7 +24,7 @@ from halfstep.errors import InputError
 from halfstep.sampling import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder, drive
 from halfstep.sampling.toy_flow import ToyFlow, smooth_field
 from halfstep.store import TrajectoryStore
-from halfstep.store.codecs import decode_trajectory, encode_trajectory
+from halfstep.store.predictive import GROUP, Promise, decode_states, decode_trajectory, encode_trajectory
 
 Float32 = npt.NDArray[np.float32]
 SHAPE = (16, 8, 40, 64)  # latents of 29 frames of 512 x 320 pixels, a video autoencoder's: 1.3 MB a state in fp32
@@ -200,17 +200,12 @@ def _keepers() -> tuple[dict[str, Keeper], dict[str, str]]:
     return keepers, absent
 
 
-def _halfstep(group: int) -> Keeper:
-    """The codec at the error of fp16. A step alone costs the decoding of its group."""
-
-    def encode(latents: Float32) -> list[bytes]:
-        return [encode_trajectory(latents[i : i + group], group=min(group, len(latents))) for i in
-                range(0, len(latents), group)]  # fmt: skip
-
+def _halfstep(group: int = GROUP, *, strict: bool = False) -> Keeper:
+    """The codec at the error of fp16. A state alone costs the decoding of those it was predicted from."""
     return Keeper(
-        encode,
-        lambda blobs: np.concatenate([decode_trajectory(blob) for blob in blobs]),
-        lambda blobs, k: decode_trajectory(blobs[k // group])[k % group],
+        lambda latents: [encode_trajectory(latents, Promise(strict=strict), group=group)],
+        lambda blobs: decode_trajectory(blobs[0]),
+        lambda blobs, k: decode_states(blobs[0], [k])[0],
         lambda blobs: sum(map(len, blobs)),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -130,6 +131,9 @@ def convert(
         str, typer.Option(metavar="TYPE", help="The error of fp16 or bf16 casting; fp32 is exact.")
     ] = "fp16",
     max_error: Annotated[float | None, typer.Option(metavar="E", help="Or the largest error of a value.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="That error in every channel of every step, not up to 1.5 times.")
+    ] = False,
     json: _Json = False,
 ) -> None:
     """Recorded latents of one file a step into a trajectory store, or back; the same command again goes on."""
@@ -147,7 +151,7 @@ def convert(
 
     with Bar("converting", "runs", hidden=json) as progress:
         if to == "store":
-            report = to_store(runs, output, TrajectoryFormat(codec, storage, max_error), progress)
+            report = to_store(runs, output, TrajectoryFormat(codec, storage, max_error, strict), progress)
         else:
             report = to_batch(runs, output, progress)
     report.notes.extend(unreadable)
@@ -237,7 +241,21 @@ def _inspect_trajectories(path: Path, json: bool) -> None:
             f"  {key:24} {fact['steps']:4} steps {fact['shape']}  {fact['format']}  seed {fact['seed']}  "
             f"{fact['prompt'] or ''}"
         )
+        if line := _latents_cost(fact):
+            typer.echo(f"    {line}")
         for problem in fact["problems"]:
             typer.echo(f"    {problem}")
     for problem in problems:
         typer.echo(f"  {problem}")
+
+
+def _latents_cost(fact: dict[str, Any]) -> str:
+    """What a run's latents take, and how far they are off, where its writer noted it."""
+    size, error = (fact["attributes"].get(name) for name in ("latents_bytes", "latents_error"))
+    if not size or not fact["steps"]:
+        return ""
+    line = f"{size / (4 * fact['steps'] * math.prod(fact['shape'])):.3f} of fp32's bytes"
+    if error:
+        line += f"; errors as shares of casting's: {error['all']:.2f} over the run, "
+        line += f"{error['state']:.2f} in the worst step, {error['channel']:.2f} in the worst channel of a step"
+    return line

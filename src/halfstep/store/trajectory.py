@@ -25,6 +25,7 @@ from halfstep.errors import BusyError, HalfstepError, InputError, StoreError
 from halfstep.files import claim, file_errors, fsync_path
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values, steps_after
+from halfstep.store.predictive import GROUP
 from halfstep.store.run import Float32, Latents, Run
 from halfstep.store.trajectory_layout import (
     FORMAT_VERSION,
@@ -242,15 +243,25 @@ class StepReader:
             if values is not None:
                 return values
             self._open()  # it is in the arrays by now
-        group = self._array.chunks[0]
+        group = self.group
         step: Float32 = _cache.get(self._number, k // group, self.read_group)[k % group].copy()
         return step
 
+    @property
+    def group(self) -> int:
+        """Steps that are read together: a group, or a chunk where that is smaller."""
+        size: int = self._array.chunks[0]
+        return min(size, GROUP)
+
+    @property
+    def groups(self) -> int:
+        """How many of them the arrays hold."""
+        return 0 if self._array is None else -(-int(self._array.shape[0]) // self.group)
+
     def read_group(self, number: int) -> Float32:
-        """All steps of one chunk, as float32."""
-        group = self._array.chunks[0]
-        start, stop = number * group, min((number + 1) * group, self._array.shape[0])
-        path = chunk_path(self._root / self._key, number, len(self._array.shape))
+        """All steps of one group, as float32."""
+        start, stop = number * self.group, min((number + 1) * self.group, self._array.shape[0])
+        path = chunk_path(self._root / self._key, start // self._array.chunks[0], len(self._array.shape))
         if not path.parent.exists() or (self._root / self._key).stat().st_ino != self._folder_number:
             raise StoreError(f"{self._root}/{self._key}: was repaired or removed after it was opened; open it again")
         try:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import google_crc32c
-import numpy as np
 from numcodecs import Blosc
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
@@ -17,12 +16,13 @@ from zarr.storage import LocalStore
 
 from halfstep.errors import InputError
 from halfstep.files import fsync_path, write_durably
-from halfstep.store.codecs import GROUP, Fidelity, Float32, encode_trajectory
+from halfstep.store.predictive import GROUP, Fidelity, Float32, Promise, encode_trajectory
 from halfstep.store.zarr_codec import PredictiveCodec
 
 FORMAT_VERSION = 1
 LABELS = {"steps": "<i8", "timesteps": "<f8", "sigmas": "<f8"}
 LABEL_CHUNK = 64
+STATES_A_CHUNK = 4 * GROUP  # of the predictive codec, whose groups refer to those before within a chunk
 RUN_PATTERN = "[!.]*/latents/zarr.json"  # what every run with a step has
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -34,16 +34,18 @@ _CODECS = ("predictive", "blosc", "raw")
 class TrajectoryFormat:
     """How a run's latents are kept.
 
-    codec: `predictive` (an eighth of fp32's bytes at fp16's error), or what any Zarr reader opens without halfstep:
+    codec: `predictive` (an eleventh of fp32's bytes at fp16's error), or what any Zarr reader opens without halfstep:
         `blosc` (shuffle and zstd) and `raw`.
     storage: predictive keeps the error at that of casting to this type, fp32 meaning exactly; the others cast to it.
         bf16 is for predictive only, Zarr does not have it.
     max_error: for predictive, the largest error of a value instead.
+    strict: for predictive, no channel of a state is further off than casting would have it, instead of 1.5 times.
     """
 
     codec: str = "predictive"
     storage: str = "fp16"
     max_error: float | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         allowed = ("fp16", "bf16", "fp32") if self.codec == "predictive" else ("fp16", "fp32")
@@ -53,13 +55,14 @@ class TrajectoryFormat:
             raise InputError(f"storage: got {self.storage!r}; expected one of {', '.join(allowed)} with {self.codec}")
         if self.max_error is not None and self.codec != "predictive":
             raise InputError(f"max_error: {self.codec} keeps what it is given; use the predictive codec")
-        if self.max_error is not None and not 0 <= self.max_error < np.inf:
-            raise InputError(f"max_error: got {self.max_error}; expected a finite number, 0 or more")
+        if self.strict and (self.codec != "predictive" or self.max_error is not None or self.storage == "fp32"):
+            raise InputError("strict: is for the predictive codec at the error of fp16 or bf16")
+        Promise(self.max_error)
 
     def __str__(self) -> str:
         if self.max_error is not None:
             return f"{self.codec}, error up to {self.max_error:g}"
-        return f"{self.codec}, {self.storage}"
+        return f"{self.codec}, {self.storage}{', strict' if self.strict else ''}"
 
     @property
     def is_exact(self) -> bool:
@@ -67,35 +70,41 @@ class TrajectoryFormat:
         return self.storage == "fp32" if self.max_error is None else self.max_error == 0
 
     @property
-    def _fidelity(self) -> Fidelity | None:
-        return None if self.storage == "fp32" else cast(Fidelity, self.storage)
+    def _promise(self) -> Promise:
+        fidelity = None if self.storage == "fp32" else cast(Fidelity, self.storage)
+        return Promise(self.max_error, fidelity, self.strict)
 
     @property
     def group(self) -> int:
-        """Steps to a chunk."""
+        """Steps that are encoded together."""
         return GROUP if self.codec == "predictive" else 1
+
+    @property
+    def states_a_chunk(self) -> int:
+        return STATES_A_CHUNK if self.codec == "predictive" else 1
 
     @classmethod
     def of(cls, array: Any) -> Self:
         """The format of the `latents` array of a run."""
         codecs = array.metadata.codecs
         if isinstance(codecs[0], PredictiveCodec):
-            return cls("predictive", codecs[0].fidelity or "fp32", codecs[0].max_error)
+            return cls("predictive", codecs[0].fidelity or "fp32", codecs[0].max_error, codecs[0].strict)
         codec = "blosc" if any(isinstance(codec, BloscCodec) for codec in codecs) else "raw"
         return cls(codec, {"float16": "fp16", "float32": "fp32"}[str(array.dtype)])
 
-    def encode_chunk(self, latents: Float32) -> bytes:
-        """The bytes of one chunk of the array: at most `group` steps, as zarr's own pipeline makes them, without its
-        cost in Python."""
+    def encode_chunk(self, latents: Float32, before: bytes = b"") -> bytes:
+        """The bytes of one chunk of the array, as zarr's own pipeline makes them, without its cost in Python: at most
+        `group` steps, behind those of the chunk `before`."""
         if self.codec == "predictive":
-            return encode_trajectory(latents, max_error=self.max_error, fidelity=self._fidelity, group=len(latents))
+            return encode_trajectory(latents, self._promise, group=self.group, after=before)
         stored = latents.astype("<f2" if self.storage == "fp16" else "<f4")
         return with_crc32c(_BLOSC.encode(stored) if self.codec == "blosc" else stored.tobytes())
 
     def array_options(self) -> dict[str, Any]:
         """The arguments of zarr's `create_array` that make latents of this format."""
         if self.codec == "predictive":
-            serializer = PredictiveCodec(max_error=self.max_error, fidelity=self._fidelity)
+            promise = self._promise
+            serializer = PredictiveCodec(promise.max_error, promise.fidelity, promise.strict)
             return {"dtype": "float32", "serializer": serializer, "compressors": None, "filters": None}
         blosc = [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")] if self.codec == "blosc" else []
         dtype = {"fp16": "float16", "fp32": "float32"}[self.storage]

@@ -11,9 +11,10 @@ import numpy as np
 import zarr
 
 from halfstep.errors import HalfstepError
-from halfstep.files import file_errors, fsync_path
+from halfstep.files import file_errors, fsync_path, write_durably
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import is_being_written
+from halfstep.store.predictive import first_groups
 from halfstep.store.trajectory import StepReader, TrajectoryStore, read_run
 from halfstep.store.trajectory_layout import FORMAT_VERSION, LABELS, RUN_PATTERN, DurableStore, chunk_path
 from halfstep.store.trajectory_writer import recover_run
@@ -100,14 +101,10 @@ def repair_trajectories(root: Path | str) -> TrajectoryRepairReport:
 
 
 def _damaged_groups(root: Path, key: str) -> dict[int, str]:
-    """Chunks of a run that cannot be read, and why."""
+    """Groups of steps of a run that cannot be read, and why."""
     damaged: dict[int, str] = {}
-    folder = root / key / "latents"
-    if not (folder / "zarr.json").exists():
-        return damaged
-    array: Any = zarr.open_array(str(folder), mode="r")
     reader = StepReader(root, key)
-    for number in range(-(-array.shape[0] // array.chunks[0])):
+    for number in range(reader.groups):
         try:
             reader.read_group(number)
         except HalfstepError as error:
@@ -131,19 +128,30 @@ def _finish_interrupted_repair(root: Path) -> None:
 
 
 def _drop_groups(root: Path, key: str, damaged: list[int]) -> str:
-    """Replace the run by a copy without some chunks, made aside and put in its place by renaming."""
+    """Replace the run by a copy without the chunks that damaged groups lie in, made aside and put in its place by
+    renaming. Of the last chunk, the groups before the first damaged one stay as they are."""
     run = read_run(root, key)
     copy = root / f".{key}.repair"
     shutil.copytree(root / key, copy)
     group: Any = zarr.open_group(DurableStore(root), path=copy.name, mode="r+")
     array = group["latents"]
     size, stored, dimensions = array.chunks[0], array.shape[0], len(array.shape)
-    keep = np.array([k // size not in damaged for k in range(stored)])
-    intact = [number for number in range(-(-stored // size)) if number not in damaged]
-    for number in damaged:
-        chunk_path(copy, number, dimensions).unlink(missing_ok=True)
-    for place, number in enumerate(intact):
-        chunk_path(copy, number, dimensions).rename(chunk_path(copy, place, dimensions))
+    first_damaged: dict[int, int] = {}  # by chunk, the place in it
+    for number in reversed(damaged):
+        chunk, place = divmod(number * StepReader(root, key).group, size)
+        first_damaged[chunk] = place
+    last = (stored - 1) // size
+    kept = {chunk: place if chunk == last else 0 for chunk, place in first_damaged.items()}
+    keep = np.array([k % size < kept.get(k // size, size) for k in range(stored)])
+    places = iter(range(last + 1))
+    for chunk in range(last + 1):
+        path = chunk_path(copy, chunk, dimensions)
+        if kept.get(chunk, size):
+            if chunk in kept:
+                write_durably(path, first_groups(path.read_bytes(), kept[chunk]))
+            path.rename(chunk_path(copy, next(places), dimensions))
+        else:
+            path.unlink(missing_ok=True)
     array.resize((int(keep.sum()), *array.shape[1:]))
     for name in LABELS:
         values = np.asarray(group[name][:stored])[keep]

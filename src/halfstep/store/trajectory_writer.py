@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from halfstep.files import file_errors, fsync_path, write_durably
 from halfstep.store.formats import to_storage
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import Journal, JournalEntry, is_being_written, read_journal, read_values, steps_after
+from halfstep.store.predictive import Accuracy, first_groups
 from halfstep.store.run import Float32
 from halfstep.store.trajectory_layout import (
     LABEL_CHUNK,
@@ -121,14 +122,29 @@ class RunWriter:
             self._pack(self._format.group)
 
     def finish(self, *, complete: bool = True, problems: Sequence[str] = (), **attributes: Any) -> None:
-        """Encode what is left and mark the run complete, or not; add `problems` and `attributes` to it."""
+        """Encode what is left and mark the run complete, or not; add `problems` and `attributes` to it, and what its
+        latents take and how far they are off."""
         self.pack()
         if self._waiting:
             self._pack(len(self._waiting))
         self._problems += problems
         with file_errors(self._folder):
-            self._group.update_attributes({"complete": complete, "problems": self._problems, **attributes})
+            told = {**self._cost(), **attributes}
+            self._group.update_attributes({"complete": complete, "problems": self._problems, **told})
             self._journal.remove()
+
+    def _cost(self) -> dict[str, Any]:
+        """`latents_bytes`, and with a half type's error `latents_error`, as in Accuracy."""
+        if self._shape is None:
+            return {}
+        dimensions, size = 1 + len(self._shape), self._format.states_a_chunk
+        chunks = [
+            chunk_path(self._folder, number, dimensions).read_bytes() for number in range(-(-len(self._labels) // size))
+        ]
+        cost: dict[str, Any] = {"latents_bytes": sum(map(len, chunks))}
+        if self._format.codec == "predictive" and not np.isnan((worst := Accuracy.of(chunks)).all):
+            cost["latents_error"] = {name: round(share, 4) for name, share in asdict(worst).items()}
+        return cost
 
     def note_problem(self, line: str) -> None:
         """Keep a line with the run, which stays incomplete."""
@@ -154,7 +170,7 @@ class RunWriter:
         self._group.create_array(
             "latents",
             shape=(0, *shape),
-            chunks=(self._format.group, *shape),
+            chunks=(self._format.states_a_chunk, *shape),
             chunk_key_encoding={"name": "default", "separator": "."},
             dimension_names=dimensions,
             fill_value=0,
@@ -185,9 +201,11 @@ def recover_run(root: Path, key: str) -> tuple[int, str | None]:
             stored = array.shape[0]
             labels = _Labels(*(np.asarray(group[name][:stored]).tolist() for name in LABELS))
             waiting = steps_after(entries, labels.steps)
-            for first in range(0, len(waiting), array.chunks[0]):
-                some = waiting[first : first + array.chunks[0]]
-                labels = _move_to_arrays(root / key, TrajectoryFormat.of(array), some, labels)
+            form, done = TrajectoryFormat.of(array), 0
+            while done < len(waiting):  # a group never goes beyond its chunk
+                count = min(form.group, array.chunks[0] - len(labels) % array.chunks[0])
+                labels = _move_to_arrays(root / key, form, waiting[done : done + count], labels)
+                done += count
         line = None
         if damaged:
             line = "damaged: steps of the journal could not be read and were dropped"
@@ -218,8 +236,8 @@ class _Labels:
 
 
 def _move_to_arrays(folder: Path, format: TrajectoryFormat, entries: list[JournalEntry], labels: _Labels) -> _Labels:
-    """Write journal `entries` into the run's arrays, behind the steps of `labels`; the labels of all. `entries` are at
-    most one chunk and begin one. They count from the moment `latents` has its new shape."""
+    """Write journal `entries` into the run's arrays, behind the steps of `labels`; the labels of all. `entries` lie in
+    one chunk and make up a group. They count from the moment `latents` has its new shape."""
     start, together = len(labels), labels.extended(entries)
     metadata = json.loads((folder / "latents" / "zarr.json").read_bytes())
     step_shape = tuple(metadata["shape"][1:])
@@ -231,13 +249,17 @@ def _move_to_arrays(folder: Path, format: TrajectoryFormat, entries: list[Journa
         column = np.array(getattr(together, name), dtype)
         (folder / name / "c").mkdir(exist_ok=True)
         for number in range(start // LABEL_CHUNK, -(-len(column) // LABEL_CHUNK)):
-            chunk = np.zeros(LABEL_CHUNK, dtype)
+            padded = np.zeros(LABEL_CHUNK, dtype)
             part = column[number * LABEL_CHUNK : (number + 1) * LABEL_CHUNK]
-            chunk[: len(part)] = part
-            write_durably(folder / name / "c" / str(number), with_crc32c(chunk.tobytes()))
+            padded[: len(part)] = part
+            write_durably(folder / name / "c" / str(number), with_crc32c(padded.tobytes()))
         fsync_path(folder / name)
         _set_length(folder / name, len(column))
-    write_durably(chunk_path(folder, start // format.group, 1 + len(step_shape)), format.encode_chunk(latents))
+    number, place = divmod(start, metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
+    chunk = chunk_path(folder, number, 1 + len(step_shape))
+    # A crash may have come after the chunk was written and before the steps counted: then it holds more of them.
+    before = first_groups(chunk.read_bytes(), place) if place else b""
+    write_durably(chunk, format.encode_chunk(latents, before))
     _set_length(folder / "latents", len(together))
     return together
 
