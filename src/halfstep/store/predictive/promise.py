@@ -15,6 +15,8 @@ from halfstep.store.predictive.prediction import Float32, Float64, blocks
 
 Fidelity = Literal["fp16", "bf16"]
 
+_ROOM = 1.1  # of what a state aims at, which those after it make up for
+
 MOST = 1.5  # times its own rounding error, of a channel of a state
 STRICT = 1.0
 
@@ -62,9 +64,16 @@ class ErrorBudget:
         errors: Float64 = np.sqrt(np.minimum(most[0], level))
         return errors
 
-    def most(self, number: int) -> Float64 | None:
-        """The mean squares [C] that the errors of state `number` must not exceed."""
-        return None if self._rounding is None else self.promise.most**2 * self._rounding[number]
+    def allows(self, number: int, mean_squares: Float64) -> Float64:
+        """How far the bins of state `number` are to be narrowed [C], 1 for those that may stay: its channels and, among
+        the states that are left, it itself must not be further off than promised."""
+        if self._rounding is None or (errors := self.errors(number)) is None:
+            return np.ones(len(mean_squares))
+        is_last = number + 1 == len(self._rounding)
+        together = min(self._left, float((errors**2).sum()) * (1.0 if is_last else _ROOM))
+        shares = np.minimum(1.0, _quotient(self.promise.most**2 * self._rounding[number], mean_squares))
+        narrowing: Float64 = np.sqrt(np.minimum(shares, _quotient(together, mean_squares.sum())))
+        return narrowing
 
     def spend(self, mean_squares: Float64) -> None:
         """Count the mean square errors [C] of the state that was coded."""
@@ -73,16 +82,19 @@ class ErrorBudget:
             self._spent.append(mean_squares.copy())
 
     @property
-    def accuracy(self) -> tuple[float, float, float]:
+    def accuracy(self) -> tuple[float, ...]:
         """The errors of all that was coded, of the worst state and of the worst channel of a state, as shares of those
         of casting; NaN where none is promised."""
         if self._rounding is None:
             return (np.nan, np.nan, np.nan)
         spent = np.array(self._spent)
-        pairs = [(x.sum(), y.sum()) for x, y in ((spent, self._rounding), *zip(spent, self._rounding, strict=True))]
-        shares = [_share(*pair) for pair in pairs]
-        channels = _share(spent, self._rounding)
-        return (float(shares[0]), float(np.max(shares[1:])), float(np.max(channels)))
+        parts = [
+            (spent.sum(), self._rounding.sum()),
+            (spent.sum(axis=1), self._rounding.sum(axis=1)),
+            (spent, self._rounding),
+        ]
+        shares = [np.divide(x, y, out=np.zeros(np.shape(x)), where=np.asarray(y) > 0) for x, y in parts]
+        return tuple(float(np.sqrt(np.max(share))) for share in shares)
 
 
 def mean_square_rounding(state: Float32, fidelity: Fidelity) -> Float64:
@@ -137,6 +149,6 @@ def _water_level(most: Float64, amount: float) -> float:
     return max(0.0, float((amount - below[place]) / above[place]))
 
 
-def _share(mean_squares: Any, rounding: Any) -> Any:
-    """Root-mean-square errors as shares; 0 of 0 is 0."""
-    return np.sqrt(np.divide(mean_squares, rounding, out=np.zeros(np.shape(rounding)), where=np.asarray(rounding) > 0))
+def _quotient(allowed: Any, found: Any) -> Any:
+    """0 of 0 is 1: there is nothing to narrow."""
+    return np.divide(allowed, found, out=np.ones(np.shape(found)), where=np.asarray(found) > 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,7 @@ def encode_state(
         return Coded(kind, weights, 0.0, narrowing, _NO_PLACES, _NO_PLACES, _short(integers)), state
     weights = _best_weights(state, history, place, widths)
     bins = _Bins(state, _prediction(history, weights, place, state.shape), widths)
-    bins.settle(budget.most(number))
+    bins.settle(partial(budget.allows, number))
     budget.spend(bins.squares)
     return bins.coded(weights), bins.decoded
 
@@ -156,23 +157,22 @@ class _Bins:
         self.decoded = np.empty_like(state)
         self.squares = np.zeros(len(state))  # mean square error of each channel
 
-    def settle(self, most: Float64 | None) -> None:
-        """Fill the bins. A channel whose mean square error is above its `most` [C] gets narrower ones; when they do not
-        help, or too much does not fit in any, it is exact."""
+    def settle(self, allows: Callable[[Float64], Float64]) -> None:
+        """Fill the bins. `allows` says by how much channels must be narrowed [C] for mean square errors [C], 1 for not
+        at all. When that does not help, or too much does not fit in its bins, a channel is exact."""
         rows = None
         for trial in range(_TRIALS):
             self._fill(rows)
             crowded = np.zeros(len(self._state), bool)
             for row, places in self._exceptions.items():
                 crowded[row] = sum(map(len, places)) > _MOST_EXCEPTIONS * self._state.shape[1]
-            over = np.zeros(len(self._state), bool) if most is None else self.squares > most
-            if not (over | crowded).any():
+            narrower = allows(self.squares)
+            again = (narrower < 1) & (self._wanted > 0)
+            if not (again | crowded).any():
                 return
-            last = trial + 2 >= _TRIALS
-            if most is not None and not last:
-                self._wanted[over] *= np.sqrt(most[over] / self.squares[over]) * _AIM
-            self._wanted[crowded | (over & last)] = 0.0
-            rows = np.flatnonzero(over | crowded)
+            self._wanted[again] *= narrower[again] * _AIM if trial + 2 < _TRIALS else 0.0
+            self._wanted[crowded] = 0.0
+            rows = np.flatnonzero(again | crowded)
 
     def coded(self, weights: npt.NDArray[np.float16]) -> Coded:
         """What was settled, with the `weights` of the prediction."""
