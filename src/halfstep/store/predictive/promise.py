@@ -52,6 +52,7 @@ class ErrorBudget:
         if promise.max_error is None and promise.fidelity is not None:
             self._rounding = np.array([mean_square_rounding(state, promise.fidelity) for state in states])
             self._left = float(self._rounding.sum())
+        self._aim = np.empty(0)  # mean squares of the state that errors() was last asked for
         self._spent: list[Float64] = []
 
     def errors(self, number: int) -> Float64 | None:
@@ -60,17 +61,17 @@ class ErrorBudget:
         if self._rounding is None:
             return None
         most = self.promise.most**2 * self._rounding[number:]
-        level = _water_level(np.sort(most, axis=None), self._left)
-        errors: Float64 = np.sqrt(np.minimum(most[0], level))
+        self._aim = np.minimum(most[0], _water_level(np.sort(most, axis=None), self._left))
+        errors: Float64 = np.sqrt(self._aim)
         return errors
 
     def allows(self, number: int, mean_squares: Float64) -> Float64:
         """How far the bins of state `number` are to be narrowed [C], 1 for those that may stay: its channels and, among
         the states that are left, it itself must not be further off than promised."""
-        if self._rounding is None or (errors := self.errors(number)) is None:
+        if self._rounding is None:
             return np.ones(len(mean_squares))
         is_last = number + 1 == len(self._rounding)
-        together = min(self._left, float((errors**2).sum()) * (1.0 if is_last else _ROOM))
+        together = min(self._left, float(self._aim.sum()) * (1.0 if is_last else _ROOM))
         shares = np.minimum(1.0, _quotient(self.promise.most**2 * self._rounding[number], mean_squares))
         narrowing: Float64 = np.sqrt(np.minimum(shares, _quotient(together, mean_squares.sum())))
         return narrowing

@@ -20,7 +20,17 @@ import numpy.typing as npt
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
 
 from halfstep.store.predictive.order import Place
-from halfstep.store.predictive.prediction import Block, Float32, Float64, blocks, finite, fit, predict, tap_weights
+from halfstep.store.predictive.prediction import (
+    Block,
+    Float32,
+    Float64,
+    Weights,
+    best_weights,
+    blocks,
+    finite,
+    predict,
+    tap_weights,
+)
 from halfstep.store.predictive.promise import ErrorBudget
 
 Integers = npt.NDArray[np.signedinteger[Any]]
@@ -37,12 +47,10 @@ _WIDEST = 1e38
 _MOST_EXCEPTIONS = 0.02  # of a channel; beyond, an exact channel is smaller
 _AIM = 0.98  # of what a channel may be off, where it was too far off
 _TRIALS = 4
-_JUDGED_VALUES = 128  # of a channel, to choose between weights
 _EXACT = 255  # instead of a channel's narrowing
 _SIXTEENTHS = np.array([2.0 ** (-k / 16) for k in range(16)]).round(12)  # the same on every machine
 _CONFIG = ChunkConfig(compression_level=8, mode_spec=ModeSpec.classic(), delta_spec=DeltaSpec.no_op())
 
-_NO_WEIGHTS = np.empty((0, 0), np.float16)
 _NO_PLACES = np.empty(0, np.uint32)
 
 
@@ -53,7 +61,7 @@ class Coded:
     beside the bins, and their bits."""
 
     kind: int
-    weights: npt.NDArray[np.float16]
+    weights: Weights
     widest: float
     narrowing: npt.NDArray[np.uint8] | None
     places: npt.NDArray[np.uint32]
@@ -76,7 +84,7 @@ class Record:
     """A record that was parsed; `values` are entropy-coded."""
 
     kind: int
-    weights: npt.NDArray[np.float16]
+    weights: Weights
     widest: float
     narrowing: npt.NDArray[np.uint8] | None
     places: npt.NDArray[np.uint32]
@@ -133,12 +141,13 @@ def encode_state(
     widths = _wanted_widths(budget, number, len(state)) if kind == _FP32 else np.zeros(len(state))
     if not widths.any():
         budget.spend(widths)
-        steps = np.full(len(state), _NUMBERS[kind].spacing * float(np.abs(finite(state)).mean(dtype=np.float64)))
-        weights = _best_weights(state, history, place, steps)
+        size = float(np.abs(finite(state)).mean(dtype=np.float64))
+        steps = np.full(len(state), max(_NUMBERS[kind].spacing * size, _NARROWEST))
+        weights = best_weights(state, history, place.basis, steps)
         integers = _differences(_NUMBERS[kind], state, _prediction(history, weights, place, state.shape))
         narrowing = np.full(len(state), _EXACT, np.uint8) if kind == _FP32 else None
         return Coded(kind, weights, 0.0, narrowing, _NO_PLACES, _NO_PLACES, _short(integers)), state
-    weights = _best_weights(state, history, place, widths)
+    weights = best_weights(state, history, place.basis, widths)
     bins = _Bins(state, _prediction(history, weights, place, state.shape), widths)
     bins.settle(partial(budget.allows, number))
     budget.spend(bins.squares)
@@ -174,7 +183,7 @@ class _Bins:
             self._wanted[crowded] = 0.0
             rows = np.flatnonzero(again | crowded)
 
-    def coded(self, weights: npt.NDArray[np.float16]) -> Coded:
+    def coded(self, weights: Weights) -> Coded:
         """What was settled, with the `weights` of the prediction."""
         narrowing = _narrowing(self._widest, self._wanted)
         integers: Integers = self._bins.astype(np.int16 if self._reach < 2**15 else np.int32)
@@ -305,7 +314,7 @@ def _differences(number: _Number, state: Float32, prediction: Callable[[Block], 
 
 
 def _prediction(
-    history: Sequence[Float32], weights: npt.NDArray[np.float16], place: Place, shape: tuple[int, ...]
+    history: Sequence[Float32], weights: Weights, place: Place, shape: tuple[int, ...]
 ) -> Callable[[Block], Float32]:
     """What gives the prediction of a block of a state of `shape`; zeros without weights."""
     if not weights.size:
@@ -313,29 +322,6 @@ def _prediction(
         return lambda block: zeros[block]
     taps = tap_weights(weights, place.basis, shape[0])
     return lambda block: predict(history, taps, block)
-
-
-def _best_weights(state: Float32, history: Sequence[Float32], place: Place, widths: Float64) -> npt.NDArray[np.float16]:
-    """The weights with which state and weights take the fewest bits, by an estimate on some of the values."""
-    if not history:
-        return _NO_WEIGHTS
-    some = (slice(None), slice(None, None, max(1, state.shape[1] // _JUDGED_VALUES)))
-    sample = np.ascontiguousarray(state[some])
-    past = [np.ascontiguousarray(other[some]) for other in history]
-    steps = np.where(widths > 0, widths, max(widths.max(), 1e-30))[:, None].astype(np.float32)
-    best, fewest = _NO_WEIGHTS, _bits(sample, steps) * state.size
-    for weights in fit(state, history, place.basis):
-        guess = _prediction(past, weights, place, sample.shape)((slice(None), slice(None)))
-        bits = _bits(sample - guess, steps) * state.size + 16 * weights.size
-        if bits < fewest:
-            best, fewest = weights, bits
-    return best
-
-
-def _bits(values: Float32, steps: Float32) -> float:
-    """About how many bits the number of a bin takes."""
-    magnitude = np.minimum(np.abs(values / steps), np.float32(_LARGEST_BIN))
-    return float(np.log2(1 + finite(magnitude)).mean())
 
 
 def _wanted_widths(budget: ErrorBudget, number: int, channels: int) -> Float64:
