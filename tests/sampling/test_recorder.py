@@ -284,3 +284,30 @@ def test_the_limit_on_waiting_steps_holds(tmp_path: Path) -> None:
     """A sampler that is faster than the disk waits: 40 steps, 160 MB, need no more memory than 8."""
     done = run_script(MEMORY, tmp_path / "s")
     assert int(done.stdout) < 60_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("latent", "named"),
+    [
+        (torch.zeros(4, 8, 8, dtype=torch.complex64), r"step 0 is complex64 \[4, 8, 8\]; expected floating numbers"),
+        (torch.zeros(4, 8, 8, dtype=torch.int32), "step 0 is int32"),
+        (torch.zeros(4, 0, 8), r"step 0 is float32 \[4, 0, 8\]; expected floating numbers, and some of them"),
+    ],
+)
+def test_what_is_no_latent_is_refused_and_leaves_nothing(latent: torch.Tensor, named: str, tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    with pytest.raises(InputError, match=named), StoreRecorder(store, "a") as recorder:
+        recorder.record(Step(0, 0.0, 1.0, latent))
+    assert sorted(path.name for path in store.root.iterdir()) == ["zarr.json"]
+
+
+def test_float64_beyond_float32_is_named(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    large = torch.tensor([[1e300, float("inf")], [1.0, float("nan")]], dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="step 0: 1 of its float64 values are beyond float32's range"):
+        with StoreRecorder(store, "a") as recorder:
+            recorder.record(Step(0, 0.0, 1.0, large))
+    assert "a" not in store
+    with StoreRecorder(store, "a") as recorder:  # the name is free, and what is infinite already is kept
+        recorder.record(Step(0, 0.0, 1.0, large[:, 1]))
+    assert store["a"].latents[0].tolist()[0] == float("inf")

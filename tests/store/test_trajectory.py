@@ -86,7 +86,13 @@ def test_stock_codecs_need_only_zarr(tmp_path: Path, codec: str) -> None:
     assert np.array_equal(np.load(tmp_path / "out.npy"), walk())
 
 
-@pytest.mark.parametrize("appended", [0, 1, 15, 16, 17, 40])
+def test_of_a_run_without_a_step_nothing_is_left(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    store.record("a", prompt="p").close()
+    assert [path.name for path in store.root.iterdir()] == ["zarr.json"]
+
+
+@pytest.mark.parametrize("appended", [1, 15, 16, 17, 40])
 def test_a_run_that_was_left_is_read_and_repaired(tmp_path: Path, appended: int) -> None:
     store = TrajectoryStore.create(tmp_path / "s")
     latents = walk(40)

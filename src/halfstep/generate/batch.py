@@ -208,7 +208,7 @@ def _make(
         options["negative_prompt"] = config.prompt_settings.negative_prompt
     if frames is not None:
         options["num_frames"] = frames
-    recording: Any = nullcontext(lambda pipe, i, t, tensors: tensors)
+    recording: Any = nullcontext(None)
     if latents.store_latents:
         store = TrajectoryStore.create(output / "latents")
         if run.key in store:  # of a call that was interrupted; the same seed makes the same steps again
@@ -221,9 +221,12 @@ def _make(
     with recording as record_step:
 
         def after_step(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            kept: dict[str, Any] = record_step(pipe, i, t, tensors)
+            if record_step is not None:
+                record_step(pipe, i, t, tensors)
+                if record_step.refused:  # the latents were asked for, and will not come for the other runs either
+                    raise InputError(f"{record_step.refused}; or generate without --store-latents")
             progress.advance()
-            return kept
+            return tensors
 
         try:
             result = generator.pipe(**options, callback_on_step_end=after_step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ from halfstep.store import TrajectoryFormat, TrajectoryStore
 
 
 class Recording:
-    """The callback of a pipeline's call, for `callback_on_step_end`. It changes nothing."""
+    """The callback of a pipeline's call, for `callback_on_step_end`. It changes nothing. `refused`: why what the
+    pipeline does cannot be recorded, once that is known; sampling goes on, and nothing is left of the runs."""
 
     def __init__(self, store: TrajectoryStore, runs: Sequence[str], attributes: Sequence[dict[str, Any]]) -> None:
         self._store, self._runs, self._attributes = store, runs, attributes
@@ -31,8 +33,26 @@ class Recording:
         self._initial: torch.Tensor | None = None
         self._made = 0  # scheduler steps
         self._recorded = 0
+        self.refused: str | None = None
 
     def __call__(self, pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if self.refused is None:
+            try:
+                self._take(pipe, i, tensors)
+            except InputError as error:
+                self._refuse(error)
+        return tensors
+
+    def before_step(self, scheduler: Any, timestep: Any, sample: torch.Tensor, options: dict[str, Any]) -> None:
+        """Take note of a scheduler's step."""
+        if self.refused is None:
+            try:
+                self._expect(scheduler, timestep, sample, options)
+            except InputError as error:
+                self._refuse(error)
+
+    def _take(self, pipe: Any, i: int, tensors: dict[str, Any]) -> None:
+        """Record the state after step `i`. Raises InputError when it is not the one that was expected."""
         if "latents" not in tensors:
             raise InputError(
                 "record: the pipeline gives its callback no latents; add 'latents' to its "
@@ -57,11 +77,9 @@ class Recording:
                 "expected one a call"
             )
         self._record(latents)
-        return tensors
 
-    def before_step(self, scheduler: Any, timestep: Any, sample: torch.Tensor, options: dict[str, Any]) -> None:
-        """Take note of a scheduler's step. Raises InputError when the states cannot be labeled, before the first
-        step where it can be known there."""
+    def _expect(self, scheduler: Any, timestep: Any, sample: torch.Tensor, options: dict[str, Any]) -> None:
+        """Raises InputError when the states cannot be labeled, before the first step where it can be known there."""
         own = next((name for name in OWN_LEVELS if options.get(name) is not None), None)
         if own is not None:
             raise InputError(f"record: the pipeline gives its scheduler {own}, so its states have no one noise level")
@@ -75,9 +93,17 @@ class Recording:
             self._initial = sample.detach().clone()
         self._made += 1
 
+    def _refuse(self, error: InputError) -> None:
+        self.refused = str(error)
+        for recorder in self._recorders:
+            recorder.discard()
+        warnings.warn(f"{error}; it is not recorded, sampling goes on", RuntimeWarning, stacklevel=4)
+
     def finish(self) -> None:
         """Mark the runs complete when the sampler came to the end of its schedule. Raises InputError when there was
         nothing to record."""
+        if self.refused is not None:
+            return
         complete = self._recorded == len(self._levels)
         for recorder in self._recorders:
             recorder.finish() if complete else recorder.close()
@@ -90,7 +116,7 @@ class Recording:
             )
 
     def close(self) -> None:
-        for recorder in self._recorders:
+        for recorder in self._recorders if self.refused is None else []:
             recorder.close()
 
     def _begin(self, pipe: Any, initial: torch.Tensor, latents: torch.Tensor) -> None:
@@ -130,8 +156,9 @@ def record(
     call makes several; `interval`, `format` and `attributes` (prompt=, seed=, ..., of these two also a list, one a run)
     are as in `StoreRecorder`. The initial noise is step 0, the state after the i-th scheduler step is step i + 1,
     labeled with the noise level that the scheduler has reached. A run whose sampling stopped early stays incomplete.
-    Raises InputError when a name is taken, when the states of this scheduler cannot be labeled, or when the callback
-    was never called.
+    What cannot be recorded rightly once the pipeline runs is refused with one RuntimeWarning: sampling goes on, and
+    nothing is left under the name. Raises InputError when a name is taken, when the levels of this kind of scheduler
+    are not known, or when the callback was never called.
     """
     rule_of(pipe.scheduler)
     opened = store if isinstance(store, TrajectoryStore) else TrajectoryStore.create(store)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 
-from halfstep.errors import HalfstepError, InputError
+from halfstep.errors import HalfstepError, InputError, NumericsError
 from halfstep.store import RunWriter, TrajectoryFormat, TrajectoryStore
 
 Ticket = Future[None]
@@ -85,8 +85,8 @@ class StoreRecorder:
     `interval` keeps every n-th step, and always the first and the last; the tickets of others are done at once, and the
     last, when it falls between, is written by `finish` or `close`. When the store cannot take a step (a full disk),
     sampling goes on: one warning is given, that ticket and all after it hold the error, and the run stays incomplete.
-    As a context manager it finishes on a clean exit. Raises InputError when the run's name is taken, the shape changes
-    or the index does not grow.
+    As a context manager it finishes on a clean exit. Of a run without any step nothing is left. Raises InputError when
+    the run's name is taken, the shape changes, the index does not grow, or a latent is empty or no floating numbers.
     """
 
     def __init__(
@@ -116,6 +116,11 @@ class StoreRecorder:
     def record(self, step: Step) -> Ticket:
         if self._ended:
             raise InputError(f"{self._where}: got step {step.index} after the recording was finished or closed")
+        if not step.latent.is_floating_point() or step.latent.numel() == 0:
+            raise InputError(
+                f"{self._where}: step {step.index} is {str(step.latent.dtype).removeprefix('torch.')} "
+                f"{list(step.latent.shape)}; expected floating numbers, and some of them"
+            )
         if self._shape is not None and step.latent.shape != self._shape:
             raise InputError(
                 f"{self._where}: step {step.index} has the shape {list(step.latent.shape)}, the steps before "
@@ -165,6 +170,11 @@ class StoreRecorder:
             return
         self._writer.close()
         self._warn_once()
+
+    def discard(self) -> None:
+        """Wait until the store is at rest, and leave nothing of the run."""
+        if self._drain():
+            self._writer.discard()
 
     def __enter__(self) -> Self:
         return self
@@ -235,10 +245,16 @@ class _Copy:
         self.step = replace(step, latent=self._host)
 
     def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """float32, once the copy has arrived."""
+        """float32, once the copy has arrived. Raises NumericsError for finite float64 that float32 has no room for."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._host.float().contiguous().numpy()
+        values = self._host.float()
+        if self._host.dtype == torch.float64 and (lost := int((values.isinf() & self._host.isfinite()).sum())):
+            raise NumericsError(
+                f"step {self.step.index}: {lost} of its float64 values are beyond float32's range; scale them down, or "
+                "record it without them"
+            )
+        return values.contiguous().numpy()
 
 
 def _give_way() -> None:

@@ -6,8 +6,6 @@ run's attributes. Steps that are durable but not yet in the arrays lie in the ru
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +20,7 @@ from zarr.errors import ContainsGroupError
 from zarr.storage import LocalStore
 
 from halfstep.errors import BusyError, HalfstepError, InputError, StoreError
-from halfstep.files import claim, file_errors, fsync_path
+from halfstep.files import claim, file_errors
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values, steps_after
 from halfstep.store.predictive import GROUP
@@ -37,7 +35,7 @@ from halfstep.store.trajectory_layout import (
     check_key,
     chunk_path,
 )
-from halfstep.store.trajectory_writer import RunWriter
+from halfstep.store.trajectory_writer import RunWriter, remove_run
 
 # Decoded groups of steps that are kept, over all runs that are open: enough to go through a few runs side by side.
 _GROUPS_KEPT = 4
@@ -134,10 +132,7 @@ class TrajectoryStore(Mapping[str, Run]):
         if self.is_being_recorded(key):
             raise BusyError(f"{self.root}/{key}: another process is recording this run; wait for it to end")
         with file_errors(self.root):
-            gone = self.root / f".{key}.{os.getpid()}.gone"
-            (self.root / key).rename(gone)  # at once, so that no part of a run is left under its name
-            fsync_path(self.root)
-            shutil.rmtree(gone)
+            remove_run(self.root / key)
 
     def is_being_recorded(self, key: str) -> bool:
         """Whether a living process is recording the run."""

@@ -55,6 +55,7 @@ class RunWriter:
             raise InputError(f"{root}/{key}: attributes must be JSON ({error})") from error
         self._folder, self._format = root / key, format
         self._problems: list[str] = []
+        self._finished = False
         self._shape: tuple[int, ...] | None = None
         self._labels = _Labels()
         self._waiting: list[JournalEntry] = []
@@ -132,6 +133,7 @@ class RunWriter:
             told = {**self._cost(), **attributes}
             self._group.update_attributes({"complete": complete, "problems": self._problems, **told})
             self._journal.remove()
+        self._finished = True
 
     def _cost(self) -> dict[str, Any]:
         """`latents_bytes`, and with a half type's error `latents_error`, as in Accuracy."""
@@ -153,7 +155,15 @@ class RunWriter:
             self._group.update_attributes({"problems": self._problems})
 
     def close(self) -> None:
-        """Let go of the run; without `finish` it stays incomplete."""
+        """Let go of the run; without `finish` it stays incomplete, and without a step nothing stays of it."""
+        if self._shape is None and not self._finished:
+            self.discard()
+        self._journal.close()
+
+    def discard(self) -> None:
+        """Leave nothing of the run."""
+        with file_errors(self._folder):
+            remove_run(self._folder)
         self._journal.close()
 
     def _create_arrays(self, shape: tuple[int, ...]) -> None:
@@ -183,6 +193,14 @@ class RunWriter:
             self._waiting = self._waiting[count:]
             if not self._waiting:
                 self._journal.clear()
+
+
+def remove_run(folder: Path) -> None:
+    """Delete the folder of a run, at once under its name, so that no part of a run is left there."""
+    gone = folder.parent / f".{folder.name}.{os.getpid()}.gone"
+    folder.rename(gone)
+    fsync_path(folder.parent)
+    shutil.rmtree(gone)
 
 
 def recover_run(root: Path, key: str) -> tuple[int, str | None]:
