@@ -304,9 +304,9 @@ def test_what_is_no_latent_is_refused_and_leaves_nothing(latent: torch.Tensor, n
 def test_float64_beyond_float32_is_named(tmp_path: Path) -> None:
     store = TrajectoryStore.create(tmp_path / "s")
     large = torch.tensor([[1e300, float("inf")], [1.0, float("nan")]], dtype=torch.float64)
-    with pytest.warns(RuntimeWarning, match="step 0: 1 of its float64 values are beyond float32's range"):
-        with StoreRecorder(store, "a") as recorder:
-            recorder.record(Step(0, 0.0, 1.0, large))
+    named = "step 0: 1 of its float64 values are beyond float32's range"
+    with pytest.warns(RuntimeWarning, match=named), StoreRecorder(store, "a") as recorder:
+        recorder.record(Step(0, 0.0, 1.0, large))
     assert "a" not in store
     with StoreRecorder(store, "a") as recorder:  # the name is free, and what is infinite already is kept
         recorder.record(Step(0, 0.0, 1.0, large[:, 1]))

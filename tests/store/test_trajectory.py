@@ -14,6 +14,7 @@ from halfstep.store import (
     TrajectoryFormat,
     TrajectoryStore,
     open_trajectories,
+    readable_runs,
     repair_trajectories,
     trajectory,
     verify_trajectories,
@@ -440,3 +441,66 @@ def test_bad_input_is_named_and_loses_nothing(tmp_path: Path) -> None:
     zarr.create_group(tmp_path / "other")
     with pytest.raises(StoreError, match="a Zarr group of something else"):
         open_trajectories(tmp_path / "other")
+
+
+def test_damaged_metadata_of_one_run_ends_nothing_for_the_others(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    left = store.record("a")
+    for k in range(20):
+        left.append(k, 1.0 - k / 20, 1.0 - k / 20, walk(20)[k])
+        left.pack()
+    left.close()
+    store.add("b", walk(), sigmas=np.linspace(1, 0, 21))
+    for name in ("latents/zarr.json", "zarr.json", "steps/zarr.json"):
+        path = store.root / "a" / name
+        good = path.read_bytes()
+        for bad in (
+            b"",
+            b"{}",
+            good[:-40],
+            b"\xff" + good,
+            good.replace(b"array", b"arrax").replace(b"group", b"groux"),
+        ):
+            path.write_bytes(bad)
+            before = {file: file.read_bytes() for file in store.root.rglob("*") if file.is_file()}
+            report = verify_trajectories(store.root)
+            assert [line.startswith(f"{store.root}/a") for line in report.problems] == [True], (name, bad)
+            assert (report.runs, report.steps) == (2, 21)
+            assert len(repair_trajectories(store.root).lost) == 1
+            assert readable_runs(store)[0].keys() == {"b"}
+            assert before == {file: file.read_bytes() for file in store.root.rglob("*") if file.is_file()}
+        path.write_bytes(good)
+    assert repair_trajectories(store.root).recovered == {"a": 4}
+
+
+@pytest.mark.parametrize("form", [TrajectoryFormat(storage="fp32"), TrajectoryFormat("raw", "fp32")])
+@pytest.mark.parametrize("counted", [0, 14, 15])
+def test_a_count_that_chunks_and_journal_deny_is_damage_and_overwrites_nothing(
+    tmp_path: Path, form: TrajectoryFormat, counted: int
+) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    writer = store.record("a", form)
+    for k in range(16):
+        writer.append(k, 1.0 - k / 20, 1.0 - k / 20, walk(20)[k])
+    writer.pack()
+    for k in range(16, 20):  # the journal holds these alone
+        writer.append(k, 1.0 - k / 20, 1.0 - k / 20, walk(20)[k])
+    writer.close()
+    metadata = store.root / "a" / "latents" / "zarr.json"
+    metadata.write_text(metadata.read_text().replace("16,", f"{counted},", 1))
+    chunks = {file: file.read_bytes() for file in (store.root / "a" / "latents").glob("c*")}
+    assert not verify_trajectories(store.root).ok
+    assert repair_trajectories(store.root).lost
+    assert chunks == {file: file.read_bytes() for file in (store.root / "a" / "latents").glob("c*")}
+
+
+def test_attributes_are_under_a_checksum(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    store.add("a", walk(3), sigmas=[1.0, 0.5, 0.0], prompt="a cat", seed=3, nested={"b": [1.5, None]})
+    assert (store["a"].problems, verify_trajectories(store.root).ok) == ((), True)
+    assert "crc32c" not in store["a"].attributes
+    path = store.root / "a" / "zarr.json"
+    path.write_text(path.read_text().replace("a cat", "a car"))
+    assert "its attributes do not match their checksum" in store["a"].problems[0]
+    assert not verify_trajectories(store.root).ok
+    assert store["a"].prompt == "a car"

@@ -23,9 +23,10 @@ from halfstep.errors import BusyError, HalfstepError, InputError, StoreError
 from halfstep.files import claim, file_errors
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values, steps_after
-from halfstep.store.predictive import GROUP
+from halfstep.store.predictive import GROUP, count_states
 from halfstep.store.run import Float32, Latents, Run
 from halfstep.store.trajectory_layout import (
+    CHECKSUM,
     FORMAT_VERSION,
     KEY,
     LABELS,
@@ -34,6 +35,7 @@ from halfstep.store.trajectory_layout import (
     TrajectoryFormat,
     check_key,
     chunk_path,
+    sealed,
 )
 from halfstep.store.trajectory_writer import RunWriter, remove_run
 
@@ -146,6 +148,8 @@ def read_run(root: Path, key: str) -> Run:
     try:
         group = zarr.open_group(LocalStore(root, read_only=True), path=key, mode="r")
         attributes: dict[str, Any] = group.attrs.asdict()
+        if "complete" not in attributes:
+            raise StoreError("zarr.json says nothing of the run")
         array: Any = group.get("latents")
         if array is None and attributes.get("complete") and any((folder / name).exists() for name in LABELS):
             raise StoreError("latents/zarr.json is missing")
@@ -165,9 +169,11 @@ def read_run(root: Path, key: str) -> Run:
             raise StoreError(f"{root}/{key}: got {len(values)} {name} for {stored} steps; read another copy")
     waiting = steps_after(entries, labels["steps"].tolist() if stored else [])
     problems = _problems(attributes, folder)
+    if CHECKSUM in attributes and sealed(attributes) != attributes:
+        problems.append("damaged: its attributes do not match their checksum; its prompt, seed or others were changed")
     if damaged:
         problems.append("damaged: some steps of its journal cannot be read; `halfstep store repair` keeps the others")
-    attributes = {name: value for name, value in attributes.items() if name != "problems"}
+    attributes = {name: value for name, value in attributes.items() if name not in ("problems", CHECKSUM)}
     if array is not None:
         form = TrajectoryFormat.of(array)
         attributes |= {"latents_format": str(form), "latents_exact": form.is_exact}
@@ -249,9 +255,28 @@ class StepReader:
         return min(size, GROUP)
 
     @property
+    def stored(self) -> int:
+        """Steps that count as being in the arrays."""
+        return 0 if self._array is None else int(self._array.shape[0])
+
+    @property
+    def held(self) -> int:
+        """Steps that the files of the arrays hold, whether they count or not."""
+        if self._array is None:
+            return 0
+        chunk, dimensions = int(self._array.chunks[0]), len(self._array.shape)
+        number = 0
+        while chunk_path(self._root / self._key, number, dimensions).exists():
+            number += 1
+        if number == 0 or TrajectoryFormat.of(self._array).codec != "predictive":
+            return number * chunk
+        last = chunk_path(self._root / self._key, number - 1, dimensions).read_bytes()
+        return (number - 1) * chunk + count_states(last)
+
+    @property
     def groups(self) -> int:
-        """How many of them the arrays hold."""
-        return 0 if self._array is None else -(-int(self._array.shape[0]) // self.group)
+        """How many groups count."""
+        return 0 if self._array is None else -(-self.stored // self.group)
 
     def read_group(self, number: int) -> Float32:
         """All steps of one group, as float32."""
@@ -272,4 +297,9 @@ class StepReader:
         return values
 
     def _open(self) -> None:
-        self._array = zarr.open_array(LocalStore(self._root, read_only=True), path=f"{self._key}/latents", mode="r")
+        try:
+            self._array = zarr.open_array(LocalStore(self._root, read_only=True), path=f"{self._key}/latents", mode="r")
+        except DAMAGE as error:
+            raise StoreError(
+                f"{self._root}/{self._key}/latents/zarr.json: cannot be read ({error}); read another copy of it"
+            ) from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -20,6 +22,7 @@ from halfstep.store.predictive import GROUP, Fidelity, Float32, Promise, encode_
 from halfstep.store.zarr_codec import PredictiveCodec
 
 FORMAT_VERSION = 1
+CHECKSUM = "crc32c"  # the attribute of a run that is the checksum of the others, as JSON with sorted names
 LABELS = {"steps": "<i8", "timesteps": "<f8", "sigmas": "<f8"}
 LABEL_CHUNK = 64
 STATES_A_CHUNK = 4 * GROUP  # of the predictive codec, whose groups refer to those before within a chunk
@@ -115,6 +118,12 @@ def with_crc32c(data: bytes) -> bytes:
     """`data` and its CRC-32C, as zarr's codec of that name has it."""
     checksum: int = google_crc32c.value(data)
     return data + checksum.to_bytes(4, "little")
+
+
+def sealed(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of a run with their checksum."""
+    plain = {name: value for name, value in attributes.items() if name != CHECKSUM}
+    return {**plain, CHECKSUM: google_crc32c.value(json.dumps(plain, sort_keys=True).encode())}
 
 
 class DurableStore(LocalStore):

@@ -15,9 +15,10 @@ from halfstep.files import file_errors, fsync_path, write_durably
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import is_being_written
 from halfstep.store.predictive import first_groups
+from halfstep.store.run import Run
 from halfstep.store.trajectory import StepReader, TrajectoryStore, read_run
 from halfstep.store.trajectory_layout import FORMAT_VERSION, LABELS, RUN_PATTERN, DurableStore, chunk_path
-from halfstep.store.trajectory_writer import recover_run
+from halfstep.store.trajectory_writer import add_problem, recover_run
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def verify_trajectories(root: Path | str) -> TrajectoryVerifyReport:
             if not run.attributes.get("complete"):
                 incomplete.append(key)
             damaged = _damaged_groups(store.root, key)
-            problems += [f"{store.root}/{key}: {line}" for line in run.problems if "its journal" in line]
+            lines = [line for line in run.problems if line.startswith("damaged:") and "were dropped" not in line]
+            problems += [f"{store.root}/{key}: {line}" for line in [*lines, *_miscounted(store.root, key, run)]]
         except HalfstepError as error:
             problems.append(str(error))
             continue
@@ -98,6 +100,19 @@ def repair_trajectories(root: Path | str) -> TrajectoryRepairReport:
             except HalfstepError as error:
                 lost.append(str(error))
     return TrajectoryRepairReport(recovered, lost)
+
+
+def _miscounted(root: Path, key: str, run: Run) -> list[str]:
+    """A line when the chunks of a run hold more steps than its metadata counts, but for those that a crash kept from
+    counting: they are in the journal too."""
+    reader = StepReader(root, key)
+    stored, held = reader.stored, reader.held
+    if held <= stored:
+        return []
+    labels: Any = zarr.open_array(str(root / key / "steps"), mode="r")
+    if np.array_equal(labels[stored:held], run.steps[stored:held]):
+        return []
+    return [f"damaged: its chunks hold {held} steps, latents/zarr.json counts {stored}; read another copy of it"]
 
 
 def _damaged_groups(root: Path, key: str) -> dict[int, str]:
@@ -159,7 +174,7 @@ def _drop_groups(root: Path, key: str, damaged: list[int]) -> str:
         group[name][:] = values
     dropped = run.steps[:stored][~keep]
     line = f"damaged: steps {dropped[0]} to {dropped[-1]} ({len(dropped)}) could not be read and were dropped"
-    group.update_attributes({"problems": [*group.attrs.asdict().get("problems", []), line]})
+    add_problem(group, line)
     for path in [*copy.rglob("*"), copy]:
         fsync_path(path)
     old = root / f".{key}.old"

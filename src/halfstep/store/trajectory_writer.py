@@ -29,6 +29,7 @@ from halfstep.store.trajectory_layout import (
     TrajectoryFormat,
     check_key,
     chunk_path,
+    sealed,
     with_crc32c,
 )
 
@@ -68,9 +69,8 @@ class RunWriter:
             made.mkdir()
             self._journal = Journal(made / JOURNAL_NAME)
             try:
-                zarr.create_group(
-                    DurableStore(root), path=made.name, attributes={**attributes, "complete": False, "problems": []}
-                )
+                started = sealed({**attributes, "complete": False, "problems": []})
+                zarr.create_group(DurableStore(root), path=made.name, attributes=started)
                 made.rename(self._folder)
             except OSError as error:
                 self._journal.close()
@@ -131,7 +131,7 @@ class RunWriter:
         self._problems += problems
         with file_errors(self._folder):
             told = {**self._cost(), **attributes}
-            self._group.update_attributes({"complete": complete, "problems": self._problems, **told})
+            update_attributes(self._group, {"complete": complete, "problems": self._problems, **told})
             self._journal.remove()
         self._finished = True
 
@@ -152,7 +152,7 @@ class RunWriter:
         """Keep a line with the run, which stays incomplete."""
         self._problems.append(line)
         with file_errors(self._folder):
-            self._group.update_attributes({"problems": self._problems})
+            update_attributes(self._group, {"problems": self._problems})
 
     def close(self) -> None:
         """Let go of the run; without `finish` it stays incomplete, and without a step nothing stays of it."""
@@ -195,6 +195,16 @@ class RunWriter:
                 self._journal.clear()
 
 
+def update_attributes(group: Any, changed: dict[str, Any]) -> None:
+    """Change attributes of a run's group, and their checksum."""
+    group.update_attributes(sealed({**group.attrs.asdict(), **changed}))
+
+
+def add_problem(group: Any, line: str) -> None:
+    """Keep a line among the problems of a run's group."""
+    update_attributes(group, {"problems": [*group.attrs.asdict().get("problems", []), line]})
+
+
 def remove_run(folder: Path) -> None:
     """Delete the folder of a run, at once under its name, so that no part of a run is left there."""
     gone = folder.parent / f".{folder.name}.{os.getpid()}.gone"
@@ -227,7 +237,7 @@ def recover_run(root: Path, key: str) -> tuple[int, str | None]:
         line = None
         if damaged:
             line = "damaged: steps of the journal could not be read and were dropped"
-            group.update_attributes({"problems": [*group.attrs.asdict().get("problems", []), line]})
+            add_problem(group, line)
         journal.remove()
     finally:
         journal.close()
@@ -263,6 +273,9 @@ def _move_to_arrays(folder: Path, format: TrajectoryFormat, entries: list[Journa
     if any(value is None for value in values):
         raise StoreError(f"{folder}: its journal was changed by someone else; record the run again")
     latents = np.stack([value for value in values if value is not None])
+    number, place = divmod(start, metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
+    chunk = chunk_path(folder, number, 1 + len(step_shape))
+    content = _grown(chunk, place, latents, format)
     for name, dtype in LABELS.items():
         column = np.array(getattr(together, name), dtype)
         (folder / name / "c").mkdir(exist_ok=True)
@@ -273,13 +286,23 @@ def _move_to_arrays(folder: Path, format: TrajectoryFormat, entries: list[Journa
             write_durably(folder / name / "c" / str(number), with_crc32c(padded.tobytes()))
         fsync_path(folder / name)
         _set_length(folder / name, len(column))
-    number, place = divmod(start, metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
-    chunk = chunk_path(folder, number, 1 + len(step_shape))
-    # A crash may have come after the chunk was written and before the steps counted: then it holds more of them.
-    before = first_groups(chunk.read_bytes(), place) if place else b""
-    write_durably(chunk, format.encode_chunk(latents, before))
+    write_durably(chunk, content)
     _set_length(folder / "latents", len(together))
     return together
+
+
+def _grown(chunk: Path, place: int, latents: Float32, format: TrajectoryFormat) -> bytes:
+    """The bytes of a chunk with `latents` behind its first `place` steps. A crash may have come after they were written
+    and before they counted: then they are there already. Raises StoreError when something else is."""
+    there = chunk.read_bytes() if chunk.exists() else b""
+    before = first_groups(there, place) if place else b""
+    grown = format.encode_chunk(latents, before)
+    if there not in (before, grown):
+        raise StoreError(
+            f"{chunk}: holds other steps than those of the journal, behind {place}; nothing was changed, move the file "
+            "or the journal away"
+        )
+    return grown
 
 
 def _set_length(array: Path, length: int) -> None:
