@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import pytest
 import torch
@@ -313,3 +314,22 @@ def test_zarr_finds_the_codec_by_itself(tmp_path: Path, options: dict) -> None:
     )
     with pytest.raises(InputError, match="got an array of float64; expected float32"):
         zarr.create_array(str(tmp_path / "b"), shape=(2,), dtype="float64", serializer=PredictiveCodec())
+
+
+def test_numcodecs_finds_the_codec_by_its_name(tmp_path: Path) -> None:
+    path = np.cumsum(np.random.default_rng(0).standard_normal((21, 2, 4, 80)), axis=0).astype(np.float32) / 9
+    script = """
+import sys, numcodecs, numpy
+codec = numcodecs.get_codec({"id": "halfstep.predictive", "strict": True})
+assert numcodecs.get_codec(codec.get_config()) == codec
+values = numpy.load(sys.argv[1])
+numpy.save(sys.argv[2], codec.decode(codec.encode(values), out=numpy.empty_like(values)))
+"""
+    np.save(tmp_path / "in.npy", path)
+    subprocess.run([sys.executable, "-c", script, tmp_path / "in.npy", tmp_path / "out.npy"], check=True)
+    expected = decode_trajectory(encode_trajectory(path, Promise(strict=True)))
+    assert np.array_equal(np.load(tmp_path / "out.npy"), expected)
+    with pytest.raises(InputError, match=r"halfstep.predictive: got float64 \[3\]"):
+        numcodecs.get_codec({"id": "halfstep.predictive"}).encode(np.zeros(3))
+    with pytest.raises(StoreError, match="damaged"):
+        numcodecs.get_codec({"id": "halfstep.predictive"}).decode(b"x" * 40)
