@@ -32,7 +32,7 @@ def as_run(states: np.ndarray, sigmas: np.ndarray | None = None, key: str = "a",
 
 def path_of(run: Run) -> Path:
     gram, mean, variance = summarize(run.latents)
-    return Path(gram, mean, variance, run.sigmas, fit_axes([run]).project(run.latents))
+    return Path(gram, mean, variance, run.sigmas, fit_axes({run.key: run}).project(run.latents))
 
 
 def metric(name: str, path: Path) -> float:
@@ -146,13 +146,48 @@ def test_reading_holds_few_steps_at_once() -> None:
 def test_shared_axes_are_the_principal_axes() -> None:
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((D, 4)))[0].T
-    runs = [as_run((rng.standard_normal((30, 4)) * [9, 5, 2, 1]) @ basis, key=str(i)) for i in range(6)]
+    runs = {str(i): as_run((rng.standard_normal((30, 4)) * [9, 5, 2, 1]) @ basis, key=str(i)) for i in range(6)}
     shared = fit_axes(runs)
     overlap = np.abs(shared.components[:4] @ basis.T)
     assert overlap == pytest.approx(np.eye(4), abs=0.15)
     assert shared.explained[:4].sum() == pytest.approx(1, abs=1e-3)
-    states = np.stack(list(runs[0].latents)).reshape(30, -1)
-    assert shared.project(runs[0].latents) == pytest.approx((states - shared.center) @ shared.components.T, abs=1e-3)
+    states = np.stack(list(runs["0"].latents)).reshape(30, -1)
+    assert shared.project(runs["0"].latents) == pytest.approx((states - shared.center) @ shared.components.T, abs=1e-3)
+
+
+def test_the_sketch_comes_close_to_all_of_the_variance_that_so_many_axes_can_have() -> None:
+    """Of a spectrum that falls slowly, where single axes are not determined well. The oracle: the SVD of all states."""
+    rng = np.random.default_rng(1)
+    scales = 1 / np.arange(1, 101)
+    runs = {
+        str(i): as_run((rng.standard_normal((16, 100)) * scales) @ np.linalg.qr(rng.standard_normal((D, 100)))[0].T)
+        for i in range(8)
+    }
+    shared = fit_axes(runs)
+    states = np.concatenate([np.stack(list(run.latents)).reshape(16, -1) for run in runs.values()]).astype(np.float64)
+    assert shared.center == pytest.approx(states.mean(axis=0), abs=1e-5)
+    states -= states.mean(axis=0)
+    values = np.linalg.svd(states, compute_uv=False) ** 2
+    assert shared.components @ shared.components.T == pytest.approx(np.eye(16), abs=1e-4)
+    captured = np.square(states @ shared.components.T).sum() / values.sum()
+    assert captured > 0.97 * values[:16].sum() / values.sum()
+    assert shared.explained.sum() == pytest.approx(captured, rel=0.03)
+
+
+def test_axes_do_not_depend_on_the_order_of_runs() -> None:
+    rng = np.random.default_rng(2)
+    runs = {str(i): as_run(rng.standard_normal((9, D)), key=str(i)) for i in range(7)}
+    shared, again = fit_axes(runs), fit_axes(dict(reversed(runs.items())))
+    assert np.array_equal(shared.components, again.components)
+    assert np.array_equal(shared.center, again.center)
+
+
+@pytest.mark.parametrize("states", [np.zeros((5, D)), np.ones((2, D)), np.outer(np.arange(6), np.arange(D))])
+def test_axes_of_states_without_spread(states: np.ndarray) -> None:
+    shared = fit_axes({"a": as_run(states)})
+    assert np.isfinite(shared.components).all()
+    assert np.isfinite(shared.explained).all()
+    assert shared.explained.sum() <= 1 + 1e-6
 
 
 def test_profiles_lie_where_they_belong() -> None:
