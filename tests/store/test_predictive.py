@@ -131,15 +131,17 @@ def test_latents_born_half_come_back_bit_for_bit(name: str, half: str, most: flo
 
 
 def test_channels_of_any_scale_keep_the_promise() -> None:
-    """One a fiftieth of the others, one of zeros, one of ones, one of a few numbers that fp16 holds."""
+    """One a fiftieth of the others, one of zeros, one of ones, one of a few numbers that fp16 holds, two far apart."""
     latents = np.load(GOLDEN / "ode_trajectory_20.npz")["latents"].copy()
     latents[:, 5] /= 50
     latents[:, 6], latents[:, 7] = 0, 1
     latents[:, 8] = np.random.default_rng(0).choice([0.5, 0.25, 3], latents[:, 8].shape)
+    latents[:, 9] *= 5000
+    latents[:, 10] /= 5000
     decoded = decode_trajectory(encode_trajectory(latents))
-    shares = channel_errors(decoded, latents)[:, :6] / channel_errors(cast(latents, "fp16"), latents)[:, :6]
-    assert shares.max() <= 1.5 * (1 + 1e-4)
     assert np.array_equal(decoded[:, 6:9], latents[:, 6:9])
+    ours, theirs = channel_errors(decoded, latents), channel_errors(cast(latents, "fp16"), latents)
+    assert (ours <= 1.5 * (1 + 1e-4) * theirs).all()
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])

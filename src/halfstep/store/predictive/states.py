@@ -202,7 +202,9 @@ class _Bins:
 
     def _fill(self, rows: npt.NDArray[np.intp] | None) -> None:
         """Put these channels, or all, into bins of the wanted widths."""
-        widths, _ = _widths(self._widest, _narrowing(self._widest, self._wanted), len(self._state))
+        narrowing = _narrowing(self._widest, self._wanted)
+        widths, is_exact = _widths(self._widest, narrowing, len(self._state))
+        self._wanted[is_exact] = 0.0  # narrower than can be told
         limits = widths * np.float32(0.5 / _SLACK * (1 - 2**-20))
         for row in range(len(self._state)) if rows is None else rows:
             self._exceptions.pop(row, None)
