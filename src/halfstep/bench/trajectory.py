@@ -45,7 +45,8 @@ def bench_trajectory(*, files: Sequence[Path] = (), rounds: int = 5, recorder: b
     """Size, error, rates and random access of each way to keep trajectories: one sampled here, and those in `files`
     (`.npz` with `latents` [S, ...] in float32); then a sampler's time with recording on and off.
 
-    Rates are in MB of fp32 a second, in memory; seconds are for a whole trajectory. All ways take turns in each round.
+    Rates are in MB of fp32 a second, in memory, and a second of processor time; seconds are for a whole trajectory. All
+    ways take turns in each round. `worst_channel_error`: of a channel of a state, as a share of casting it to fp16.
     """
     trajectories = {"sampled": sampled_trajectory(), **{path.stem: _load(path) for path in files}}
     keepers, absent = _keepers()
@@ -60,20 +61,44 @@ def bench_trajectory(*, files: Sequence[Path] = (), rounds: int = 5, recorder: b
             places = np.random.default_rng(0).integers(len(latents), size=8).tolist()
             step = in_turn({case: partial(_steps, own[case], kept[case], places) for case in own}, rounds)
             megabytes = latents.nbytes / 1e6
+            cpu = {
+                case: (_cpu_seconds(keeper.encode, latents), _cpu_seconds(keeper.decode, kept[case]))
+                for case, keeper in own.items()
+            }
             results[name] = {"shape": list(latents.shape), "megabytes": round(megabytes, 2), "ways": {}}
             for case in own:
-                error = own[case].decode(kept[case]).astype(np.float64) - latents
+                decoded = own[case].decode(kept[case])
+                error = decoded.astype(np.float64) - latents
                 results[name]["ways"][case] = {
                     "share_of_fp32": round(own[case].size(kept[case]) / latents.nbytes, 4),
                     "rms_error": float(f"{np.sqrt(np.mean(error**2)):.4g}"),
+                    "worst_channel_error": _worst_channel(decoded, latents),
                     "encode_mb_per_s": round(megabytes / encode[case].median, 1),
                     "decode_mb_per_s": round(megabytes / decode[case].median, 1),
+                    "encode_mb_per_cpu_s": round(megabytes / cpu[case][0], 1),
+                    "decode_mb_per_cpu_s": round(megabytes / cpu[case][1], 1),
                     "random_step_ms": round(1e3 * step[case].median / len(places), 3),
                 }
             timings |= {f"{name}: encode, {case}": timing for case, timing in encode.items()}
             timings |= {f"{name}: decode, {case}": timing for case, timing in decode.items()}
     cost = bench_recorder(rounds=2 * rounds) if recorder else None
     return document("trajectory", timings, trajectories=results, not_measured=absent, recorder=cost)
+
+
+def _cpu_seconds(call: Callable[[Any], Any], argument: Any) -> float:
+    start = time.process_time()
+    call(argument)
+    return time.process_time() - start
+
+
+def _worst_channel(decoded: Float32, latents: Float32) -> float:
+    """The largest error of a channel of a state, as a share of that of casting it to fp16."""
+    ours, casting = (
+        np.square(other.astype(np.float64) - latents).reshape(*latents.shape[:2], -1).mean(axis=2)
+        for other in (decoded, latents.astype(np.float16))
+    )
+    rounds = casting > 0
+    return round(float(np.sqrt((ours[rounds] / casting[rounds]).max(initial=0.0))), 3)
 
 
 def sampled_trajectory() -> Float32:
@@ -179,7 +204,8 @@ def _each_step(encode: Callable[[Any], bytes], decode: Callable[[bytes], Any], d
 
 def _keepers() -> tuple[dict[str, Keeper], dict[str, str]]:
     keepers = {
-        "halfstep, groups of 16": _halfstep(16),
+        "halfstep, groups of 16": _halfstep(),
+        "halfstep, strict": _halfstep(strict=True),
         "halfstep, whole run": _halfstep(1 << 15),
         "npy.gz, fp32": _each_step(_npy_gz, _from_npy_gz, "float32"),
         "npy.gz, fp16": _each_step(_npy_gz, _from_npy_gz, "float16"),
