@@ -90,13 +90,15 @@ def repair_trajectories(root: Path | str) -> TrajectoryRepairReport:
                 leftover.unlink()
             try:
                 read_run(store.root, key)  # its metadata is sound
+                if damaged := _damaged_groups(
+                    store.root, key
+                ):  # before its journal, which goes on behind what is whole
+                    lost.append(_drop_groups(store.root, key, sorted(damaged)))
                 count, line = recover_run(store.root, key)
                 if count:
                     recovered[key] = count
                 if line is not None:
                     lost.append(f"{store.root}/{key}: {line}")
-                if damaged := _damaged_groups(store.root, key):
-                    lost.append(_drop_groups(store.root, key, sorted(damaged)))
             except HalfstepError as error:
                 lost.append(str(error))
     return TrajectoryRepairReport(recovered, lost)

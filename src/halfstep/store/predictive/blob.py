@@ -23,7 +23,7 @@ from halfstep.store.predictive.framing import MAGIC, coders, damaged, header_che
 from halfstep.store.predictive.order import TAIL, Place, coding_order, needed
 from halfstep.store.predictive.prediction import Float32, finite
 from halfstep.store.predictive.promise import ErrorBudget, Promise
-from halfstep.store.predictive.states import Coded, Record, encode_state
+from halfstep.store.predictive.states import Coded, encode_state
 
 GROUP = 16
 
@@ -312,10 +312,9 @@ def _decode_state(data: memoryview, taps: list[Future[Float32]], place: Place, t
     """Decode a record into `target` [C, N] once its `taps` are there. Threads take up states in the order of coding, so
     none waits for one that nobody works on."""
     try:
-        record = Record.parse(data, len(target))
-        integers = record.integers()
-        history = [tap.result() for tap in taps] if record.weights.size else []
-        record.decode(integers, history, place, target)
+        coded = Coded.from_bytes(data, len(target))
+        history = [tap.result() for tap in taps] if coded.weights.size else []
+        coded.decode(history, place, target)
     except (struct.error, ValueError, IndexError, RuntimeError) as error:
         raise damaged(f"a state cannot be read ({error})") from error
     return finite(target)

@@ -56,7 +56,7 @@ _NO_PLACES = np.empty(0, np.uint32)
 
 @dataclass(frozen=True)
 class Coded:
-    """A coded state but for its entropy coding. `narrowing` [C]: by how many sixteenths of an octave a channel's bins
+    """A coded state. `narrowing` [C]: by how many sixteenths of an octave a channel's bins
     are narrower than the `widest`, 255 for an exact channel; None when all are as wide. `places` and `exact`: values
     beside the bins, and their bits."""
 
@@ -69,7 +69,7 @@ class Coded:
     integers: Integers
 
     def to_bytes(self) -> bytes:
-        """The record. Entropy coding happens here, and lets other threads run."""
+        """The record. The integers are entropy-coded here, which lets other threads run."""
         values = standalone.simple_compress(self.integers.reshape(-1), _CONFIG)
         sets, columns = self.weights.shape
         narrowing = b"" if self.narrowing is None else self.narrowing.tobytes()
@@ -78,22 +78,9 @@ class Coded:
         parts = [header, self.weights.tobytes(), narrowing, self.places.tobytes(), self.exact.tobytes(), values]
         return b"".join(parts)
 
-
-@dataclass(frozen=True)
-class Record:
-    """A record that was parsed; `values` are entropy-coded."""
-
-    kind: int
-    weights: Weights
-    widest: float
-    narrowing: npt.NDArray[np.uint8] | None
-    places: npt.NDArray[np.uint32]
-    exact: npt.NDArray[np.uint32]
-    values: memoryview
-
     @classmethod
-    def parse(cls, data: memoryview, channels: int) -> Record:
-        """The record that `data` is. Raises struct.error or ValueError when it is none."""
+    def from_bytes(cls, data: memoryview, channels: int) -> Coded:
+        """What a record holds. Raises struct.error, ValueError or RuntimeError when it is none."""
         kind, taps, flags, sets, exceptions, size, widest = _HEADER.unpack_from(data)
         at = _HEADER.size
         columns = taps + 1 if sets else 0
@@ -106,18 +93,14 @@ class Record:
         at += 2 * places.nbytes
         if len(data) - at != size or (sets and channels % sets):
             raise ValueError(f"{len(data) - at} bytes of integers instead of {size}")
-        return cls(kind, weights, widest, narrowing, places, exact, data[at:])
+        integers: Integers = standalone.simple_decompress(bytes(data[at:]))
+        return cls(kind, weights, widest, narrowing, places, exact, integers)
 
-    def integers(self) -> Integers:
-        """The entropy-decoded integers, one a value."""
-        decoded: Integers = standalone.simple_decompress(bytes(self.values))
-        return decoded
-
-    def decode(self, integers: Integers, history: Sequence[Float32], place: Place, out: Float32) -> None:
+    def decode(self, history: Sequence[Float32], place: Place, out: Float32) -> None:
         """Write the state [C, N] into `out`. Raises ValueError when record and state do not belong together."""
-        if integers.size != out.size or (self.weights.size and self.weights.shape[1] != len(history) + 1):
-            raise ValueError(f"{integers.size} integers for {out.size} values")
-        integers, number = integers.reshape(out.shape), _NUMBERS[self.kind]
+        if self.integers.size != out.size or (self.weights.size and self.weights.shape[1] != len(history) + 1):
+            raise ValueError(f"{self.integers.size} integers for {out.size} values")
+        integers, number = self.integers.reshape(out.shape), _NUMBERS[self.kind]
         predict_block = _prediction(history, self.weights, place, out.shape)
         widths, is_exact = _widths(self.widest, self.narrowing, len(out))
         for block in blocks(out.shape):
