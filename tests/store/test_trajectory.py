@@ -18,6 +18,7 @@ from halfstep.store import (
     verify_trajectories,
 )
 from tests.support.arrays import walk
+from tests.support.cli import run_cli
 
 FORMATS = [
     TrajectoryFormat(),
@@ -253,3 +254,17 @@ def test_bad_input_is_named_and_loses_nothing(tmp_path: Path) -> None:
     zarr.create_group(tmp_path / "other")
     with pytest.raises(StoreError, match="a Zarr group of something else"):
         open_trajectories(tmp_path / "other")
+
+
+def test_inspect_says_what_latents_take_and_how_far_they_are_off(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    sigmas = np.linspace(1, 0, 21)
+    store.add("born-half", walk().astype(np.float16).astype(np.float32), sigmas=sigmas.tolist())
+    store.add("half", walk(shape=(4, 32, 32)), sigmas=sigmas.tolist(), format=TrajectoryFormat(strict=True))
+    store.add("raw", walk(), sigmas=sigmas.tolist(), format=TrajectoryFormat("raw"))
+    told = [line for line in run_cli("store", "inspect", tmp_path / "s").stdout.splitlines() if "fp32's" in line]
+    assert "of fp32's bytes; exact" in told[0]
+    error = store["half"].attributes["latents_error"]
+    assert 0 < error["all"] <= error["state"] <= error["channel"] <= 1.0
+    assert f"{error['channel']:.2f} in the worst channel of a step" in told[1]
+    assert told[2].strip() == "0.500 of fp32's bytes"

@@ -255,7 +255,9 @@ def _latents_cost(fact: dict[str, Any]) -> str:
     if not size or not fact["steps"]:
         return ""
     line = f"{size / (4 * fact['steps'] * math.prod(fact['shape'])):.3f} of fp32's bytes"
-    if error:
+    if error and error["channel"] == 0:
+        line += "; exact"
+    elif error:
         line += f"; errors as shares of casting's: {error['all']:.2f} over the run, "
         line += f"{error['state']:.2f} in the worst step, {error['channel']:.2f} in the worst channel of a step"
     return line
