@@ -1,6 +1,7 @@
 """Metrics on paths whose answers are known by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,8 +32,9 @@ def as_run(states: np.ndarray, sigmas: np.ndarray | None = None, key: str = "a",
 
 
 def path_of(run: Run) -> Path:
-    gram, mean, variance = summarize(run.latents)
-    return Path(gram, mean, variance, run.sigmas, fit_axes({run.key: run}).project(run.latents))
+    found = summarize(run)
+    axes = fit_axes({run.key: run}).project(run.latents)
+    return Path(found.gram, found.mean, found.variance, run.sigmas, axes, found.rms_errors)
 
 
 def metric(name: str, path: Path) -> float:
@@ -115,7 +117,7 @@ def test_short_and_still_paths_have_no_answer_instead_of_a_wrong_one() -> None:
     for name in ("mean_acceleration", "mean_turning_angle", "log_volume", "hull_volume"):
         assert math.isnan(metric(name, two)), name
     gram = np.ones((5, 5))
-    still = Path(gram, np.zeros(5), np.ones(5), np.linspace(1, 0, 5), np.zeros((5, 3)))
+    still = Path(gram, np.zeros(5), np.ones(5), np.linspace(1, 0, 5), np.zeros((5, 3)), np.zeros(5))
     for name in ("straightness", "half_life", "effective_dimension", "mean_turning_angle"):
         assert math.isnan(metric(name, still)), name
     assert metric("path_length", still) == 0
@@ -124,11 +126,11 @@ def test_short_and_still_paths_have_no_answer_instead_of_a_wrong_one() -> None:
 @pytest.mark.parametrize("count", [2, 16, 17, 40])
 def test_the_summary_is_what_all_states_at_once_give(count: int) -> None:
     states = np.random.default_rng(count).standard_normal((count, D)).astype(np.float32)
-    gram, mean, variance = summarize(as_run(states).latents)
+    found = summarize(as_run(states))
     exact = states.astype(np.float64)
-    assert gram == pytest.approx(exact @ exact.T, rel=1e-12, abs=1e-9)
-    assert mean == pytest.approx(exact.mean(axis=1), abs=1e-9)
-    assert variance == pytest.approx(exact.var(axis=1), rel=1e-6)
+    assert found.gram == pytest.approx(exact @ exact.T, rel=1e-12, abs=1e-9)
+    assert found.mean == pytest.approx(exact.mean(axis=1), abs=1e-9)
+    assert found.variance == pytest.approx(exact.var(axis=1), rel=1e-6)
 
 
 def test_reading_holds_few_steps_at_once() -> None:
@@ -139,7 +141,7 @@ def test_reading_holds_few_steps_at_once() -> None:
         asked.append(k)
         return np.zeros(SHAPE, np.float32)
 
-    summarize(Latents(64, SHAPE, read))
+    summarize(replace(as_run(np.zeros((64, D))), latents=Latents(64, SHAPE, read)))
     assert len(asked) == 64 + 3 * 16 + 2 * 16 + 16
 
 

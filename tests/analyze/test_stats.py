@@ -2,26 +2,35 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
 from halfstep.analyze import stats
+from halfstep.analyze.permutation import residuals, smallest_p, spread_permutation_p
+from halfstep.analyze.stats import Columns, GroupTest
+
+
+def compare(x: Sequence[float], y: Sequence[float], *, paired: bool, resamples: int = stats.RESAMPLES) -> GroupTest:
+    """One quantity of two groups."""
+    values = np.array([*x, *y], float).reshape(-1, 1)
+    columns = Columns(("m",), values, (len(x), len(y)), paired, np.zeros(1))
+    return stats.compare_two("a", "b", columns, resamples=resamples)[0]
 
 
 def test_a_difference_is_found_and_none_is_not_invented() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(0, 1, 12), rng.normal(3, 1, 12)
-    test = stats.correct([stats.compare("m", "a", "b", x, y, paired=False)])[0]
+    test = stats.correct([compare(x, y, paired=False)])[0]
     assert test.verdict == "different"
     assert test.p_welch == pytest.approx(scipy_stats.ttest_ind(x, y, equal_var=False).pvalue)
     assert test.interval[0] < test.hedges_g < test.interval[1]
     assert test.hedges_g == pytest.approx(3, abs=1)
     assert test.difference == pytest.approx(y.mean() - x.mean())
     rejected = sum(
-        stats.compare("m", "a", "b", rng.normal(0, 1, 6), rng.normal(0, 1, 6), paired=False).p_permutation < 0.05
-        for _ in range(60)
+        compare(rng.normal(0, 1, 6), rng.normal(0, 1, 6), paired=False).p_permutation < 0.05 for _ in range(60)
     )
     assert rejected <= 9  # 3 expected; more than 9 has a chance of 0.1%
 
@@ -37,32 +46,32 @@ def test_exact_permutation_of_small_groups() -> None:
     both = np.concatenate([x, y])
     differences = [t(both[list(chosen)], np.delete(both, chosen)) for chosen in itertools.combinations(range(8), 4)]
     expected = np.mean([d >= observed - 1e-12 for d in differences])
-    assert stats.compare("m", "a", "b", x, y, paired=False).p_permutation == pytest.approx(expected)
+    assert compare(x, y, paired=False).p_permutation == pytest.approx(expected)
 
 
 def test_pairs_see_what_groups_cannot() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(0, 10, 10)
     shifted = base + rng.normal(1, 0.3, 10)
-    assert stats.compare("m", "a", "b", base, shifted, paired=True).p_permutation < 0.01
-    assert stats.compare("m", "a", "b", base, shifted, paired=False).p_permutation > 0.5
+    assert compare(base, shifted, paired=True).p_permutation < 0.01
+    assert compare(base, shifted, paired=False).p_permutation > 0.5
 
 
 @pytest.mark.parametrize(("n_a", "n_b", "paired"), [(1, 9, False), (3, 3, False), (5, 5, True), (0, 4, False)])
 def test_too_few_runs_get_words_instead_of_a_p_value(n_a: int, n_b: int, paired: bool) -> None:
-    test = stats.compare("m", "a", "b", [1.0] * n_a, [2.0] * n_b, paired=paired)
+    test = compare([1.0] * n_a, [2.0] * n_b, paired=paired)
     assert (test.p_permutation, test.p_welch, test.hedges_g) == (None, None, None)
     assert test.verdict == "not enough runs"
     assert test.not_enough.startswith("not enough runs: got")
-    assert stats.smallest_p(n_a, n_b, paired=paired) >= 0.05 or min(n_a, n_b) < 2
+    assert smallest_p((n_a, n_b), paired=paired) >= 0.05 or min(n_a, n_b) < 2
 
 
 def test_the_smallest_p_can_be_reached() -> None:
-    assert stats.compare("m", "a", "b", [1, 2, 3, 4], [11, 12, 13, 14], paired=False).p_permutation == pytest.approx(
-        stats.smallest_p(4, 4, paired=False)
+    assert compare([1, 2, 3, 4], [11, 12, 13, 14], paired=False).p_permutation == pytest.approx(
+        smallest_p((4, 4), paired=False)
     )
-    pairs = stats.compare("m", "a", "b", np.arange(6.0), 2 * np.arange(6.0) + 1, paired=True)
-    assert pairs.p_permutation == pytest.approx(stats.smallest_p(6, 6, paired=True))
+    pairs = compare(np.arange(6.0), 2 * np.arange(6.0) + 1, paired=True)
+    assert pairs.p_permutation == pytest.approx(smallest_p((6, 6), paired=True))
 
 
 def test_no_p_value_is_below_the_smallest_possible() -> None:
@@ -71,8 +80,8 @@ def test_no_p_value_is_below_the_smallest_possible() -> None:
     for _ in range(60):
         x = 0.99 + 0.002 * rng.standard_normal(12)
         y = x + 0.004 + 0.001 * rng.standard_normal(12)
-        p = stats.compare("m", "a", "b", x, y, paired=True).p_permutation
-        assert p >= stats.smallest_p(12, 12, paired=True)
+        p = compare(x, y, paired=True).p_permutation
+        assert p >= smallest_p((12, 12), paired=True)
         differences = y - x
         flips = np.array(list(itertools.product([1, -1], repeat=12)))
         exact = np.mean(np.abs((flips * differences).mean(axis=1)) >= abs(differences.mean()) * (1 - 1e-12))
@@ -80,7 +89,7 @@ def test_no_p_value_is_below_the_smallest_possible() -> None:
 
 
 def test_hopeless_after_correction_is_said() -> None:
-    one = stats.compare("m", "a", "b", [1, 2, 3, 4], [11, 12, 13, 14], paired=False)
+    one = compare([1, 2, 3, 4], [11, 12, 13, 14], paired=False)
     assert stats.correct([one])[0].verdict == "different"
     many = stats.correct([one] * 11)
     assert {test.verdict for test in many} == {"not enough runs"}
@@ -92,17 +101,17 @@ def test_many_tests_can_still_find_a_difference() -> None:
     rng = np.random.default_rng(0)
     count = 300
     resamples = stats.resamples_for(count)
-    test = stats.compare("m", "a", "b", rng.normal(0, 1, 12), rng.normal(50, 1, 12), paired=False, resamples=resamples)
+    test = compare(rng.normal(0, 1, 12), rng.normal(50, 1, 12), paired=False, resamples=resamples)
     assert {found.verdict for found in stats.correct([test] * count)} == {"different"}
 
 
 def test_a_test_that_others_make_room_for_is_not_called_hopeless() -> None:
     """Holm steps down: beside tests with many runs, one with few can be found."""
     rng = np.random.default_rng(0)
-    strong = stats.compare("m", "a", "b", rng.normal(0, 1, 12), rng.normal(9, 1, 12), paired=False)
-    small = stats.compare("m", "a", "b", [1.0, 2, 3, 4, 5], [31.0, 32, 33, 34, 35], paired=False)
+    strong = compare(rng.normal(0, 1, 12), rng.normal(9, 1, 12), paired=False)
+    small = compare([1.0, 2, 3, 4, 5], [31.0, 32, 33, 34, 35], paired=False)
     found = stats.correct([*[strong] * 6, small])[-1]
-    assert stats.smallest_p(5, 5, paired=False) * 7 > 0.05
+    assert smallest_p((5, 5), paired=False) * 7 > 0.05
     assert (found.verdict, found.not_enough) == ("different", None)
 
 
@@ -110,17 +119,9 @@ def test_unequal_groups_of_unequal_spread_are_not_taken_for_different() -> None:
     """The permutation of plain means would reject one in four here."""
     rng = np.random.default_rng(0)
     rejected = sum(
-        stats.compare("m", "a", "b", rng.normal(0, 3, 5), rng.normal(0, 1, 30), paired=False, resamples=999).p < 0.05
-        for _ in range(100)
+        compare(rng.normal(0, 3, 5), rng.normal(0, 1, 30), paired=False, resamples=999).p < 0.05 for _ in range(100)
     )
     assert rejected <= 12  # 5 expected
-
-
-def test_separations_are_corrected_over_pairs_too() -> None:
-    levels = [stats.Separation("a", "b", 1.0, 1.0, 0.01, 0.02), stats.Separation("a", "b", 0.0, 1.0, 0.001, 0.6)]
-    few = [stats.Separation("a", "c", 1.0, 1.0, None, None)]
-    both = stats.correct_over_pairs([levels, levels, few])
-    assert [level.p_corrected for level in both] == [0.04, 1.0, 0.04, 1.0, None]
 
 
 def test_corrections_against_their_definitions() -> None:
@@ -132,61 +133,107 @@ def test_corrections_against_their_definitions() -> None:
 
 
 def test_equal_values_are_no_difference() -> None:
-    test = stats.correct([stats.compare("m", "a", "b", [2.0] * 5, [2.0] * 5, paired=False)])[0]
+    test = stats.correct([compare([2.0] * 5, [2.0] * 5, paired=False)])[0]
     assert (test.p_permutation, test.p_welch, test.hedges_g, test.verdict) == (1.0, None, None, "no difference shown")
 
 
 def test_hedges_g_by_hand() -> None:
-    x, y = np.array([1.0, 2, 3]), np.array([3.0, 4, 5])
-    assert stats.hedges_g(x, y) == pytest.approx(2 / 1 * (1 - 3 / (4 * 4 - 1)))
-    assert stats.hedges_g(x, x) == 0
+    x, y = np.array([1.0, 2, 3, 4]), np.array([3.0, 4, 5, 6])
+    pooled = math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+    assert compare(x, y, paired=False).hedges_g == pytest.approx(2 / pooled * (1 - 3 / (4 * 6 - 1)))
+    assert compare(x, x, paired=False).hedges_g == 0
 
 
-def distances(points: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(points[:, None] - points[None], axis=-1)
-
-
-def test_energy_distance_against_its_definition() -> None:
+def test_many_quantities_at_once_are_what_each_gives_alone() -> None:
     rng = np.random.default_rng(0)
-    x, y = rng.normal(0, 1, (5, 3)), rng.normal(1, 1, (7, 3))
-    in_b = np.array([False] * 5 + [True] * 7)
-    between = np.mean([np.linalg.norm(a - b) for a in x for b in y])
-    within = [np.mean([np.linalg.norm(a - b) for a, b in itertools.permutations(points, 2)]) for points in (x, y)]
-    expected = 2 * between - sum(within)
-    assert stats.energy_distance(distances(np.vstack([x, y])), in_b) == pytest.approx(expected)
+    values = rng.normal([0, 100, 3], [1, 5, 0.01], (17, 3))
+    together = stats.compare_two("a", "b", Columns(("p", "q", "r"), values, (8, 9), False, np.zeros(3)))
+    for k, test in enumerate(together):
+        alone = compare(values[:8, k], values[8:, k], paired=False)
+        assert test.p_permutation == alone.p_permutation
+        assert test.interval == pytest.approx(alone.interval)
+        assert test.hedges_g == pytest.approx(alone.hedges_g)
 
 
-def test_separation_is_found_where_it_begins() -> None:
-    """Pairs that begin as the same noise: no distance at first, none found where there is none."""
+def of_all(values: np.ndarray, sizes: tuple[int, ...], *, paired: bool = False) -> stats.OmnibusTest:
+    columns = Columns(("m",), values.reshape(-1, 1), sizes, paired, np.zeros(1))
+    return stats.compare_all(columns)[0]
+
+
+def test_all_groups_at_once_against_other_tests() -> None:
+    """Welch's F by scipy, and its permutation p near it where the values are normal."""
     rng = np.random.default_rng(0)
-    noise = rng.normal(0, 1, (8, 4))
-    levels = []
-    for shift in (0.0, 0.0, 0.5, 2.0, 4.0):
-        wobble = 0.2 * rng.normal(0, 1, (2, 8, 4)) if shift == 0 and levels else np.zeros((2, 8, 4))
-        levels.append(distances(np.vstack([noise + wobble[0], noise + wobble[1] + shift])))
-    in_b = np.array([False] * 8 + [True] * 8)
-    energy, alone, corrected = stats.energy_tests(np.array(levels), in_b, paired=True)
-    assert energy[0] == pytest.approx(0, abs=1e-9)
-    assert (np.diff(energy[1:]) > 0).all()
-    assert (corrected >= alone).all()
-    assert corrected[0] > 0.5
-    assert corrected[1] > 0.05
-    assert (corrected[2:] < 0.05).all()
-    unpaired = stats.energy_tests(np.array(levels), in_b, paired=False)[2]
-    assert unpaired[-1] < 0.01
-    few = stats.energy_tests(np.array(levels)[:, :6, :6], np.array([False] * 3 + [True] * 3), paired=False)
-    assert few[1] is None
-    assert few[2] is None
+    sizes = (12, 20, 15, 9)
+    values = np.concatenate([rng.normal(0.4 * g, 1 + 0.2 * g, n) for g, n in enumerate(sizes)])
+    test = of_all(values, sizes)
+    groups = np.split(values, np.cumsum(sizes)[:-1])
+    assert test.p_welch == pytest.approx(scipy_stats.f_oneway(*groups, equal_var=False).pvalue)
+    assert test.p_permutation == pytest.approx(test.p_welch, rel=0.25, abs=0.003)
+    between = sum(n * (g.mean() - values.mean()) ** 2 for n, g in zip(sizes, groups, strict=True))
+    assert test.explained == pytest.approx(between / np.square(values - values.mean()).sum())
+    same = np.concatenate([rng.normal(0, 1, 12)] * 3)
+    assert of_all(same, (12, 12, 12)).p_permutation == 1
 
 
-def test_the_level_of_separation_holds_to_the_end() -> None:
-    def level(sigma: float, p: float | None) -> stats.Separation:
-        return stats.Separation("a", "b", sigma, 1.0, p, p)
+def test_all_groups_with_the_same_seeds_are_compared_within_seeds() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 10, 9)
+    values = np.concatenate([base + rng.normal(shift, 0.3, 9) for shift in (0, 0, 1)])
+    assert of_all(values, (9, 9, 9), paired=True).p_permutation < 0.001
+    assert of_all(values, (9, 9, 9), paired=False).p_permutation > 0.5
 
-    levels = [level(1.0, 0.01), level(0.7, 0.2), level(0.4, 0.01), level(0.0, 0.02)]
-    assert stats.separates_at(levels) == 0.4
-    assert stats.separates_at([*levels, level(0.0, 0.3)]) is None
-    assert stats.separates_at([level(1.0, None)]) is None
+
+def test_pairs_follow_where_all_groups_differ() -> None:
+    """Of four quantities one differs, in one of three groups: the two pairs with this group are found, and corrected
+    for the choice of the quantity."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (36, 4))
+    values[24:, 2] += 5
+    sizes, names = (12, 12, 12), ("p", "q", "r", "s")
+    omnibus = stats.correct(stats.compare_all(Columns(names, values, sizes, False, np.zeros(4))))
+    assert [test.verdict for test in omnibus] == [*["no difference shown"] * 2, "different", "no difference shown"]
+    pairs = []
+    for a, b in itertools.combinations(range(3), 2):
+        chosen = np.concatenate([values[12 * a : 12 * a + 12, 2:3], values[12 * b : 12 * b + 12, 2:3]])
+        pairs += stats.compare_two(str(a), str(b), Columns(("r",), chosen, (12, 12), False, np.zeros(1)))
+    corrected = stats.correct_within({"r": pairs}, omnibus)
+    assert [test.verdict for test in corrected] == ["no difference shown", "different", "different"]
+    plain = stats.correct(pairs)
+    for one, other in zip(corrected, plain, strict=True):
+        assert one.p_holm == pytest.approx(min(1, max(4 * other.p_holm, omnibus[2].p_holm)))
+
+
+def test_what_rounding_could_have_made_gets_no_verdict() -> None:
+    x, y = np.arange(8.0), np.arange(8.0) + 20
+
+    def verdict(resolution: float) -> str:
+        columns = Columns(("m",), np.concatenate([x, y]).reshape(-1, 1), (8, 8), False, np.array([resolution]))
+        return stats.correct(stats.compare_two("a", "b", columns))[0].verdict
+
+    assert verdict(19.9) == "different"
+    assert verdict(20.1) == "not resolved"
+    assert verdict(math.inf) == "not resolved"
+
+
+def test_spreads_of_groups_that_are_alike_are_found_alike() -> None:
+    """Few points in few dimensions, where distances to a fitted center vary together: 5% are expected, and taking the
+    distances as they are gives 8% and more."""
+    rng = np.random.default_rng(0)
+    sizes, found = (6, 6, 6, 6), 0
+    for _ in range(300):
+        points = rng.normal(0, 1, (24, 4))
+        chance = spread_permutation_p(residuals(points @ points.T, sizes), sizes, paired=False, resamples=499)
+        found += chance < 0.05
+    assert 5 <= found <= 25  # 15 expected
+
+
+def test_wider_groups_are_found() -> None:
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.normal(5, 1, (10, 4)), rng.normal(-5, 2.5, (10, 4))])
+    for paired in (False, True):
+        assert (
+            spread_permutation_p(residuals(points @ points.T, (10, 10)), (10, 10), paired=paired, resamples=999) < 0.01
+        )
 
 
 def test_dispersion_is_unbiased() -> None:
@@ -200,5 +247,30 @@ def test_dispersion_is_unbiased() -> None:
     assert hits > 160  # of 200, at 95%
     assert stats.dispersion(np.zeros((1, 3)))[1] is None
     assert stats.dispersion(rng.normal(0, 1, (3, 3)))[1] is None
-    spread = stats.distances_to_center(rng.normal(0, 2, (500, 3)))
+    points = rng.normal(0, 2, (500, 3))
+    spread = stats.distances_to_center(points @ points.T)
     assert np.mean(spread**2) == pytest.approx(12, rel=0.15)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_pairs_among_many_groups(paired: bool) -> None:
+    """Eight runs a group, too few for 190 pairs on their own: the groups that lie apart are told apart, and no
+    others are."""
+    rng = np.random.default_rng(0)
+    sizes = (8,) * 20
+    seeds = rng.normal(0, 3, 8)
+    values = np.concatenate([(seeds if paired else 0) + rng.normal(9 * (g == 4), 1, 8) for g in range(20)])
+    columns = Columns(("m",), values.reshape(-1, 1), sizes, paired, np.zeros(1))
+    names = [str(g) for g in range(20)]
+    tests = stats.correct(stats.compare_pairs(names, columns, resamples=stats.resamples_for(190)))
+    found = {(test.a, test.b) for test in tests if test.verdict == "different"}
+    assert found == {(str(min(4, g)), str(max(4, g))) for g in range(20) if g != 4}
+
+
+def test_pairs_of_alike_groups_are_calibrated() -> None:
+    rng = np.random.default_rng(0)
+    below = []
+    for _ in range(60):
+        columns = Columns(("m",), rng.normal(0, 1, (32, 1)), (8, 8, 8, 8), False, np.zeros(1))
+        below += [test.p < 0.05 for test in stats.compare_pairs(list("abcd"), columns, resamples=499)]
+    assert 0.01 < np.mean(below) < 0.08

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,16 +15,24 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from halfstep.analyze import stats
 from halfstep.analyze.axes import SharedAxes, fit_axes
+from halfstep.analyze.compare import compare_groups
+from halfstep.analyze.ends import Ends, last_states
+from halfstep.analyze.energy import Separation
+from halfstep.analyze.facts import differences, facts_of, mark_comparable
 from halfstep.analyze.metrics import (
+    METRIC_NAMES,
     METRICS,
     PROFILES,
     VOLUME_AXES,
     Path,
+    Summary,
     profile_sigmas,
     spectrum,
     summarize,
 )
-from halfstep.analyze.stats import GroupTest, Separation
+from halfstep.analyze.resolution import resolutions
+from halfstep.analyze.runs import AnalyzedRun
+from halfstep.analyze.stats import GroupTest, OmnibusTest
 from halfstep.errors import InputError, StoreError
 from halfstep.progress import SILENT, Progress
 from halfstep.store.run import Float64, Latents, Run
@@ -33,26 +41,11 @@ _SPECTRUM = 10  # eigenvalues of a run that are reported
 
 
 @dataclass(frozen=True)
-class AnalyzedRun:
-    """One run: who it is, its path, `metrics` by name and `profiles` along the path as (sigmas, values)."""
-
-    key: str
-    prompt: str | None
-    seed: int | None
-    group: str
-    path: Path
-    metrics: dict[str, float]
-    profiles: dict[str, tuple[Float64, Float64]]
-    spectrum: Float64
-    problems: tuple[str, ...]
-    comparable: bool = True  # has the noise levels that most runs have
-
-
-@dataclass(frozen=True)
 class Group:
     """Runs of one group that can be compared. dispersion: root-mean-square distance to the group's center at each noise
-    level, latent, with its interval; log_volume: log det of the covariance of the last states on the first three shared
-    axes, None for fewer than five runs."""
+    level on the shared axes, latent, with its interval; end_dispersion: that of the last states in all of latent space;
+    log_volume: log det of the covariance of the last states on the first three shared axes, None for fewer than five
+    runs or where it is that of rounding."""
 
     name: str
     runs: list[str]
@@ -61,6 +54,8 @@ class Group:
     sigmas: Float64
     dispersion: list[float]
     dispersion_interval: list[tuple[float, float] | None]
+    end_dispersion: float
+    end_dispersion_interval: tuple[float, float] | None
     log_volume: float | None
 
 
@@ -95,6 +90,7 @@ class Analysis:
 
     runs: list[AnalyzedRun]
     groups: list[Group]
+    omnibus: list[OmnibusTest]
     tests: list[GroupTest]
     separations: list[Separation]
     clustering: Clustering | None
@@ -124,14 +120,14 @@ def analyze(
             raise InputError(f"--metrics: got {name!r}; expected some of {', '.join(METRICS)}")
     found = list(problems)
     usable = _usable_runs({key: runs[key] for key in groups}, found)
-    summaries = {}
+    summaries: dict[str, Summary] = {}
     progress.start(len(usable))
     for key, run in list(usable.items()):
         progress.advance()
         try:
             progress.show(f"{key}: {len(run)} steps")
-            summaries[key] = summarize(run.latents)
-            if not np.isfinite(summaries[key][0]).all():
+            summaries[key] = summarize(run)
+            if not np.isfinite(summaries[key].gram).all():
                 found.append(f"{key}: has values that are not finite; left out")
                 del usable[key]
         except StoreError as error:
@@ -139,33 +135,29 @@ def analyze(
             del usable[key]
     if not usable:
         raise InputError(f"no run can be analyzed: {'; '.join(found) or 'there is none'}")
-    rounded = [run for run in usable.values() if not run.attributes.get("latents_exact", True)]
-    if rounded:
-        form = rounded[0].attributes["latents_format"]
-        found.append(
-            f"{len(rounded)} runs keep their latents rounded ({form}): where steps are small, acceleration and turning "
-            "angles come out too large, and where they are as small as the rounding, path length and speed too; exact "
-            "ones are recorded with storage fp32"
-        )
     shared = fit_axes(usable)
     progress.show(f"shared axes: {len(shared.components)}, {shared.explained.sum():.0%} of the variance")
     analyzed = [_analyze_run(run, groups[key], summaries[key], shared, chosen) for key, run in usable.items()]
-    analyzed = _mark_comparable(analyzed, found)
+    analyzed = mark_comparable(analyzed, found)
     comparable = [run for run in analyzed if run.comparable]
-    names = list(dict.fromkeys(run.group for run in comparable))
-    members = {name: [run for run in comparable if run.group == name] for name in names}
-    pairs = [_Pair(a, b, members[a], members[b], found) for a, b in itertools.combinations(names, 2)]
-    # At the same noise levels, speed is length times a constant: one test, not two, counts in the correction.
-    tested = [name for name in chosen if name != "mean_speed" or "path_length" not in chosen]
-    resamples = stats.resamples_for(len(pairs) * (len(tested) + 1))
-    tests = stats.correct([test for pair in pairs for test in pair.tests(tested, resamples)])
-    separations = stats.correct_over_pairs([pair.separations() for pair in pairs])
+    found += [*differences(comparable), *_mostly_rounding(analyzed, chosen)]
+    members: dict[str, list[AnalyzedRun]] = {}
+    for one in comparable:
+        members.setdefault(one.group, []).append(one)
+    ends = last_states(
+        {run.key: usable[run.key] for run in comparable},
+        shared.center,
+        {run.key: float(run.path.rms_errors[-1]) for run in comparable},
+    )
+    progress.show(f"comparing {len(members)} groups")
+    comparison = compare_groups(members, ends, chosen, found)
     return Analysis(
         analyzed,
-        [_group(name, members[name], chosen) for name in names],
-        tests,
-        separations,
-        _clustering(comparable, names),
+        [_group(name, members[name], ends, chosen) for name in members],
+        comparison.omnibus,
+        comparison.tests,
+        comparison.separations,
+        _clustering(comparable, list(members)),
         shared.explained,
         [_compare_runs(usable[a], usable[b]) for a, b in itertools.combinations(usable, 2)] if pairwise else [],
         found,
@@ -203,11 +195,10 @@ def _only(run: Run, places: Any) -> Run:
     )
 
 
-def _analyze_run(
-    run: Run, group: str, summary: tuple[Float64, Float64, Float64], shared: SharedAxes, metrics: Sequence[str]
-) -> AnalyzedRun:
-    gram, mean, variance = summary
-    path = Path(gram, mean, variance, run.sigmas, shared.project(run.latents))
+def _analyze_run(run: Run, group: str, summary: Summary, shared: SharedAxes, metrics: Sequence[str]) -> AnalyzedRun:
+    axes = shared.project(run.latents)
+    path = Path(summary.gram, summary.mean, summary.variance, run.sigmas, axes, summary.rms_errors)
+    values = {name: METRICS[name].compute(path) for name in metrics}
     profiles = {name: profile.compute(path) for name, profile in PROFILES.items()}
     return AnalyzedRun(
         run.key,
@@ -215,94 +206,41 @@ def _analyze_run(
         run.seed,
         group,
         path,
-        {name: METRICS[name].compute(path) for name in metrics},
+        values,
+        resolutions(path, values, summary.size),
         {name: (profile_sigmas(len(values), run.sigmas), values) for name, values in profiles.items()},
         spectrum(path)[:_SPECTRUM],
         run.problems,
+        facts_of(run),
     )
 
 
-def _mark_comparable(runs: list[AnalyzedRun], problems: list[str]) -> list[AnalyzedRun]:
-    """Runs are compared at equal noise levels only, nothing is interpolated: those whose levels are not those of most
-    runs are left out of comparisons."""
-    levels = Counter(_levels(run) for run in runs)
-    usual = levels.most_common(1)[0][0]
-    marked = []
-    for run in runs:
-        same = _levels(run) == usual
-        if not same:
-            problems.append(f"{run.key}: its {len(run.path.sigmas)} noise levels differ from most runs'; not compared")
-        marked.append(replace(run, comparable=same))
-    return marked
+def _mostly_rounding(runs: Sequence[AnalyzedRun], metrics: Sequence[str]) -> list[str]:
+    """A line for the metrics of which half and more may be rounding."""
+    counts = {
+        name: sum(run.resolution[name] > abs(run.metrics[name]) / 2 for run in runs if math.isfinite(run.metrics[name]))
+        for name in metrics
+    }
+    found = ", ".join(f"{METRIC_NAMES[name]} ({count})" for name, count in counts.items() if count)
+    if not found:
+        return []
+    return [
+        f"more than half of some values may be the rounding of the stored states: {found} of {len(runs)} runs; record "
+        "with storage fp32, from a sampler in fp32, to see less"
+    ]
 
 
-def _levels(run: AnalyzedRun) -> tuple[float, ...]:
-    return tuple(float(f"{sigma:.4g}") for sigma in run.path.sigmas)
-
-
-class _Pair:
-    """Two groups to compare; `paired` when they share enough seeds, each of them once in both."""
-
-    def __init__(
-        self, a: str, b: str, runs_a: list[AnalyzedRun], runs_b: list[AnalyzedRun], problems: list[str]
-    ) -> None:
-        self.a, self.b, self.all_a, self.all_b = a, b, runs_a, runs_b
-        by_seed = [{run.seed: run for run in runs if run.seed is not None} for runs in (runs_a, runs_b)]
-        unique = len(by_seed[0]) == len(runs_a) and len(by_seed[1]) == len(runs_b)
-        shared = sorted(seed for seed in by_seed[0] if seed in by_seed[1] and seed is not None) if unique else []
-        same = len(shared) == len(runs_a) == len(runs_b)
-        self.paired = same or (bool(shared) and stats.too_few(len(shared), len(shared), paired=True) is None)
-        self.runs_a = [by_seed[0][seed] for seed in shared] if self.paired else runs_a
-        self.runs_b = [by_seed[1][seed] for seed in shared] if self.paired else runs_b
-        alone = len(runs_a) + len(runs_b) - len(self.runs_a) - len(self.runs_b)
-        if alone:
-            problems.append(f"{a} / {b}: compared on {len(shared)} common seeds; {alone} runs have no partner")
-
-    def tests(self, metrics: Sequence[str], resamples: int) -> Iterator[GroupTest]:
-        """Every metric, and the dispersion of the last states."""
-        for name in metrics:
-            values = [[run.metrics[name] for run in runs] for runs in (self.runs_a, self.runs_b)]
-            if self.paired:
-                whole = [pair for pair in zip(*values, strict=True) if all(map(math.isfinite, pair))]
-                values = [[pair[0] for pair in whole], [pair[1] for pair in whole]]
-            else:
-                values = [[value for value in column if math.isfinite(value)] for column in values]
-            yield stats.compare(name, self.a, self.b, *values, paired=self.paired, resamples=resamples)
-        spreads = [stats.distances_to_center(_last_states(runs)).tolist() for runs in (self.all_a, self.all_b)]
-        spreads = [[value for value in column if math.isfinite(value)] for column in spreads]
-        yield stats.compare("dispersion", self.a, self.b, *spreads, paired=False, resamples=resamples)
-
-    def separations(self) -> list[Separation]:
-        """How far the groups lie apart at each noise level; nothing for a group of one, which has no spread to hold
-        that against."""
-        if min(len(self.runs_a), len(self.runs_b)) < 2:
-            return []
-        in_b = np.array([False] * len(self.runs_a) + [True] * len(self.runs_b))
-        points = np.array([run.path.axes for run in (*self.runs_a, *self.runs_b)]).transpose(1, 0, 2)
-        distances = np.array([np.sqrt(np.square(level[:, None] - level[None]).sum(axis=-1)) for level in points])
-        energy, p, corrected = stats.energy_tests(distances, in_b, paired=self.paired)
-        return [
-            Separation(
-                self.a,
-                self.b,
-                float(sigma),
-                float(energy[k]),
-                None if p is None else float(p[k]),
-                None if corrected is None else float(corrected[k]),
-            )
-            for k, sigma in enumerate(self.runs_a[0].path.sigmas)
-        ]
-
-
-def _group(name: str, runs: list[AnalyzedRun], metrics: Sequence[str]) -> Group:
+def _group(name: str, runs: list[AnalyzedRun], ends: Ends, metrics: Sequence[str]) -> Group:
     values = {metric: np.array([run.metrics[metric] for run in runs]) for metric in metrics}
     finite = {metric: column[np.isfinite(column)] for metric, column in values.items()}
     spreads = [stats.dispersion(np.array([run.path.axes[k] for run in runs])) for k in range(len(runs[0].path.sigmas))]
     last = _last_states(runs)[:, :VOLUME_AXES]
     volume = None
     if len(last) > VOLUME_AXES + 1 and last.shape[1] == VOLUME_AXES:
-        sign, value = np.linalg.slogdet(np.cov(last.T))
-        volume = float(value) if sign > 0 else None
+        eigenvalues = np.linalg.eigvalsh(np.cov(last.T))
+        rounding = 4 * float(np.mean([run.path.rms_errors[-1] ** 2 for run in runs]))
+        volume = float(np.log(eigenvalues).sum()) if eigenvalues[0] > rounding else None
+    end, end_interval = stats.dispersion_of(ends.of([run.key for run in runs]))
     return Group(
         name,
         [run.key for run in runs],
@@ -311,6 +249,8 @@ def _group(name: str, runs: list[AnalyzedRun], metrics: Sequence[str]) -> Group:
         runs[0].path.sigmas,
         [value for value, _ in spreads],
         [interval for _, interval in spreads],
+        end,
+        end_interval,
         volume,
     )
 
@@ -372,6 +312,7 @@ def document(analysis: Analysis) -> dict[str, Any]:
                 "sigmas": run.path.sigmas,
                 "compared": run.comparable,
                 "spectrum": run.spectrum,
+                "facts": run.facts,
                 "problems": run.problems,
             }
             for run in analysis.runs
@@ -381,10 +322,12 @@ def document(analysis: Analysis) -> dict[str, Any]:
                 "unit": definitions[name][0],
                 "formula": definitions[name][1],
                 "values": {run.key: run.metrics[name] for run in analysis.runs},
+                "resolution": {run.key: run.resolution[name] for run in analysis.runs},
             }
             for name in names
         },
         "groups": groups,
+        "omnibus": [{**asdict(test), "verdict": test.verdict} for test in analysis.omnibus],
         "tests": [{**asdict(test), "verdict": test.verdict} for test in analysis.tests],
         "separation": [asdict(level) for level in analysis.separations],
         "clustering": None if analysis.clustering is None else asdict(analysis.clustering),

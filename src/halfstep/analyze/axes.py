@@ -13,6 +13,8 @@ from halfstep.store.run import Float64, Latents, Run
 AXES = 16
 _SKETCH = 2 * AXES  # directions that are followed
 _BATCH = 32  # states that are in memory at once
+_TOGETHER = 16  # states that are projected together; the codec's group
+_COLUMNS = 1 << 14  # values of a state that are float64 at once
 _STEPS_OF_A_RUN = 16  # evenly spaced over the run, first and last among them
 
 Float32 = npt.NDArray[np.float32]
@@ -20,18 +22,24 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SharedAxes:
-    """Orthonormal `components` [p, D] around `center` [D], float32, zeros where the states have no more directions;
+    """Orthonormal `components` [p, D] around `center` [D], zeros where the states have no more directions;
     `explained` [p] share of the variance of all states that went into the fit."""
 
-    components: Float32
-    center: Float32
+    components: Float64
+    center: Float64
     explained: Float64
 
     def project(self, latents: Latents) -> Float64:
-        """Coordinates [n, p] of the states of a run, latent."""
-        return np.array([self.components @ (state.reshape(-1) - self.center) for state in latents], np.float64).reshape(
-            len(latents), len(self.components)
-        )
+        """Coordinates [n, p] of the states of a run, latent. In float64: a straight run must stay straight to the last
+        digit that its states have."""
+        coordinates = np.zeros((len(latents), len(self.components)))
+        for start in range(0, len(latents), _TOGETHER):
+            rows = slice(start, start + _TOGETHER)
+            states = latents[rows].reshape(-1, self.center.size)
+            for first in range(0, self.center.size, _COLUMNS):
+                columns = slice(first, first + _COLUMNS)
+                coordinates[rows] += (states[:, columns] - self.center[columns]) @ self.components[:, columns].T
+        return coordinates
 
 
 def fit_axes(runs: Mapping[str, Run]) -> SharedAxes:
@@ -60,11 +68,11 @@ def fit_axes(runs: Mapping[str, Run]) -> SharedAxes:
         total += float(np.einsum("nd,nd->", batch, batch, dtype=np.float64))
     found, variances = _nystrom(middle, image)
     count = min(AXES, states - 1, size)
-    components, explained = np.zeros((count, size), np.float32), np.zeros(count)
+    components, explained = np.zeros((count, size)), np.zeros(count)
     there = min(count, len(found))
     components[:there] = found[:there]
     explained[:there] = variances[:there] / max(total, 1e-300)
-    return SharedAxes(components, center.astype(np.float32), explained)
+    return SharedAxes(components, center, explained)
 
 
 def _nystrom(middle: Float64, image: Float64) -> tuple[Float64, Float64]:

@@ -7,13 +7,14 @@ metric that a run is too short for, or that is 0/0, is NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from halfstep.store.run import Float64, Latents
+from halfstep.store.run import Float64, Latents, Run
 
 _BLOCK = 16  # steps held at once, twice; the codec's group
 _COLUMNS = 1 << 16  # values of a step that are float64 at once
@@ -22,31 +23,46 @@ _COLUMNS = 1 << 16  # values of a step that are float64 at once
 @dataclass(frozen=True)
 class Path:
     """A run as the metrics see it. gram: [n, n]; mean, variance: [n] over the values of each state; sigmas: [n] noise
-    levels; axes: [n, p] coordinates on principal axes shared by all runs."""
+    levels; axes: [n, p] coordinates on principal axes shared by all runs. rms_errors: [n] root-mean-square errors of
+    the values of each state, latent. spare: variance to take off the coordinates, latent^2."""
 
     gram: Float64
     mean: Float64
     variance: Float64
     sigmas: Float64
     axes: Float64
+    rms_errors: Float64
+    spare: float = 0.0
 
 
-def summarize(latents: Latents) -> tuple[Float64, Float64, Float64]:
-    """Gram matrix [n, n], mean [n] and variance [n] of the states, float64, holding two blocks of steps at a time."""
-    count = len(latents)
+@dataclass(frozen=True)
+class Summary:
+    """What of a run's states does not need other runs, as in Path; size: values of a state."""
+
+    gram: Float64
+    mean: Float64
+    variance: Float64
+    rms_errors: Float64
+    size: int
+
+
+def summarize(run: Run) -> Summary:
+    """Read the states of `run` once, holding two blocks of steps at a time."""
+    latents, count = run.latents, len(run)
     gram = np.zeros((count, count))
-    mean, variance = np.zeros(count), np.zeros(count)
+    mean, variance, errors = np.zeros(count), np.zeros(count), np.zeros(count)
     for first in range(0, count, _BLOCK):
         block = _rows(latents, first)
         for k, state in enumerate(block, start=first):
             mean[k] = state.mean(dtype=np.float64)
             variance[k] = np.square(state - mean[k], dtype=np.float64).mean()
+            errors[k] = run.rounding.rms(state)
         for second in range(first, count, _BLOCK):
             other = block if second == first else _rows(latents, second)
             products = _inner_products(block, other)
             gram[first : first + len(block), second : second + len(other)] = products
             gram[second : second + len(other), first : first + len(block)] = products.T
-    return gram, mean, variance
+    return Summary(gram, mean, variance, errors, math.prod(latents.shape[1:]))
 
 
 def _rows(latents: Latents, first: int) -> npt.NDArray[np.float32]:
@@ -185,24 +201,30 @@ def effective_dimension(path: Path) -> float:
 def log_volume(path: Path) -> float:
     """log det of the covariance of the run's coordinates on the first three shared principal axes, log latent^6. The
     shared axes make runs comparable; needs more than three states."""
-    coordinates = path.axes[:, :VOLUME_AXES]
-    if len(coordinates) <= VOLUME_AXES or coordinates.shape[1] < VOLUME_AXES:
+    if not _has_volume(path):
         return float("nan")
-    sign, value = np.linalg.slogdet(np.cov(coordinates.T))
-    return float(value) if sign > 0 else float("nan")
+    eigenvalues = np.linalg.eigvalsh(np.cov(path.axes[:, :VOLUME_AXES].T)) - path.spare
+    return float(np.log(eigenvalues).sum()) if eigenvalues[0] > 0 else float("nan")
 
 
 def hull_volume(path: Path) -> float:
     """Volume of the convex hull of the run's coordinates on the first three shared principal axes, latent^3."""
     from scipy.spatial import ConvexHull, QhullError
 
-    coordinates = path.axes[:, :VOLUME_AXES]
-    if len(coordinates) <= VOLUME_AXES or coordinates.shape[1] < VOLUME_AXES:
+    if not _has_volume(path):
         return float("nan")
+    eigenvalues = np.linalg.eigvalsh(np.cov(path.axes[:, :VOLUME_AXES].T))
+    if eigenvalues[0] <= path.spare:
+        return 0.0
     try:
-        return float(ConvexHull(coordinates).volume)
+        volume = float(ConvexHull(path.axes[:, :VOLUME_AXES]).volume)
     except QhullError:  # all points in one plane
         return 0.0
+    return volume * math.sqrt(float(np.prod(1 - path.spare / eigenvalues)))
+
+
+def _has_volume(path: Path) -> bool:
+    return len(path.axes) > VOLUME_AXES and path.axes.shape[1] >= VOLUME_AXES
 
 
 VOLUME_AXES = 3
@@ -244,6 +266,13 @@ METRICS: dict[str, Metric] = {
     "effective_dimension": Metric(effective_dimension, ""),
     "log_volume": Metric(log_volume, "log latent^6"),
     "hull_volume": Metric(hull_volume, "latent^3"),
+}
+
+# In words, with the quantities of a group that are compared beside them.
+METRIC_NAMES = {
+    **{name: name.replace("_", " ") for name in METRICS},
+    "dispersion": "dispersion of the results",
+    "dispersion_on_axes": "dispersion of the results on the axes",
 }
 
 PROFILES: dict[str, Profile] = {

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import colorsys
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from halfstep.analyze.analysis import Analysis, AnalyzedRun
+from halfstep.analyze.analysis import Analysis
+from halfstep.analyze.energy import ALL, Separation
+from halfstep.analyze.metrics import METRIC_NAMES
+from halfstep.analyze.runs import AnalyzedRun
 from halfstep.analyze.stats import ALPHA
-from halfstep.analyze.words import METRIC_NAMES
+from halfstep.analyze.words import by_pair, size
 from halfstep.files import file_errors, replacing
+from halfstep.store.run import Float64
 
 # Okabe and Ito (2008): tells apart for all kinds of color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#4D4D4D")
 _MOST_TESTS = 30  # rows of the plot of effects
+MOST_PAIRS = 7  # curves of pairs of groups
 
 
 def colors(analysis: Analysis) -> dict[str, str]:
-    """A color for each group; they repeat after eight."""
-    names = dict.fromkeys(run.group for run in analysis.runs)
-    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    """A color for each group, all different."""
+    names = list(dict.fromkeys(run.group for run in analysis.runs))
+    return dict(zip(names, palette(len(names)), strict=True))
+
+
+def palette(count: int) -> list[str]:
+    """So many colors that differ: those above, or hues as far apart as can be in three lightnesses."""
+    if count <= len(COLORS):
+        return list(COLORS[:count])
+    found = (colorsys.hls_to_rgb(i / count, (0.32, 0.5, 0.66)[i % 3], 0.75) for i in range(count))
+    return ["#" + "".join(f"{round(255 * part):02x}" for part in color) for color in found]
 
 
 def shown(name: str, most: int = 40) -> str:
@@ -46,11 +62,12 @@ def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
         "variance": ((7.5, 4.5), _variance),
         "dispersion": ((7.5, 4.5), _dispersion),
         "separation": ((7.5, 4.5), _separation),
+        "pairs": (_matrix_size(analysis), _pairs),
         "effects": ((8.5, max(3.0, 0.3 * min(_MOST_TESTS, len(analysis.tests)) + 1.2)), _effects),
     }
     written = []
-    for name, (size, draw) in plots.items():
-        figure = Figure(figsize=size, layout="constrained")
+    for name, (inches, draw) in plots.items():
+        figure = Figure(figsize=inches, layout="constrained")
         axes = figure.subplots()
         drawn = draw(analysis, axes)
         axes.spines[["top", "right"]].set_visible(False)
@@ -69,11 +86,11 @@ def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
 def _trajectories(analysis: Analysis, axes: Axes) -> bool:
     if len(analysis.explained) < 2:
         return False
-    palette = colors(analysis)
+    color_of = colors(analysis)
     labeled: set[str] = set()
     for run in analysis.runs:
         x, y = run.path.axes[:, 0], run.path.axes[:, 1]
-        color = palette[run.group]
+        color = color_of[run.group]
         axes.plot(x, y, "-", color=color, linewidth=1, alpha=0.7, label=_once(run.group, labeled))
         axes.plot(x[0], y[0], "o", color=color, markerfacecolor="white", markersize=5)
         axes.plot(x[-1], y[-1], "o", color=color, markersize=5)
@@ -96,14 +113,16 @@ def _variance(analysis: Analysis, axes: Axes) -> bool:
 
 
 def _profile(analysis: Analysis, axes: Axes, name: str, label: str, title: str) -> bool:
-    palette = colors(analysis)
+    color_of = colors(analysis)
     for run in analysis.runs:
         sigmas, values = run.profiles[name]
-        axes.plot(sigmas, values, "-", color=palette[run.group], linewidth=0.7, alpha=0.35)
+        axes.plot(sigmas, values, "-", color=color_of[run.group], linewidth=0.7, alpha=0.35)
     for group, runs in _groups(analysis).items():
         sigmas = runs[0].profiles[name][0]
         mean = np.mean([run.profiles[name][1] for run in runs], axis=0)
-        axes.plot(sigmas, mean, ".-", color=palette[group], linewidth=2, label=f"{_plain(group)} (mean of {len(runs)})")
+        axes.plot(
+            sigmas, mean, ".-", color=color_of[group], linewidth=2, label=f"{_plain(group)} (mean of {len(runs)})"
+        )
     axes.set(xlabel="sigma (sampling goes to the right)", ylabel=label, title=title)
     axes.invert_xaxis()
     _legend(axes)
@@ -111,17 +130,17 @@ def _profile(analysis: Analysis, axes: Axes, name: str, label: str, title: str) 
 
 
 def _dispersion(analysis: Analysis, axes: Axes) -> bool:
-    palette = colors(analysis)
+    color_of = colors(analysis)
     drawn = False
     for group in analysis.groups:
         if len(group.runs) < 2:
             continue
         drawn = True
-        axes.plot(group.sigmas, group.dispersion, ".-", color=palette[group.name], label=_plain(group.name))
+        axes.plot(group.sigmas, group.dispersion, ".-", color=color_of[group.name], label=_plain(group.name))
         known = [(s, *i) for s, i in zip(group.sigmas, group.dispersion_interval, strict=True) if i is not None]
         if known:
             sigmas, low, high = np.array(known).T
-            axes.fill_between(sigmas, low, high, color=palette[group.name], alpha=0.15, linewidth=0)
+            axes.fill_between(sigmas, low, high, color=color_of[group.name], alpha=0.15, linewidth=0)
     axes.set(
         xlabel="sigma (sampling goes to the right)",
         ylabel="rms distance to the group's center, latent",
@@ -134,16 +153,24 @@ def _dispersion(analysis: Analysis, axes: Axes) -> bool:
     return drawn
 
 
+def separation_curves(analysis: Analysis) -> list[tuple[str, list[Separation]]]:
+    """The curves that are drawn: all groups at once, and the pairs that lie farthest apart at the end; with names."""
+    curves = sorted(by_pair(analysis).items(), key=lambda item: (item[0][0] != ALL, -item[1][-1].energy))
+    of_all = bool(curves) and curves[0][0][0] == ALL
+    return [
+        (f"{shown(a, 24)} / {shown(b, 24)}" if b else a, levels) for (a, b), levels in curves[: MOST_PAIRS + of_all]
+    ]
+
+
 def _separation(analysis: Analysis, axes: Axes) -> bool:
-    pairs = list(dict.fromkeys((level.a, level.b) for level in analysis.separations))
-    for i, pair in enumerate(pairs):
-        levels = [level for level in analysis.separations if (level.a, level.b) == pair]
+    curves = separation_curves(analysis)
+    for i, (name, levels) in enumerate(curves):
         color = COLORS[i % len(COLORS)]
         sigmas = [level.sigma for level in levels]
         axes.plot(sigmas, [level.energy for level in levels], "-", color=color, linewidth=1.5)
         for significant, fill in ((False, "white"), (True, color)):
             chosen = [lv for lv in levels if (lv.p_corrected is not None and lv.p_corrected < ALPHA) == significant]
-            label = f"{_plain(pair[0], 24)} / {_plain(pair[1], 24)}" if significant else None
+            label = _plain(name, 60) if significant else None
             axes.plot(
                 [level.sigma for level in chosen], [level.energy for level in chosen], "o", color=color,
                 markerfacecolor=fill, markersize=5, label=label,
@@ -156,12 +183,60 @@ def _separation(analysis: Analysis, axes: Axes) -> bool:
     axes.title.set_fontsize(11)
     axes.invert_xaxis()
     _legend(axes)
-    return bool(pairs)
+    return bool(curves)
+
+
+@dataclass(frozen=True)
+class PairMatrix:
+    """Groups against groups: `different` [k, k] metrics that tell the two apart, `strongest` [k, k] the largest effect
+    among them; NaN on the diagonal."""
+
+    names: list[str]
+    different: Float64
+    strongest: Float64
+
+
+def pair_matrix(analysis: Analysis) -> PairMatrix | None:
+    """None where there are two groups, or no pair was tested."""
+    if not analysis.omnibus or not analysis.tests:
+        return None
+    names = [group.name for group in analysis.groups if any(group.name in (t.a, t.b) for t in analysis.tests)]
+    different, strongest = np.zeros((2, len(names), len(names)))
+    for test in analysis.tests:
+        if test.verdict == "different":
+            for i, j in itertools.permutations((names.index(test.a), names.index(test.b))):
+                different[i, j] += 1
+                strongest[i, j] = max(strongest[i, j], min(size(test), 1e3))
+    for matrix in (different, strongest):
+        np.fill_diagonal(matrix, np.nan)
+    return PairMatrix(names, different, strongest)
+
+
+def _matrix_size(analysis: Analysis) -> tuple[float, float]:
+    side = 3.0 + 0.38 * len(analysis.groups)
+    return side + 1.5, side
+
+
+def _pairs(analysis: Analysis, axes: Axes) -> bool:
+    matrix = pair_matrix(analysis)
+    if matrix is None:
+        return False
+    image = axes.imshow(matrix.strongest, cmap="Oranges", vmin=0)
+    for (i, j), count in np.ndenumerate(matrix.different):
+        if count > 0:
+            axes.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=8)
+    places = range(len(matrix.names))
+    axes.set_xticks(places, [_plain(name, 20) for name in matrix.names], rotation=90, fontsize=8)
+    axes.set_yticks(places, [_plain(name, 20) for name in matrix.names], fontsize=8)
+    axes.set_title("Metrics that tell two groups apart (number), strongest effect (color)", fontsize=10)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.7)
+    bar.set_label("largest |Hedges g|")
+    return True
 
 
 def _effects(analysis: Analysis, axes: Axes) -> bool:
     every = [test for test in analysis.tests if test.hedges_g is not None and test.interval is not None]
-    tests = every[:_MOST_TESTS]
+    tests = sorted(every, key=size, reverse=True)[:_MOST_TESTS]
     several = len({(test.a, test.b) for test in tests}) > 1
     for row, test in enumerate(reversed(tests)):
         assert test.hedges_g is not None
@@ -174,7 +249,7 @@ def _effects(analysis: Analysis, axes: Axes) -> bool:
               for t in reversed(tests)]  # fmt: skip
     axes.set_yticks(range(len(tests)), labels, fontsize=9)
     pair = f"{_plain(tests[0].b, 24)} minus {_plain(tests[0].a, 24)}" if tests and not several else "second minus first"
-    some = "" if len(tests) == len(every) else f" (the first {len(tests)} of {len(every)})"
+    some = "" if len(tests) == len(every) else f" (the {len(tests)} largest of {len(every)})"
     axes.set(
         xlabel=f"Hedges g with 95% bootstrap interval ({pair})", title=f"Effect sizes{some}; colored where different"
     )
@@ -199,5 +274,8 @@ def _once(name: str, seen: set[str]) -> str | None:
 
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    if 0 < len(labels) <= 12:
+    if 0 < len(labels) <= 8:
         axes.legend(handles, labels, fontsize=8, frameon=False)
+    elif 8 < len(labels) <= 48:  # beside the plot, which they would cover
+        columns = -(-len(labels) // 24)
+        axes.legend(handles, labels, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)

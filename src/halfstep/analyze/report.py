@@ -11,18 +11,27 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from halfstep.analyze.analysis import Analysis
-from halfstep.analyze.metrics import METRICS
-from halfstep.analyze.plots import COLORS, colors, shown
-from halfstep.analyze.stats import ALPHA, GroupTest
+from halfstep.analyze.facts import listed, table
+from halfstep.analyze.metrics import METRIC_NAMES, METRICS, PROFILES
+from halfstep.analyze.plots import COLORS, colors, pair_matrix, separation_curves, shown
+from halfstep.analyze.runs import AnalyzedRun
+from halfstep.analyze.stats import ALPHA, GroupTest, OmnibusTest
 from halfstep.analyze.storage import StorageComparison
-from halfstep.analyze.words import (
-    METRIC_NAMES,
-    clustering_sentence,
-    number,
-    p_value,
-    sentence,
-    separation_sentences,
-)
+from halfstep.analyze.words import by_pair, findings, number, p_value, size, two_numbers
+
+_MOST_TESTS = 60  # rows of the table of pairs
+_MANY_COLUMNS = 9  # of a table; more are set smaller
+_MOST_CURVES = 60  # of single runs in one chart
+
+_DEFINITIONS = {
+    **{name: profile.formula for name, profile in PROFILES.items()},
+    **{name: metric.formula for name, metric in METRICS.items()},
+    "dispersion": "Distance of the last states to their group's center in all of latent space, latent.",
+    "dispersion_on_axes": "Distance of the states to their group's center on the shared principal axes, latent.",
+    "energy": "2 E|X-Y| - E|X-X'| - E|Y-Y'| of two groups X and Y, latent; 0 where they are alike.",
+    "group_volume": "log det of the covariance of the last states on the first three shared axes, log latent^6; from "
+    "five runs on, where it is more than rounding.",
+}
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fff; margin: 0 auto; max-width: 1100px;
@@ -30,10 +39,12 @@ body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fff; 
 h1 { font-size: 1.8rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
 p, li { max-width: 50rem; } .soft { color: #5d6778; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; margin: .6rem 0; }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid #e3e8f0; vertical-align: top; }
+th, td { text-align: right; padding: .3rem .45rem; border-bottom: 1px solid #e3e8f0; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 600; color: #5d6778; }
 td { white-space: nowrap; } td.left { white-space: normal; min-width: 8rem; }
-td.left, th.left { text-align: left; } tr.found td { background: #fdf3ec; }
+td.left, th.left { text-align: left; } abbr { text-decoration: underline dotted; cursor: help; }
+small { color: #5d6778; } table.many { font-size: .78rem; } table.many th, table.many td { padding: .25rem .3rem; }
+table.many td.left { min-width: 6rem; } tr.found td { background: #fdf3ec; }
 """
 
 
@@ -42,34 +53,45 @@ def render_report(analysis: Analysis, title: str, storage: Sequence[StorageCompa
     groups = dict.fromkeys(run.group for run in analysis.runs)
     states = sorted({len(run.path.sigmas) for run in analysis.runs})
     of_states = str(states[0]) if len(states) == 1 else f"{states[0]} to {states[-1]}"
+    several = any(len(group.runs) > 1 for group in analysis.groups)
+    counted = f"{len(analysis.runs)} runs" if len(analysis.runs) > 1 else "1 run"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p class='soft'>{len(analysis.runs)} runs of {of_states} states in {len(groups)} groups.</p>",
-        _findings(analysis),
+        f"<p class='soft'>{counted} of {of_states} states in "
+        f"{f'{len(groups)} groups' if len(groups) > 1 else 'one group'}.</p>",
+        "<h2>Findings</h2>",
+        f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in findings(analysis))}</ul>",
+        *_pair_matrix(analysis),
         "<h2>Trajectories on shared principal axes</h2>",
         f"<p>One basis for all runs; {analysis.explained.sum():.0%} of the variance of the states lies in its "
-        f"{len(analysis.explained)} axes. Open markers are the first states, filled ones the last.</p>",
+        f"{_axes(len(analysis.explained))}. Open markers are the first states, filled ones the last.</p>",
         _chart(_trajectories(analysis)),
-        "<h2>Speed</h2><p>Distance per unit of sigma, so that it is the model's and not the schedule's.</p>",
+        _facts_table(analysis),
+        f"<h2>{_defined('speed', 'Speed')}</h2>",
+        f"<p>Distance per unit of sigma, so that it is the model's and not the schedule's.{_means(analysis)}</p>",
         _chart(_profile(analysis, "speed", "latent / sigma")),
-        "<h2>Variance of the values</h2>",
+        f"<h2>{_defined('variance', 'Variance of the values')}</h2>",
         _chart(_profile(analysis, "variance", "latent²")),
-        "<h2>Distance to the group's center</h2>",
-        _chart(_to_center(analysis)),
-        "<h2>Dispersion of each group</h2>",
-        "<p>Root-mean-square distance to the center, unbiased; 95% jackknife intervals where there are four runs.</p>",
-        _chart(_dispersion(analysis)),
     ]
+    if several:
+        parts += [
+            "<h2>Distance to the group's center</h2>",
+            _chart(_to_center(analysis)),
+            f"<h2>{_defined('dispersion_on_axes', 'Dispersion of each group')}</h2>",
+            "<p>Root-mean-square distance to the center on the shared axes, unbiased; 95% jackknife intervals where "
+            "there are four runs.</p>",
+            _chart(_dispersion(analysis)),
+        ]
     if analysis.separations:
         parts += [
             "<h2>When groups separate</h2>",
-            "<p>Energy distance in the shared axes at each noise level; filled where significant after correction over "
-            "the levels.</p>",
+            f"<p>{_defined('energy', 'Energy distance')} in the shared axes at each noise level; filled where "
+            f"significant after correction over the levels{_left_out_pairs(analysis)}.</p>",
             _chart(_separation(analysis)),
         ]
     if analysis.pairs:
         parts += ["<h2>Run against run</h2>", "<p>Distance in all of latent space.</p>", _chart(_pairs(analysis))]
-    parts += [_tests_table(analysis), _groups_table(analysis), _runs_table(analysis)]
+    parts += [_omnibus_table(analysis), _tests_table(analysis), _groups_table(analysis), _runs_table(analysis)]
     if storage:
         parts.append(_storage_table(storage))
     if analysis.problems:
@@ -81,21 +103,57 @@ def render_report(analysis: Analysis, title: str, storage: Sequence[StorageCompa
     return f"<!doctype html><html lang='en'><head>{head}{script}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def _findings(analysis: Analysis) -> str:
-    lines = [sentence(test) for test in analysis.tests if test.verdict == "different"]
-    enough = [test for test in analysis.tests if test.verdict != "not enough runs"]
-    if not analysis.tests:
-        lines.append("One group only: nothing to compare.")
-    elif not lines:
-        lines.append(
-            f"No difference between groups is shown by {len(enough)} tests."
-            if enough
-            else "There are not enough runs for a verdict of any test; the figures below describe these runs alone."
-        )
-    lines += separation_sentences(analysis)
-    if len({run.group for run in analysis.runs}) > 1:
-        lines.append(clustering_sentence(analysis))
-    return "<h2>Findings</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+def _means(analysis: Analysis) -> str:
+    return " Lines are means of the groups." if len(analysis.runs) > _MOST_CURVES else ""
+
+
+def _axes(count: int) -> str:
+    return "one axis" if count == 1 else f"{count} axes"
+
+
+def _defined(name: str, words: str) -> str:
+    """`words`, with what the quantity is shown on hover."""
+    definition = _DEFINITIONS.get(name)
+    return html.escape(words) if definition is None else f"<abbr title='{html.escape(definition)}'>{words}</abbr>"
+
+
+def _metric(name: str) -> str:
+    return _defined(name, METRIC_NAMES.get(name, name))
+
+
+def _left_out_pairs(analysis: Analysis) -> str:
+    drawn, there = len(separation_curves(analysis)), len(by_pair(analysis))
+    return (
+        f"; the {drawn - 1} pairs of {there - 1} that lie farthest apart at the end are shown" if drawn < there else ""
+    )
+
+
+def _pair_matrix(analysis: Analysis) -> list[str]:
+    matrix = pair_matrix(analysis)
+    if matrix is None:
+        return []
+    names = [html.escape(shown(name, 28)) for name in matrix.names]
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=matrix.strongest,
+        x=names,
+        y=names,
+        text=[["" if not n > 0 else f"{n:.0f}" for n in row] for row in matrix.different],
+        texttemplate="%{text}",
+        colorscale="Oranges",
+        zmin=0,
+        colorbar={"title": "largest<br>|g|"},
+        hovertemplate="%{y} / %{x}: %{text} metrics, largest |Hedges g| %{z:.3g}<extra></extra>",
+        hoverongaps=False,
+    )
+    figure.update_yaxes(autorange="reversed", automargin=True, tickmode="linear")
+    figure.update_xaxes(automargin=True, tickmode="linear", tickangle=-60)
+    side = 260 + 26 * len(names)
+    return [
+        "<h2>Which pairs of groups differ</h2>",
+        "<p>How many metrics tell two groups apart, after correction; the darker, the larger the strongest effect.</p>",
+        _chart(figure, height=side, legend=False),
+    ]
 
 
 def _trajectories(analysis: Analysis) -> Any:
@@ -146,7 +204,23 @@ def _to_center(analysis: Analysis) -> Any:
 
 
 def _add_runs(figure: Any, analysis: Analysis, curves: dict[str, tuple[Any, Any]]) -> None:
+    """A curve a run, or where there are many the mean of each group."""
     palette, seen = colors(analysis), set()
+    if len(curves) > _MOST_CURVES:
+        for group in analysis.groups:
+            of_group = [curves[key] for key in group.runs if key in curves]
+            if of_group:
+                figure.add_scatter(
+                    x=of_group[0][0],
+                    y=np.mean([values for _, values in of_group], axis=0),
+                    mode="lines+markers",
+                    name=html.escape(shown(group.name)),
+                    line={"color": palette[group.name], "width": 1.6},
+                    marker={"size": 4},
+                    hovertemplate=f"{html.escape(shown(group.name))}, mean of {len(of_group)} runs<br>"
+                    "sigma %{x:.3g}: %{y:.4g}<extra></extra>",
+                )
+        return
     for run in analysis.runs:
         if run.key not in curves:
             continue
@@ -189,15 +263,14 @@ def _dispersion(analysis: Analysis) -> Any:
 
 def _separation(analysis: Analysis) -> Any:
     figure = go.Figure()
-    for i, pair in enumerate(dict.fromkeys((level.a, level.b) for level in analysis.separations)):
-        levels = [level for level in analysis.separations if (level.a, level.b) == pair]
+    for i, (name, levels) in enumerate(separation_curves(analysis)):
         color = COLORS[i % len(COLORS)]
         found = [level.p_corrected is not None and level.p_corrected < ALPHA for level in levels]
         figure.add_scatter(
             x=[level.sigma for level in levels],
             y=[level.energy for level in levels],
             mode="lines+markers",
-            name=html.escape(f"{shown(pair[0], 24)} / {shown(pair[1], 24)}"),
+            name=html.escape(name),
             line={"color": color},
             marker={
                 "size": 8,
@@ -223,13 +296,19 @@ def _over_sigma(figure: Any, unit: str) -> Any:
     return figure
 
 
-def _chart(figure: Any) -> str:
+def _chart(figure: Any, *, height: int = 430, legend: bool = True) -> str:
+    names = {trace.name for trace in figure.data if trace.name}
+    if legend:  # below the plot, with room for all of it
+        longest = max((len(name) for name in names), default=0)
+        rows = -(-len(names) // max(1, 150 // (longest + 5)))
+        below = 60 + 19 * rows
+        height += below - 80
+        figure.update_layout(legend={"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom"})
     figure.update_layout(
         template="plotly_white",
-        height=430,
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        legend={"orientation": "h", "y": -0.2},
-        showlegend=True,
+        height=height,
+        margin={"l": 60, "r": 20, "t": 20, "b": below if legend else 50},
+        showlegend=legend,
     )
     page: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
     return page
@@ -244,41 +323,96 @@ def _table(
     body = "".join(
         f"<tr{' class=found' if marked and marked[i] else ''}>{cells('td', row)}</tr>" for i, row in enumerate(rows)
     )
-    return f"<div class='wide'><table><tr>{cells('th', heads)}</tr>{body}</table></div>"
+    head = f"<tr>{cells('th', heads)}</tr>" if any(heads) else ""
+    many = " class=many" if len(heads) > _MANY_COLUMNS else ""
+    return f"<div class='wide'><table{many}>{head}{body}</table></div>"
+
+
+def _facts_table(analysis: Analysis) -> str:
+    rows = []
+    for name, values in table(analysis.runs).items():
+        if name == "date" and len(values) > 1:
+            rows.append([name, html.escape(f"{min(values)} to {max(values)}")])
+            continue
+        unknown = len(analysis.runs) - values.total()
+        rows.append([name, html.escape(listed(values)) + (f" ({unknown} runs do not say)" if unknown else "")])
+    return "<h2>How the runs were made</h2>" + _table(["", ""], rows, left=(1,))
+
+
+def _omnibus_table(analysis: Analysis) -> str:
+    if not analysis.omnibus:
+        return ""
+    rows = [
+        [
+            _metric(test.metric),
+            html.escape(_verdict(test)),
+            "-" if test.explained is None else f"{test.explained:.1%}",
+            _p(test),
+            *_corrected(test),
+        ]
+        for test in sorted(analysis.omnibus, key=lambda test: -(test.explained or 0.0))
+    ]
+    by_seed = " Runs change places within a seed, which all groups share." if analysis.omnibus[0].paired else ""
+    words = (
+        "<h2>Tests of all groups</h2><p>Does any group differ? The verdict goes by the larger of the permutation test's"
+        f" and Welch's p, corrected over the metrics (Holm), at 0.05.{by_seed}</p>"
+    )
+    heads = ["metric", "verdict", "variance between groups", "p", "Holm", "BH"]
+    return words + _table(heads, rows, left=(1,), marked=[t.verdict == "different" for t in analysis.omnibus])
 
 
 def _tests_table(analysis: Analysis) -> str:
     if not analysis.tests:
         return ""
+    tests = sorted(analysis.tests, key=size, reverse=True)
     rows = [
         [
-            html.escape(METRIC_NAMES.get(test.metric, test.metric)),
-            html.escape(f"{test.verdict}" + (f": {test.not_enough.partition(': ')[2]}" if test.not_enough else "")),
+            _metric(test.metric),
+            html.escape(_verdict(test)),
             html.escape(f"{shown(test.a, 24)} / {shown(test.b, 24)}"),
-            f"{number(test.mean_a)} / {number(test.mean_b)}",
+            " / ".join(two_numbers(test.mean_a, test.mean_b)),
             _effect(test),
-            "-" if test.p_welch is None else f"{test.p_welch:.2g}",
-            "-" if test.p_permutation is None else f"{test.p_permutation:.2g}",
-            "-" if test.p_holm is None else f"{test.p_holm:.2g}",
-            "-" if test.p_bh is None else f"{test.p_bh:.2g}",
+            _p(test),
+            *_corrected(test),
         ]
-        for test in analysis.tests
+        for test in tests[:_MOST_TESTS]
     ]
-    heads = ["metric", "verdict", "groups", "means", "Hedges g", "Welch p", "permutation p", "Holm", "BH"]
+    heads = ["metric", "verdict", "groups", "means", "Hedges g", "p", "Holm", "BH"]
     paired = " Groups with the same seeds are compared pair by pair." if any(t.paired for t in analysis.tests) else ""
+    over = "over all tests"
+    if analysis.omnibus:
+        over = "over the pairs, and for the choice of the metrics that differ among all groups"
+    most = f" The {_MOST_TESTS} largest effects of {len(tests)} tests are shown." if len(tests) > _MOST_TESTS else ""
     words = (
-        "<h2>Tests</h2><p>Two-sided. The verdict goes by the larger of the permutation test's and Welch's p, corrected "
-        f"over all tests (Holm), at 0.05; BH controls the share of false findings instead.{paired} Intervals are 95% "
-        "bootstrap intervals.</p>"
+        f"<h2>Tests{' of pairs' if analysis.omnibus else ''}</h2><p>Two-sided, the largest effects first. The verdict "
+        f"goes by the larger of the permutation test's and Welch's p, corrected {over} (Holm), at 0.05; BH controls "
+        f"the share of false findings instead.{paired} Intervals are 95% bootstrap intervals.{most}</p>"
     )
-    found = [test.verdict == "different" for test in analysis.tests]
+    found = [test.verdict == "different" for test in tests]
     return words + _table(heads, rows, left=(1, 2), marked=found)
+
+
+def _verdict(test: GroupTest | OmnibusTest) -> str:
+    return test.verdict + (f": {test.not_enough.partition(': ')[2]}" if test.not_enough else "")
+
+
+def _p(test: GroupTest | OmnibusTest) -> str:
+    """The p-value that counts; on hover, both that it is the larger of."""
+    if test.p is None:
+        return "-"
+    welch = "" if test.p_welch is None else f", Welch's {test.p_welch:.2g}"
+    return f"<abbr title='by permutation {test.p_permutation:.2g}{welch}'>{test.p:.2g}</abbr>"
+
+
+def _corrected(test: GroupTest | OmnibusTest) -> tuple[str, str]:
+    holm, lenient = ("-" if p is None else f"{p:.2g}" for p in (test.p_holm, test.p_bh))
+    return holm, lenient
 
 
 def _spread(mean: float, deviation: float) -> str:
     if np.isnan(mean):
         return "-"
-    return number(mean) if np.isnan(deviation) else f"{number(mean)} ± {number(deviation)}"
+    return number(mean) if np.isnan(deviation) else f"{number(mean)}<br><small>± {number(deviation, 2)}</small>"
 
 
 def _effect(test: GroupTest) -> str:
@@ -294,21 +428,22 @@ def _percent(value: float) -> str:
 
 def _groups_table(analysis: Analysis) -> str:
     names = list(analysis.runs[0].metrics)
-    heads = ["mean ± standard deviation", *(f"{html.escape(shown(g.name))} ({len(g.runs)})" for g in analysis.groups)]
     rows = [
         [
-            f"{METRIC_NAMES[name]}{f', {METRICS[name].unit}' if METRICS[name].unit else ''}",
-            *(_spread(group.means[name], group.deviations[name]) for group in analysis.groups),
+            f"{html.escape(shown(group.name))} ({len(group.runs)})",
+            *(_spread(group.means[name], group.deviations[name]) for name in names),
+            "-" if np.isnan(group.end_dispersion) else number(group.end_dispersion),
+            "-" if group.log_volume is None else number(group.log_volume),
         ]
-        for name in names
+        for group in analysis.groups
     ]
-    rows.append(
-        [
-            "log volume of the results, log latent^6",
-            *("too few runs" if g.log_volume is None else number(g.log_volume) for g in analysis.groups),
-        ]
-    )
-    return "<h2>Groups</h2>" + _table(heads, rows)
+    heads = [
+        "group (runs)",
+        *map(_metric, names),
+        _metric("dispersion"),
+        _defined("group_volume", "log volume of the results"),
+    ]
+    return "<h2>Groups</h2><p>Mean and standard deviation over the runs.</p>" + _table(heads, rows, left=(0,))
 
 
 def _runs_table(analysis: Analysis) -> str:
@@ -317,12 +452,21 @@ def _runs_table(analysis: Analysis) -> str:
         [
             html.escape(run.key),
             html.escape(shown(run.group, 24)),
-            str(run.seed),
-            *(number(run.metrics[name]) for name in names),
+            "-" if run.seed is None else str(run.seed),
+            *(_value(run, name) for name in names),
         ]
         for run in analysis.runs
     ]
-    return "<h2>Runs</h2>" + _table(["run", "group", "seed", *(METRIC_NAMES[n] for n in names)], rows, left=(1,))
+    rounded = any("~" in value for row in rows for value in row[3:])
+    words = "<p>~ marks values of which half and more may be the rounding of the states.</p>" if rounded else ""
+    return "<h2>Runs</h2>" + words + _table(["run", "group", "seed", *map(_metric, names)], rows, left=(1,))
+
+
+def _value(run: AnalyzedRun, name: str) -> str:
+    value = run.metrics[name]
+    if np.isnan(value):
+        return "-"
+    return ("~" if run.resolution[name] > abs(value) / 2 else "") + number(value)
 
 
 def _storage_table(storage: Sequence[StorageComparison]) -> str:
@@ -332,7 +476,7 @@ def _storage_table(storage: Sequence[StorageComparison]) -> str:
     ]
     for name in storage[0].differences:
         largest = [item.differences[name][1] for item in storage]
-        rows.append([METRIC_NAMES[name], *("-" if np.isnan(value) else _percent(value) for value in largest)])
+        rows.append([_metric(name), *("-" if np.isnan(value) else _percent(value) for value in largest)])
     heads = ["kept as", *(html.escape(item.format) for item in storage)]
     return (
         "<h2>Does the format keep the analysis valid?</h2><p>The largest relative difference of each metric over all "

@@ -13,13 +13,14 @@ from halfstep.errors import NumericsError
 from halfstep.progress import SILENT, Progress
 from halfstep.store.formats import to_float32, to_storage
 from halfstep.store.predictive import Promise, decode_trajectory, encode_trajectory
-from halfstep.store.run import Float32, Latents, Run
+from halfstep.store.run import Float32, Latents, Rounding, Run
 from halfstep.store.trajectory_layout import STATES_A_CHUNK
 
 _BOUNDS = (1e-3, 1e-2, 1e-1)  # of the root-mean-square of the latents
 
 # What a chunk of steps becomes when it is stored and read again, and the bytes that it took.
 RoundTrip = Callable[[Float32], tuple[Float32, int]]
+_Format = tuple[RoundTrip, Rounding]
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def compare_storage(
     groups = {run.key: groups[run.key] for run in exact.runs}
     first = runs[exact.runs[0].key].latents
     rms = float(np.sqrt(np.mean(np.square(np.stack([first[0], first[-1]]), dtype=np.float64))))
-    for name, round_trip in _formats(rms).items():
+    for name, form in _formats(rms).items():
         progress.show(f"as {name}")
         sizes: list[tuple[int, int]] = []
         held: dict[tuple[str, int], Float32] = {}
-        stored = {key: _stored(runs[key], round_trip, held, sizes) for key in groups}
+        stored = {key: _stored(runs[key], form, held, sizes) for key in groups}
         try:
             analysis = analyze(stored, groups, metrics=list(exact.runs[0].metrics))
         except NumericsError as error:
@@ -66,21 +67,23 @@ def compare_storage(
                 sum(size for size, _ in sizes) / sum(plain for _, plain in sizes),
                 _differences(exact, analysis),
                 _changed_verdicts(exact, analysis),
-                len(exact.tests),
+                len(_verdicts(exact)),
             )
         )
     return comparisons
 
 
-def _formats(rms: float) -> dict[str, RoundTrip]:
-    formats: dict[str, RoundTrip] = {
-        "fp16": _cast("fp16", "F16"),
-        "bf16": _cast("bf16", "BF16"),
-        "predictive at fp16's error": _predictive(Promise(fidelity="fp16")),
-        "predictive at bf16's error": _predictive(Promise(fidelity="bf16")),
+def _formats(rms: float) -> dict[str, _Format]:
+    fp16, bf16 = Rounding.of({"fp32": 1.0, "fp16": 1.0}), Rounding.of({"fp32": 1.0, "bf16": 1.0})
+    formats: dict[str, _Format] = {
+        "fp16": (_cast("fp16", "F16"), fp16),
+        "bf16": (_cast("bf16", "BF16"), bf16),
+        "predictive at fp16's error": (_predictive(Promise(fidelity="fp16")), fp16),
+        "predictive at bf16's error": (_predictive(Promise(fidelity="bf16")), bf16),
     }
     for bound in _BOUNDS:
-        formats[f"predictive, error <= {bound:g} rms"] = _predictive(Promise(bound * rms))
+        rounding = Rounding.of({"fp32": 1.0}, bound * rms)
+        formats[f"predictive, error <= {bound:g} rms"] = (_predictive(Promise(bound * rms)), rounding)
     return formats
 
 
@@ -100,10 +103,11 @@ def _predictive(promise: Promise) -> RoundTrip:
     return round_trip
 
 
-def _stored(run: Run, round_trip: RoundTrip, held: dict[tuple[str, int], Float32], sizes: list[tuple[int, int]]) -> Run:
+def _stored(run: Run, form: _Format, held: dict[tuple[str, int], Float32], sizes: list[tuple[int, int]]) -> Run:
     """`run` as it would be read from a store, chunk by chunk. `held` has the one chunk that was read last, of all runs;
     the bytes of each chunk go to `sizes` once."""
     counted: set[int] = set()
+    round_trip, rounding = form
 
     def read(k: int) -> Float32:
         chunk = k // STATES_A_CHUNK
@@ -117,7 +121,7 @@ def _stored(run: Run, round_trip: RoundTrip, held: dict[tuple[str, int], Float32
         step: Float32 = held[run.key, chunk][k % STATES_A_CHUNK]
         return step
 
-    return replace(run, latents=Latents(len(run), run.latents.shape[1:], read))
+    return replace(run, latents=Latents(len(run), run.latents.shape[1:], read), rounding=rounding)
 
 
 def _differences(exact: Analysis, stored: Analysis) -> dict[str, tuple[float, float]]:
@@ -134,8 +138,14 @@ def _differences(exact: Analysis, stored: Analysis) -> dict[str, tuple[float, fl
 
 
 def _changed_verdicts(exact: Analysis, stored: Analysis) -> list[str]:
+    before, after = _verdicts(exact), _verdicts(stored)
     return [
-        f"{before.metric}, {before.a} against {before.b}: {before.verdict} -> {after.verdict}"
-        for before, after in zip(exact.tests, stored.tests, strict=True)
-        if before.verdict != after.verdict
+        f"{who}: {before.get(who, 'not tested')} -> {after.get(who, 'not tested')}"
+        for who in {**before, **after}
+        if before.get(who) != after.get(who)
     ]
+
+
+def _verdicts(analysis: Analysis) -> dict[str, str]:
+    of_all = {f"{test.metric}, all groups": test.verdict for test in analysis.omnibus}
+    return {**of_all, **{f"{test.metric}, {test.a} against {test.b}": test.verdict for test in analysis.tests}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +15,9 @@ from halfstep.errors import InputError
 if TYPE_CHECKING:
     from halfstep.analyze import Analysis, StorageComparison
     from halfstep.store import Run
+
+
+_MOST_RUNS = 40  # that get a line each
 
 
 def analyze(
@@ -101,24 +103,19 @@ def _list(runs: Mapping[str, Run], problems: list[str], json: bool) -> None:
 
 
 def _print(analysis: Analysis, storage: list[StorageComparison]) -> None:
-    from halfstep.analyze.words import METRIC_NAMES, clustering_sentence, number, sentence, separation_sentences
+    from halfstep.analyze.metrics import METRIC_NAMES
+    from halfstep.analyze.words import findings, number
 
-    for run in analysis.runs:
+    for run in analysis.runs[:_MOST_RUNS]:
         values = ", ".join(f"{METRIC_NAMES[name]} {number(value)}" for name, value in run.metrics.items())
         typer.echo(f"{run.key}: {values}")
-    for test in analysis.tests:
-        if test.p is not None:
-            typer.echo(sentence(test))
-    untested = Counter((test.a, test.b, test.not_enough) for test in analysis.tests if test.p is None)
-    for (a, b, reason), count in untested.items():
-        typer.echo(f"{a} / {b}: {count} tests not made, {reason}")
-    for line in separation_sentences(analysis):
+    if len(analysis.runs) > _MOST_RUNS:
+        typer.echo(f"... and {len(analysis.runs) - _MOST_RUNS} more runs; --json and -o OUT have all of them")
+    for line in findings(analysis):
         typer.echo(line)
     for pair in analysis.pairs:
         typer.echo(f"{pair.a} and {pair.b}: {number(pair.distance[-1])} apart at the end" if pair.distance else
                    f"{pair.a} and {pair.b}: no noise level in common")  # fmt: skip
-    if len({run.group for run in analysis.runs}) > 1:
-        typer.echo(clustering_sentence(analysis))
     for item in storage:
         known = {name: largest for name, (_, largest) in item.differences.items() if not math.isnan(largest)}
         worst = max(known, key=lambda name: known[name], default=None)

@@ -25,12 +25,13 @@ from typing import IO, Any
 import numpy as np
 
 from halfstep.errors import HalfstepError, InputError, StoreError, some
-from halfstep.store.run import Float32, Latents, Run
+from halfstep.store.run import Float32, Latents, Rounding, Run
 from halfstep.store.torch_files import read_torch_tensor
 
 _STEP = re.compile(r"step_(\d+)(\.npy\.gz|\.npy|\.pt\.gz|\.pt)")
 _PROMPT = re.compile(r"prompt_\d+")
 _VIDEO = re.compile(r"vid_(\d+)")
+_TYPES = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 _SHARED = ("total_steps", "prompt", "seed", "cfg_scale", "shape", "dtype")  # what all steps of one run agree on
 # What numpy, gzip, zip and pickle raise for bytes that are not what they were.
 _DAMAGE = (OSError, EOFError, ValueError, TypeError, SyntaxError, NotImplementedError, tokenize.TokenError, zlib.error)
@@ -103,6 +104,7 @@ class LegacyBatch(Mapping[str, Run]):
             seed=shared.get("seed"),
             attributes=attributes,
             problems=tuple(problems),
+            rounding=Rounding.of({_TYPES.get(shared.get("dtype", ""), "fp32"): 1.0}),
         )
 
     def _labels(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -40,6 +41,35 @@ class Latents:
         return self._read(range(self._count)[place])
 
 
+_MANTISSA = {"fp32": 23, "fp16": 10, "bf16": 7}  # bits
+_SMALLEST = {"fp32": 0.0, "fp16": 2.0**-24, "bf16": 0.0}  # step between the numbers nearest to zero, where it matters
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far the stored values of a run may be off those that its sampler would have had without rounding:
+    root-mean-square, `relative` to the power of two at or below each value, and `absolute`, latent."""
+
+    relative: float
+    absolute: float
+
+    @classmethod
+    def of(cls, casts: Mapping[str, float], bound: float = 0.0) -> Rounding:
+        """Of values that were cast to these types, each error so many times that of casting (errors of evenly spread
+        values are evenly spread: Bennett 1948, doi:10.1002/j.1538-7305.1948.tb01340.x), and are within `bound`."""
+        relative = math.hypot(*(times * 2.0 ** -_MANTISSA[name] for name, times in casts.items()))
+        absolute = math.hypot(*(times * _SMALLEST[name] for name, times in casts.items()), 2 * bound)
+        return cls(relative / math.sqrt(12), absolute / math.sqrt(12))
+
+    def rms(self, state: Float32) -> float:
+        """Root-mean-square error of the values of a state, latent."""
+        powers = (state.reshape(-1).view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
+        return math.hypot(self.relative * math.sqrt(float(np.square(powers, dtype=np.float64).mean())), self.absolute)
+
+
+FP32 = Rounding.of({"fp32": 1.0})
+
+
 @dataclass(frozen=True)
 class Run:
     """A sampling run.
@@ -50,6 +80,7 @@ class Run:
     latents:    the states, read when asked for.
     attributes: everything else that was noted (guidance, model, policy, ...).
     problems:   lines for people: what is missing, damaged, stale or not finished.
+    rounding:   how far the values of the states may be off.
     """
 
     key: str
@@ -61,6 +92,7 @@ class Run:
     seed: int | None
     attributes: dict[str, Any]
     problems: tuple[str, ...]
+    rounding: Rounding = FP32
 
     def __len__(self) -> int:
         return len(self.steps)

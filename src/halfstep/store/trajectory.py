@@ -24,7 +24,7 @@ from halfstep.files import claim, file_errors
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values, steps_after
 from halfstep.store.predictive import GROUP, count_states
-from halfstep.store.run import Float32, Latents, Run
+from halfstep.store.run import FP32, Float32, Latents, Rounding, Run
 from halfstep.store.trajectory_layout import (
     CHECKSUM,
     FORMAT_VERSION,
@@ -174,9 +174,11 @@ def read_run(root: Path, key: str) -> Run:
     if damaged:
         problems.append("damaged: some steps of its journal cannot be read; `halfstep store repair` keeps the others")
     attributes = {name: value for name, value in attributes.items() if name not in ("problems", CHECKSUM)}
+    rounding = FP32
     if array is not None:
         form = TrajectoryFormat.of(array)
         attributes |= {"latents_format": str(form), "latents_exact": form.is_exact}
+        rounding = _rounding(form, attributes)
     reader = StepReader(root, key, {stored + i: entry for i, entry in enumerate(waiting)})
     return Run(
         key=key,
@@ -188,7 +190,19 @@ def read_run(root: Path, key: str) -> Run:
         seed=attributes.get("seed"),
         attributes=attributes,
         problems=tuple(problems),
+        rounding=rounding,
     )
+
+
+def _rounding(form: TrajectoryFormat, attributes: Mapping[str, Any]) -> Rounding:
+    casts = {"fp32": 1.0}
+    if form.max_error is None and form.storage != "fp32":
+        # Nothing was lost where the values were of this type from the start, and then the sampler rounded them.
+        casts[form.storage] = attributes.get("latents_error", {}).get("all") or 1.0
+    recorded = {"float16": "fp16", "bfloat16": "bf16"}.get(attributes.get("dtype", ""))
+    if recorded is not None:
+        casts[recorded] = 1.0
+    return Rounding.of(casts, form.max_error or 0.0)
 
 
 def _problems(attributes: dict[str, Any], folder: Path) -> list[str]:
