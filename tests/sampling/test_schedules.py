@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from halfstep.errors import InputError
-from halfstep.sampling import record
+from halfstep.sampling import record, schedules
 from halfstep.sampling.schedules import levels
 from halfstep.store import TrajectoryFormat, TrajectoryStore
 
@@ -49,6 +49,7 @@ PRESERVING = {
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "IPNDMScheduler",
     "LCMScheduler",
     "PNDMScheduler",
     "SASolverScheduler",
@@ -67,7 +68,12 @@ def pattern(seed: int) -> torch.Tensor:
 X0, NOISE = pattern(1), pattern(2)
 
 
+# From pure noise, IPNDM's first step drops the data that its model sees.
+SHARES = {"trained_betas": [0.97, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0.0]}
+
+
 def make(name: str, **config: Any) -> Any:
+    config = (SHARES if name == "IPNDMScheduler" else {}) | config
     cls = getattr(diffusers, name)
     stable_diffusion = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     common = {**stable_diffusion, "clip_sample": False, "prediction_type": "epsilon"}
@@ -100,6 +106,8 @@ class Loop:
             sigma = scheduler.sigmas[self.begin + index]
             zero, one = (scheduler.precondition_outputs(x, torch.full_like(x, v), sigma) for v in (0.0, 1.0))
             return (X0 - zero) / (one - zero)
+        if type(scheduler).__name__ == "IPNDMScheduler":
+            return (noise - share * x) / signal
         if type(scheduler).__name__ in FLOW or scheduler.config.get("use_flow_sigmas"):
             return (X0 - noise) if scheduler.config.get("invert_sigmas") else (noise - X0)
         if scheduler.config.prediction_type == "v_prediction":
@@ -153,6 +161,11 @@ def test_a_recorded_scheduler_has_right_labels_and_the_same_sample(name: str, tm
     assert run.problems == ()
     assert np.array_equal(run.latents[-1], plain[0].float().numpy())
     loop.require_right(run.sigmas, run.latents)
+    signal, share = loop.parts(2.0)
+    kind = {(-1.0, 2.0): schedules.FLOW, (1.0, 2.0): schedules.EXPLODING}.get((signal, share), schedules.PRESERVING)
+    facts = {name: run.attributes[name] for name in ("scheduler", "states", "steps", "dtype", "device")}
+    assert facts == {"scheduler": name, "states": kind, "steps": 7, "dtype": "float64", "device": "cpu"}
+    assert set(run.attributes["versions"]) == {"halfstep", "torch", "diffusers"}
     inverse = "Inverse" in name
     assert (np.diff(run.sigmas) >= 0).all() if inverse else (np.diff(run.sigmas) <= 0).all()
     assert run.timesteps[0 if not inverse else -1] == max(run.timesteps)
@@ -221,6 +234,23 @@ def test_schedules_whose_states_are_at_no_level_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=named):
         Loop(make(name, **config), begin=begin)()
+
+
+def test_the_noise_of_ipndm_from_its_very_beginning() -> None:
+    loop = Loop(make("IPNDMScheduler", trained_betas=None))
+    loop.model = lambda x, index: torch.zeros_like(x) if index == 0 else Loop.model(loop, x, index)  # type: ignore[method-assign]
+    loop()
+    share = loop.parts(loop.levels[1][1])[1]
+    assert loop.states[1] == pytest.approx(share * loop.states[0], abs=1e-3)
+    assert np.isfinite(loop.levels).all()
+
+
+def test_settings_that_are_not_the_usual_ones_are_noted() -> None:
+    scheduler = make("UniPCMultistepScheduler", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    noted = schedules.settings_of(scheduler)
+    assert noted["use_flow_sigmas"] is True
+    assert (noted["flow_shift"], noted["prediction_type"]) == (3.0, "flow_prediction")
+    assert "solver_order" not in noted
 
 
 def test_a_subclass_has_the_rule_of_its_class() -> None:

@@ -260,11 +260,13 @@ def _last_states(runs: list[AnalyzedRun]) -> Float64:
 
 
 def _clustering(runs: list[AnalyzedRun], names: list[str]) -> Clustering | None:
-    """None when there is one group, or fewer than two runs a group."""
+    """None when there is one group, fewer than two runs a group, or fewer results that differ than groups."""
     labels = np.array([names.index(run.group) for run in runs])
     if len(names) < 2 or len(runs) < 2 * len(names):
         return None
     points = _last_states(runs)
+    if len(np.unique(points, axis=0)) < len(names):
+        return None
     kmeans = KMeans(len(names), n_init=10, random_state=0).fit_predict(points)
     dense = HDBSCAN(min_cluster_size=max(2, len(runs) // (2 * len(names))), copy=True).fit_predict(points)
     found = len(set(kmeans.tolist()))

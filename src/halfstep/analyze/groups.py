@@ -12,8 +12,9 @@ from halfstep.store import Run
 
 
 def group_by_prompt(runs: Mapping[str, Run]) -> dict[str, str]:
-    """Each run by its prompt; runs without one are a group of their own."""
-    return {key: runs[key].prompt or "(no prompt)" for key in runs}
+    """Each run by its prompt, or where it has none by the class that it is a sample of; runs without either are a group
+    of their own."""
+    return {key: runs[key].prompt or runs[key].attributes.get("label") or "(no prompt)" for key in runs}
 
 
 def group_by_file(runs: Mapping[str, Run], path: Path) -> dict[str, str]:

@@ -238,8 +238,9 @@ def _described(a: str, b: str, columns: Columns, reason: str | None) -> list[Gro
 
 
 def _welch(x: Float64, y: Float64, *, paired: bool) -> float | None:
-    """p of the t distribution; None without any spread, which it divides by."""
-    if np.ptp(y - x) == 0 if paired else np.ptp(x) == 0 and np.ptp(y) == 0:
+    """p of the t distribution; None without more spread than rounding has, which it divides by."""
+    least = 1e-9 * max(float(np.abs(x).max()), float(np.abs(y).max()))
+    if np.ptp(y - x) <= least if paired else max(np.ptp(x), np.ptp(y)) <= least:
         return None
     return float((stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)).pvalue)
 
@@ -265,7 +266,8 @@ def compare_all(columns: Columns, *, resamples: int = RESAMPLES) -> list[Omnibus
     between = np.square(means - columns.values.mean(axis=0)).T @ np.array(sizes, float)
     tested = []
     for k, test in enumerate(tests):
-        spread = [bool(np.ptp(group[:, k]) > 0) for group in groups]
+        least = 1e-9 * float(np.abs(columns.values[:, k]).max())
+        spread = [bool(np.ptp(group[:, k]) > least) for group in groups]
         of_f = None
         if not paired and all(spread):
             of_f = float(stats.f_oneway(*(group[:, k] for group in groups), equal_var=False).pvalue)

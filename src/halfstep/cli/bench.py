@@ -1,4 +1,4 @@
-"""halfstep bench encode | read | trajectory | train | sample | precision"""
+"""halfstep bench encode | read | trajectory | train | sample | precision | statistics"""
 
 from __future__ import annotations
 
@@ -117,6 +117,29 @@ def precision(
     from halfstep.bench.precision import bench_precision
 
     _print(bench_precision(seeds=seeds, steps=steps, plot=plot), json)
+
+
+@app.command()
+def statistics(
+    sets: Annotated[int, typer.Option(min=10, help="Simulated sets of runs for each design and change.")] = 300,
+    json: _Json = False,
+) -> None:
+    """Analyze simulated runs: how often is found what is not there, and what is, paired, unequal, in many groups?"""
+    from halfstep.bench.statistics import bench_statistics
+    from halfstep.cli.progress import Bar
+
+    with Bar("analyzing", "sets", hidden=json) as progress:
+        result = bench_statistics(sets=sets, progress=progress)
+    if json:
+        typer.echo(json_module.dumps(result, indent=1))
+        return
+    for design, changes in result["designs"].items():
+        for change, shares in changes.items():
+            typer.echo(
+                f"{design}; difference: {change}; a finding in {shares['sets_with_a_finding']:.1%} of {sets} sets"
+            )
+            for name, share in shares["below_alpha"].items():
+                typer.echo(f"  {name:20} p < 0.05 in {share:6.1%}, found in {shares['found'][name]:6.1%}")
 
 
 def _print(result: dict[str, Any], json: bool) -> None:

@@ -213,7 +213,18 @@ def _make(
         store = TrajectoryStore.create(output / "latents")
         if run.key in store:  # of a call that was interrupted; the same seed makes the same steps again
             store.remove(run.key)
-        noted = {"prompt": run.prompt, "seed": run.seed, "guidance": model.cfg_scale, "policy": str(generator.policy)}
+        noted = {
+            "prompt": run.prompt,
+            "seed": run.seed,
+            "model": model.model_id,
+            "guidance": model.cfg_scale,
+            "negative_prompt": config.prompt_settings.negative_prompt,
+            "policy": str(generator.policy),
+            "width": video.width,
+            "height": video.height,
+            "frames": frames,
+        }
+        noted = {name: value for name, value in noted.items() if value is not None}
         recording = record(
             generator.pipe, store, run=run.key, format=latents.format(), interval=latents.storage_interval, **noted
         )

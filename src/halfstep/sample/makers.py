@@ -51,10 +51,11 @@ class Made:
 class Maker(Protocol):
     """Makes samples by number: sample i is the same in whatever batch it is, but for the last digits, because kernels
     for batches of other sizes round differently. `frames`: of a walk, 1 for EqM; `steps`: of the sampler for all of
-    them; `spec`: of the latents, None when nobody knows."""
+    them; `sampler`: its name; `spec`: of the latents, None when nobody knows."""
 
     frames: int
     steps: int
+    sampler: str
     spec: LatentSpec | None
 
     def make(self, numbers: Sequence[int], recorders: Recorders | None, progress: Progress) -> Made:
@@ -71,8 +72,8 @@ class EqMMaker:
 
     def __init__(self, options: SampleOptions, network: EqM, about: About, device: torch.device) -> None:
         self._options, self._network, self._classes, self._device = options, network, about.classes, device
-        self._sampler = _sampler(options, about)
-        self._ode = self._sampler in ("euler", "heun")
+        self.sampler = _sampler(options, about)
+        self._ode = self.sampler in ("euler", "heun")
         if self._ode and options.stop_below is not None:
             raise InputError("--stop-below needs --sampler gd or ngd; the flow's ODE has a fixed end")
         self.steps = options.steps if self._ode else options.steps - 1
@@ -102,14 +103,14 @@ class EqMMaker:
         field = GuidedField(self._network, y, options.guidance_scale, options.guidance_channels)
         if self._ode:
             start = 0.0 if self._starts is None else self._starts.gamma
-            states = sample_eqm_ode(field, x, updates=self.steps, method=self._sampler, start=start)
+            states = sample_eqm_ode(field, x, updates=self.steps, method=self.sampler, start=start)
         else:
             states = sample_eqm(
                 field,
                 x,
                 updates=self.steps,
                 step_size=options.step_size,
-                sampler=self._sampler,
+                sampler=self.sampler,
                 momentum=options.momentum,
                 stop_below=options.stop_below,
             )
@@ -186,10 +187,10 @@ class WalkMaker:
 
     def __init__(self, options: SampleOptions, network: CDiT, about: About, device: torch.device) -> None:
         self._options, self._network, self._device = options, network, device
-        self._scheduler = _sampler(options, about)
+        self.sampler = _sampler(options, about)
         if options.data_path is None:
             raise InputError("--data-path: not given; a CDiT walks on from the frames of a store with poses")
-        make_scheduler(self._scheduler, options.steps)  # which refuses what it cannot do
+        make_scheduler(self.sampler, options.steps)  # which refuses what it cannot do
         self._spacing = waypoint_spacing(options.spacing, about.spacing)
         self.frames, self.steps = options.frames, options.steps * options.frames
         self.spec: LatentSpec | None
@@ -212,7 +213,7 @@ class WalkMaker:
         frames = torch.stack(found).to(self._device)
         sampler = partial(
             sample_cdit,
-            scheduler=self._scheduler,
+            scheduler=self.sampler,
             steps=self._options.steps,
             generators=[own_generator(self._options.seed, number) for number in numbers],
         )

@@ -308,7 +308,15 @@ def _recording(
                 key = f"{number:06d}" if maker.frames == 1 else f"{number:06d}-{frame:03d}"
                 if key in store:  # of a call that was interrupted; the same seed makes the same steps again
                     store.remove(key)
-                noted: dict[str, Any] = {"seed": options.seed, "sample": number, "guidance": options.guidance_scale}
+                noted: dict[str, Any] = {
+                    "seed": options.seed,
+                    "sample": number,
+                    "guidance": options.guidance_scale,
+                    "scheduler": maker.sampler,
+                    "steps": options.steps,
+                    "label": _label(maker.facts(number)),
+                }
+                noted = {name: value for name, value in noted.items() if value is not None}
                 form = TrajectoryFormat(storage=options.storage)
                 recorder = StoreRecorder(store, key, format=form, model=str(options.ckpt), policy=str(policy), **noted)
                 made[number] = stack.enter_context(recorder)
@@ -322,6 +330,12 @@ def _recording(
             raise StoreError(
                 f"{store.root}/{key}: was not recorded whole ({problems}); the same command makes its sample again"
             )
+
+
+def _label(facts: dict[str, Any]) -> str | None:
+    """The classes that a sample is of, by name where they have one."""
+    labels = facts.get("classes") or facts.get("labels")
+    return " + ".join(map(str, labels)) if labels else None
 
 
 def _require_finite(made: Made, batch: range, policy: PrecisionPolicy) -> None:

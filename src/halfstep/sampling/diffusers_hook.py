@@ -7,6 +7,7 @@ with record(pipe, "runs", run="cat-0") as recording:
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 
 from halfstep.errors import InputError
 from halfstep.sampling.recorder import Step, StoreRecorder
-from halfstep.sampling.schedules import OWN_LEVELS, Level, levels, rule_of
+from halfstep.sampling.schedules import OWN_LEVELS, Level, levels, rule_of, settings_of, states_of
 from halfstep.store import TrajectoryFormat, TrajectoryStore
 
 
@@ -30,6 +31,7 @@ class Recording:
         self._store, self._runs, self._attributes = store, runs, attributes
         self._recorders: list[StoreRecorder] = []
         self._levels: list[Level] = []
+        self._facts: dict[str, Any] = {}
         self._initial: torch.Tensor | None = None
         self._made = 0  # scheduler steps
         self._recorded = 0
@@ -90,6 +92,7 @@ class Recording:
                     "run=[...] one each"
                 )
             self._levels = levels(scheduler, float(timestep))
+            self._facts = _facts_of(scheduler)
             self._initial = sample.detach().clone()
         self._made += 1
 
@@ -126,8 +129,9 @@ class Recording:
                 f"record: {type(pipe).__name__} steps a sample of shape {list(initial.shape)} and calls back with "
                 f"{list(latents.shape)}; a pipeline that steps a part of its latents cannot be recorded"
             )
+        known = {"guidance": guidance} if (guidance := _guidance(pipe)) is not None else {}
         self._recorders = [
-            StoreRecorder(self._store, run, **attributes)
+            StoreRecorder(self._store, run, **known | self._facts | attributes)
             for run, attributes in zip(self._runs, self._attributes, strict=True)
         ]
         self._initial = None
@@ -154,8 +158,10 @@ def record(
 
     Yields the callback to give to the call as `callback_on_step_end`. `run` names the run, or one run a sample when the
     call makes several; `interval`, `format` and `attributes` (prompt=, seed=, ..., of these two also a list, one a run)
-    are as in `StoreRecorder`. The initial noise is step 0, the state after the i-th scheduler step is step i + 1,
-    labeled with the noise level that the scheduler has reached. A run whose sampling stopped early stays incomplete.
+    are as in `StoreRecorder`; model, pipeline, scheduler with its settings, steps, guidance and versions are noted by
+    themselves, what else decides a run (negative_prompt=, width=, ...) is yours to note. The initial noise is step 0,
+    the state after the i-th scheduler step is step i + 1, labeled with the noise level that the scheduler has reached.
+    A run whose sampling stopped early stays incomplete.
     What cannot be recorded rightly once the pipeline runs is refused with one RuntimeWarning: sampling goes on, and
     nothing is left under the name. Raises InputError when a name is taken, when the levels of this kind of scheduler
     are not known, or when the callback was never called.
@@ -166,7 +172,8 @@ def record(
     for name in runs:
         if name in opened:
             raise InputError(f"{opened.root}: has a run {name!r} already; choose another name, or delete that folder")
-    options = {"format": format, "interval": interval, "model": _model_name(pipe), **attributes}
+    named = {"model": _model_name(pipe), "pipeline": type(pipe).__name__}
+    options = {"format": format, "interval": interval, **named, **attributes}
     recording = Recording(opened, runs, [_of_sample(options, index, len(runs)) for index in range(len(runs))])
     try:
         with _watched(pipe.scheduler, recording):
@@ -216,6 +223,23 @@ def _of_sample(options: dict[str, Any], index: int, samples: int) -> dict[str, A
         if len(values) != samples:
             raise InputError(f"record: {name} is a list of {len(values)} for {samples} runs; expected one each")
     return {**options, **{name: values[index] for name, values in lists.items()}}
+
+
+def _facts_of(scheduler: Any) -> dict[str, Any]:
+    """What decides how comparable runs of `scheduler` are."""
+    return {
+        "scheduler": type(scheduler).__name__,
+        "scheduler_settings": settings_of(scheduler),
+        "states": states_of(scheduler),
+        "steps": int(scheduler.num_inference_steps or len(scheduler.timesteps)),
+        "versions": {"diffusers": importlib.metadata.version("diffusers")},
+    }
+
+
+def _guidance(pipe: Any) -> float | None:
+    """The scale of the guidance of the pipeline's call, where it tells."""
+    scale = getattr(pipe, "guidance_scale", None)
+    return float(scale) if isinstance(scale, (int, float)) else None
 
 
 def _model_name(pipe: Any) -> str:

@@ -7,12 +7,14 @@ import threading
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 
+import halfstep
 from halfstep.errors import HalfstepError, InputError, NumericsError
 from halfstep.store import RunWriter, TrajectoryFormat, TrajectoryStore
 
@@ -85,7 +87,8 @@ class StoreRecorder:
     `interval` keeps every n-th step, and always the first and the last; the tickets of others are done at once, and the
     last, when it falls between, is written by `finish` or `close`. When the store cannot take a step (a full disk),
     sampling goes on: one warning is given, that ticket and all after it hold the error, and the run stays incomplete.
-    As a context manager it finishes on a clean exit. Of a run without any step nothing is left. Raises InputError when
+    Besides `attributes` the run keeps its date, the versions, the device and the type of its latents. As a context
+    manager it finishes on a clean exit. Of a run without any step nothing is left. Raises InputError when
     the run's name is taken, the shape changes, the index does not grow, or a latent is empty or no floating numbers.
     """
 
@@ -103,11 +106,14 @@ class StoreRecorder:
         self.key = key
         self._interval = interval
         self._where = f"{store.root}/{key}"
-        self._writer: RunWriter = store.record(key, format, **attributes)
+        versions = {"halfstep": halfstep.__version__, "torch": torch.__version__, **attributes.pop("versions", {})}
+        noted = {"recorded": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions, **attributes}
+        self._writer: RunWriter = store.record(key, format, **noted)
         self._shape: torch.Size | None = None
         self._last_index = -1
         self._held: _Copy | None = None  # a step that is kept only if it turns out to be the last
         self._ended = False
+        self._source: dict[str, str] | None = None  # device and type of the first latent
         self._failure: BaseException | None = None
         self._warned = False
         self._free = threading.Semaphore(_MOST_WAITING)
@@ -200,6 +206,9 @@ class StoreRecorder:
         if self._failure is not None:
             raise self._failure
         self._writer.append(copy.step.index, copy.step.timestep, copy.step.sigma, copy.values())
+        if self._source is None:
+            self._source = copy.source
+            self._writer.note(**copy.source)
 
     def _pack(self) -> None:
         if self._failure is None:
@@ -235,6 +244,8 @@ class _Copy:
         latent = step.latent.detach()
         self._arrived: torch.cuda.Event | None = None
         self.of_cpu = latent.device.type == "cpu"
+        name = torch.cuda.get_device_name(latent.device) if latent.is_cuda else str(latent.device)
+        self.source = {"device": name, "dtype": str(latent.dtype).removeprefix("torch.")}
         if latent.is_cuda:
             self._host = torch.empty(latent.shape, dtype=latent.dtype, pin_memory=True)
             self._host.copy_(latent, non_blocking=True)

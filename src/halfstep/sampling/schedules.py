@@ -7,6 +7,7 @@ guess.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +23,11 @@ _LEAST_SIGNAL = 2.0**-24
 # Arguments by which a pipeline takes the step, or parts of the sample, to a level that is not on the schedule.
 OWN_LEVELS = ("per_token_timesteps", "r_timestep")
 
+# What the states of a noise level are made of.
+FLOW = "(1 - sigma) x0 + sigma noise"
+EXPLODING = "x0 + sigma noise"
+PRESERVING = "(x0 + sigma noise) / sqrt(1 + sigma^2)"
+
 _LATE = "record: {} that begins at a later timestep (image-to-image) is not where its timesteps say; use {}"
 
 
@@ -34,6 +40,25 @@ def rule_of(scheduler: Any) -> Rule:
             "as DDIMScheduler, EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler"
         )
     return rule
+
+
+def states_of(scheduler: Any) -> str:
+    """How the states of `scheduler` are made of data and noise: FLOW, EXPLODING or PRESERVING."""
+    config = scheduler.config
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return FLOW
+    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    if names & _FLOWS:
+        return FLOW
+    return EXPLODING if names & _EXPLODING else PRESERVING
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    """The settings of `scheduler` that are not its class's defaults, as JSON."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(scheduler)).parameters.items()}
+    changed = {name: value for name, value in scheduler.config.items() if name in defaults and value != defaults[name]}
+    return {name: value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+            for name, value in changed.items()}  # fmt: skip
 
 
 def levels(scheduler: Any, timestep: float) -> list[Level]:
@@ -119,6 +144,12 @@ def _from_inverse_strides(scheduler: Any, timestep: float) -> list[Level]:
     return [first, *(_level(scheduler, t) for t in reached)]
 
 
+def _from_betas(scheduler: Any, timestep: float) -> list[Level]:
+    """Of IPNDM, which lists the share of noise. Its very first step, from pure noise, makes no part of the data yet."""
+    shares = [float(beta) for beta in scheduler.betas]
+    return _listed(scheduler, timestep, [_sigma(1 - share**2) for share in shares], 0.0)
+
+
 def _from_pndm(scheduler: Any, timestep: float) -> list[Level]:
     """Of PNDM, whose first steps are made of several calls: by Runge and Kutta's method (four calls, two of them
     halfway), or twice to the same timestep."""
@@ -174,6 +205,24 @@ def _sigma(alpha: float) -> float:
     return float(((1 - signal) / signal) ** 0.5)
 
 
+_FLOWS = {
+    "FlowMapEulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "LTXEulerAncestralRFScheduler",
+}
+_EXPLODING = {
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+}
+
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
@@ -204,6 +253,7 @@ _RULES: dict[str, Rule] = {
     "CogVideoXDDIMScheduler": _from_strides,
     "CogVideoXDPMScheduler": _from_strides,
     "DDIMInverseScheduler": _from_inverse_strides,
+    "IPNDMScheduler": _from_betas,
     "PNDMScheduler": _from_pndm,
     "DDPMScheduler": partial(_from_alphas, final_alpha=lambda _: 1.0),
     "DDPMParallelScheduler": partial(_from_alphas, final_alpha=lambda _: 1.0),

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -43,12 +43,15 @@ class TrajectoryFormat:
         bf16 is for predictive only, Zarr does not have it.
     max_error: for predictive, the largest error of a value instead.
     strict: for predictive, no channel of a state is further off than casting would have it, instead of 1.5 times.
+    channel_axis: for predictive, the axis of a step that its channels lie on; by default the first, and the second of
+        steps of two axes, which are packed [tokens, channels].
     """
 
     codec: str = "predictive"
     storage: str = "fp16"
     max_error: float | None = None
     strict: bool = False
+    channel_axis: int | None = None
 
     def __post_init__(self) -> None:
         allowed = ("fp16", "bf16", "fp32") if self.codec == "predictive" else ("fp16", "fp32")
@@ -72,6 +75,15 @@ class TrajectoryFormat:
         """Whether every value comes back as it was."""
         return self.storage == "fp32" if self.max_error is None else self.max_error == 0
 
+    def of_steps(self, shape: tuple[int, ...]) -> Self:
+        """The same for steps of one shape, whose channels have a place. Raises InputError when they have no such
+        axis."""
+        if self.channel_axis is None:
+            return replace(self, channel_axis=int(len(shape) == 2))
+        if not -len(shape) <= self.channel_axis < len(shape):
+            raise InputError(f"channel_axis: got {self.channel_axis}; the steps have {len(shape)} axes")
+        return self
+
     @property
     def _promise(self) -> Promise:
         fidelity = None if self.storage == "fp32" else cast(Fidelity, self.storage)
@@ -91,7 +103,8 @@ class TrajectoryFormat:
         """The format of the `latents` array of a run."""
         codecs = array.metadata.codecs
         if isinstance(codecs[0], PredictiveCodec):
-            return cls("predictive", codecs[0].fidelity or "fp32", codecs[0].max_error, codecs[0].strict)
+            own = codecs[0]
+            return cls("predictive", own.fidelity or "fp32", own.max_error, own.strict, own.channel_axis)
         codec = "blosc" if any(isinstance(codec, BloscCodec) for codec in codecs) else "raw"
         return cls(codec, {"float16": "fp16", "float32": "fp32"}[str(array.dtype)])
 
@@ -99,7 +112,8 @@ class TrajectoryFormat:
         """The bytes of one chunk of the array, as zarr's own pipeline makes them, without its cost in Python: at most
         `group` steps, behind those of the chunk `before`."""
         if self.codec == "predictive":
-            return encode_trajectory(latents, self._promise, group=self.group, after=before)
+            axis = self.channel_axis or 0
+            return encode_trajectory(latents, self._promise, group=self.group, channel_axis=axis, after=before)
         stored = latents.astype("<f2" if self.storage == "fp16" else "<f4")
         return with_crc32c(_BLOSC.encode(stored) if self.codec == "blosc" else stored.tobytes())
 
@@ -107,7 +121,8 @@ class TrajectoryFormat:
         """The arguments of zarr's `create_array` that make latents of this format."""
         if self.codec == "predictive":
             promise = self._promise
-            serializer = PredictiveCodec(promise.max_error, promise.fidelity, promise.strict)
+            axis = self.channel_axis or 0
+            serializer = PredictiveCodec(promise.max_error, promise.fidelity, promise.strict, axis)
             return {"dtype": "float32", "serializer": serializer, "compressors": None, "filters": None}
         blosc = [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle")] if self.codec == "blosc" else []
         dtype = {"fp16": "float16", "fp32": "float32"}[self.storage]

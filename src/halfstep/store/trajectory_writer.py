@@ -34,6 +34,7 @@ from halfstep.store.trajectory_layout import (
 )
 
 _DIMENSIONS = {
+    3: ("step", "token", "channel"),
     4: ("step", "channel", "height", "width"),
     5: ("step", "channel", "frame", "height", "width"),
 }
@@ -90,7 +91,8 @@ class RunWriter:
         )
 
     def append(self, step: int, timestep: float, sigma: float, latents: Float32) -> None:
-        """Add the state `latents` [C, (T,) H, W] at noise level `sigma`; when this returns, it is durable.
+        """Add the state `latents` [C, (T,) H, W], or packed [tokens, C], at noise level `sigma`; when this returns, it
+        is durable.
 
         Values that are not finite are kept as they are and noted among the run's problems, except that a format of
         fp16 raises NumericsError for them and for values beyond its range. Raises InputError when the shape is not
@@ -110,6 +112,7 @@ class RunWriter:
         unsound = latents.size - int(np.isfinite(latents).sum())
         with file_errors(self._folder):
             if self._shape is None:
+                self._format = self._format.of_steps(latents.shape)
                 self._create_arrays(latents.shape)
                 self._shape = latents.shape
             self._waiting.append(self._journal.append(step, timestep, sigma, latents))
@@ -147,6 +150,11 @@ class RunWriter:
         if self._format.codec == "predictive" and not np.isnan((worst := Accuracy.of(chunks)).all):
             cost["latents_error"] = {name: round(share, 4) for name, share in asdict(worst).items()}
         return cost
+
+    def note(self, **attributes: Any) -> None:
+        """Keep more attributes with the run."""
+        with file_errors(self._folder):
+            update_attributes(self._group, attributes)
 
     def note_problem(self, line: str) -> None:
         """Keep a line with the run, which stays incomplete."""
