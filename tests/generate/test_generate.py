@@ -62,10 +62,15 @@ def test_the_command_makes_a_batch_and_goes_on_with_it(small_wan_pipeline: Path,
     command = ["generate", "--config", tmp_path / "c.yaml", "--template", "a [red|blue] car", "-o", tmp_path / "b"]
     result = run_cli(*command, "--store-latents", "--json")
     assert json.loads(result.stdout)["generated"] == [f"prompt_00{p}_vid00{v}" for p in (0, 1) for v in (1, 2)]
-    assert "use_gradient_checkpointing" in result.stderr
+    assert "without effect here: memory_settings.use_gradient_checkpointing; attention" in result.stderr
     runs = open_trajectories(tmp_path / "b")
     assert [(runs[key].prompt, runs[key].seed) for key in runs] == [
         ("a red car", 42), ("a red car", 43), ("a blue car", 42), ("a blue car", 43)]  # fmt: skip
+    facts = runs["prompt_000_vid001"].attributes
+    assert PrecisionPolicy.parse(facts["policy"]).storage == "fp16"
+    expected = {"scheduler": "UniPCMultistepScheduler", "steps": 4, "width": 32, "height": 48, "frames": 5,
+                "states": "(1 - sigma) x0 + sigma noise", "pipeline": "WanPipeline"}  # fmt: skip
+    assert {name: facts[name] for name in expected} == expected
     for key in runs:
         assert (len(runs[key]), runs[key].problems, runs[key].attributes["guidance"]) == (5, (), 6.5)
         with av.open(str(tmp_path / "b" / "runs" / key / "video.mp4")) as video:
@@ -258,6 +263,57 @@ def test_faults_in_a_configuration_are_named(tmp_path: Path, text: str, named: s
     with pytest.raises(InputError) as raised:
         load_yaml(tmp_path / "c.yaml", GenerateConfig)
     assert named in str(raised.value)
+
+
+def test_prompts_come_from_the_command_or_from_the_settings() -> None:
+    def settings(**prompts: Any) -> GenerateConfig:
+        return validate({"prompt_settings": prompts}, GenerateConfig, "test")
+
+    assert settings(template="a [red|blue] car").prompts(None) == ["a red car", "a blue car"]
+    assert settings(prompts=["a [sic] cat", "a dog"]).prompts(None) == ["a [sic] cat", "a dog"]
+    assert settings(template="a car").prompts("a cat") == ["a cat"]
+    for bad, named in [
+        ({}, "no prompt; give --template TEXT, or prompt_settings.template"),
+        ({"template": "a", "prompts": ["b"]}, "a template and prompts; leave out one"),
+        ({"prompts": ["b", "b"]}, "got 'b' twice or empty"),
+        ({"prompts": [" "]}, "got ' ' twice or empty"),
+    ]:
+        with pytest.raises(InputError, match=named):
+            settings(**bad).prompts(None)
+
+
+def test_settings_without_effect_are_named() -> None:
+    content = {
+        "latent_analysis_settings": {"latent_storage_format": "torch", "storage_dtype": "float32"},
+        "attention_analysis_settings": {"store_per_head": True},
+    }
+    chosen = validate(content, GenerateConfig, "test")
+    assert chosen.without_effect() == [
+        "latent_analysis_settings.latent_storage_format",
+        "attention_analysis_settings.store_per_head",
+    ]
+    assert chosen.latent_analysis_settings.storage == "fp32"
+
+
+@pytest.mark.slow
+def test_prompts_of_the_settings_and_of_the_batch(small_wan_pipeline: Path, tmp_path: Path) -> None:
+    """Without --template: the YAML's prompts, and on a resume those of the batch. Kept in fp32, that is noted."""
+    (tmp_path / "c.yaml").write_text(
+        YAML.replace("MODEL", str(small_wan_pipeline)).replace("float16", "float32").replace("steps: 4", "steps: 2")
+    )
+    command = ["generate", "--config", tmp_path / "c.yaml", "--precision", "fp32", "--set", "videos_per_variation=1"]
+    assert "no prompt; give --template TEXT" in run_cli(*command, "-o", tmp_path / "b", check=2).stderr
+    prompts = ["--set", 'prompt_settings.prompts=["a cat", "a dog"]']
+    made = json.loads(run_cli(*command, *prompts, "-o", tmp_path / "b", "--json").stdout)
+    assert (len(made["generated"]), made["policy"]) == (2, "fp32")
+    runs = open_trajectories(tmp_path / "b")
+    assert {(runs[key].prompt, runs[key].attributes["policy"]) for key in runs} == {
+        ("a cat", "fp32"),
+        ("a dog", "fp32"),
+    }
+    run_cli(*command, "--template", "a cow", "-o", tmp_path / "t")
+    again = run_cli(*command, "-o", tmp_path / "t", "--resume", "--set", "videos_per_variation=2", "--json")
+    assert json.loads(again.stdout)["generated"] == ["prompt_000_vid002"]
 
 
 def test_settings_on_the_command_line(tmp_path: Path) -> None:

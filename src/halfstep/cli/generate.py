@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def generate(
-    template: Annotated[str, typer.Option(metavar="TEXT", help="Prompt; \\[red|blue] makes one prompt a choice.")],
+    template: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Prompt; \\[red|blue] makes one prompt a choice. Else from the YAML."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML of settings.")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="OUT", help="Folder of the batch; else from the YAML.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from halfstep.errors import FileError, HalfstepError, InputError, NumericsError,
 from halfstep.files import alone, claim, file_errors, write_durably
 from halfstep.generate.config import GenerateConfig, VideoSettings
 from halfstep.generate.pipeline import Decoder, Generator, Verdict, load_generator
-from halfstep.generate.template import expand_template
 from halfstep.machine import open_device
 from halfstep.precision import settle
 from halfstep.progress import SILENT, Progress
@@ -54,40 +53,42 @@ class GenerateReport:
     seconds: float = 0.0
 
 
-def plan(config: GenerateConfig, template: str) -> list[PlannedRun]:
+def plan(config: GenerateConfig, template: str | None) -> list[PlannedRun]:
     """All runs: every prompt with the same seeds, prompt by prompt."""
     seed = config.model_settings.seed
     return [
         PlannedRun(f"prompt_{p:03d}_vid{v + 1:03d}", prompt, seed + v)
-        for p, prompt in enumerate(expand_template(template))
+        for p, prompt in enumerate(config.prompts(template))
         for v in range(config.videos_per_variation)
     ]
 
 
 def generate(
     config: GenerateConfig,
-    template: str,
+    template: str | None,
     output: Path,
     *,
     resume: bool = False,
     progress: Progress = SILENT,
 ) -> GenerateReport:
-    """Make every run of `template` in folder `output`.
+    """Make every run of `template`, or of the prompts in `config`, in folder `output`.
 
-    With `resume`, complete runs are left alone and the others made again, in the precision of the batch; it must be
-    the same batch but for more videos a prompt. A run whose result is not finite, or whose latents could not be kept,
-    fails alone. `progress` hears of each sampling step. Raises InputError for a folder that holds a batch already
-    (without `resume`) or another one.
+    With `resume`, `template` may be left out, which is then that of the batch; complete runs are left alone and the
+    others made again, in the precision of the batch; it must be the same batch but for more videos a prompt. A run
+    whose result is not finite, or whose latents could not be kept, fails alone. `progress` hears of each sampling step.
+    Raises InputError for a folder that holds a batch already (without `resume`) or another one, and without a prompt.
     """
-    runs = plan(config, template)
     claim(output, "batch", ("batch.json",))
+    if template is None and resume and (output / "batch.json").exists():
+        template = json.loads((output / "batch.json").read_text())["template"]
+    runs = plan(config, template)
     with alone(output):
         return _generate(config, template, output, runs, resume, progress)
 
 
 def _generate(
     config: GenerateConfig,
-    template: str,
+    template: str | None,
     output: Path,
     runs: list[PlannedRun],
     resume: bool,
@@ -100,12 +101,14 @@ def _generate(
     policy, notes = settle("auto" if kept else config.model_settings.precision, device, "sample", kept.get("policy"))
     for line in notes:
         progress.note(line)
+    policy = replace(policy, storage=config.latent_analysis_settings.storage)
     done = {run.key for run in runs if _status(output, run) == "complete"}
     report = GenerateReport(str(output), str(policy), skipped=[run.key for run in runs if run.key in done])
-    unused = config.memory_settings.without_effect()
+    unused = config.without_effect()
     if unused:
         progress.note(
-            f"memory_settings: {', '.join(unused)} have no effect here; attention is memory-efficient as it is"
+            f"without effect here: {', '.join(unused)}; attention is memory-efficient as it is, and `halfstep store "
+            "convert --to npy.gz` makes other files of latents"
         )
     if len(done) < len(runs):
         decoder = kept.get("decoder")

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from halfstep.config import Config
+from halfstep.errors import InputError
+from halfstep.generate.template import expand_template
 from halfstep.store import TrajectoryFormat
 
-# Switches of the older tool that ask for what is always so here, or for what only training has.
-_WITHOUT_EFFECT = ("reload_model_for_large_models", "use_gradient_checkpointing", "enable_memory_efficient_attention")
+# Settings of the older tool that ask for what is always so here, for what only training has, or for what is refused
+# where it is turned on.
+_WITHOUT_EFFECT = {
+    "memory_settings": (
+        "reload_model_for_large_models",
+        "use_gradient_checkpointing",
+        "enable_memory_efficient_attention",
+    ),
+    "prompt_settings": ("variation_weight", "base_weight", "enable_prompt_weighting", "embedding_method"),
+    "latent_analysis_settings": ("latent_storage_format",),
+    "attention_analysis_settings": (
+        "tokenizer_name",
+        "storage_format",
+        "compress_attention",
+        "storage_interval",
+        "storage_dtype",
+        "store_per_head",
+        "store_per_block",
+        "store_individual_tokens",
+        "attention_threshold",
+        "spatial_downsample_factor",
+    ),
+}
 
 
 class ModelSettings(Config):
@@ -65,14 +89,13 @@ class MemorySettings(Config):
         """Whether the autoencoder decodes in tiles."""
         return self.enable_memory_optimization if self.vae_tiling is None else self.vae_tiling
 
-    def without_effect(self) -> list[str]:
-        """Switches that are on and do nothing here."""
-        return [name for name in _WITHOUT_EFFECT if getattr(self, name)]
-
 
 class PromptSettings(Config):
-    """Weighted prompts are not supported: turned on, they are refused instead of ignored."""
+    """template, prompts: what to make where the command has no --template; one of them. Weighted prompts are not
+    supported: turned on, they are refused instead of ignored."""
 
+    template: str | None = None
+    prompts: list[str] | None = Field(default=None, min_length=1)
     negative_prompt: str | None = None
     enable_weighting: Literal[False] = False
     use_weighted_embeddings: Literal[False] = False
@@ -84,7 +107,7 @@ class PromptSettings(Config):
 
 class LatentSettings(Config):
     """storage_dtype: the error that may be made, float32 meaning none. `latent_storage_format` named files that are no
-    longer written: `halfstep store convert` makes them."""
+    longer written: `halfstep store convert --to npy.gz` makes others."""
 
     store_latents: bool = False
     latent_storage_format: Literal["numpy", "torch"] = "numpy"
@@ -92,10 +115,14 @@ class LatentSettings(Config):
     compress_latents: bool = True
     storage_dtype: Literal["float16", "float32"] = "float16"
 
+    @property
+    def storage(self) -> str:
+        """The type whose error may be made."""
+        return {"float16": "fp16", "float32": "fp32"}[self.storage_dtype]
+
     def format(self) -> TrajectoryFormat:
         """How the trajectories are kept."""
-        storage = {"float16": "fp16", "float32": "fp32"}[self.storage_dtype]
-        return TrajectoryFormat("predictive" if self.compress_latents else "raw", storage)
+        return TrajectoryFormat("predictive" if self.compress_latents else "raw", self.storage)
 
 
 class AttentionSettings(Config):
@@ -135,6 +162,33 @@ class GenerateConfig(Config):
         if isinstance(content, dict):
             return {name: value for name, value in content.items() if value is not None}
         return {} if content is None else content
+
+    def prompts(self, template: str | None) -> list[str]:
+        """All prompts: of `template`, or of what the settings have. Raises InputError when there is none, or more than
+        one source of them."""
+        own = self.prompt_settings
+        if template is None and own.template is not None and own.prompts is not None:
+            raise InputError("prompt_settings: has a template and prompts; leave out one of them")
+        if template is None and own.prompts is not None:
+            repeated = [prompt for prompt, count in Counter(own.prompts).items() if count > 1 or not prompt.strip()]
+            if repeated:
+                raise InputError(f"prompt_settings.prompts: got {repeated[0]!r} twice or empty; give each one once")
+            return own.prompts
+        template = own.template if template is None else template
+        if template is None:
+            raise InputError(
+                "generate: no prompt; give --template TEXT, or prompt_settings.template or .prompts in the YAML"
+            )
+        return expand_template(template)
+
+    def without_effect(self) -> list[str]:
+        """Settings that were given another value than the usual one and do nothing here."""
+        return [
+            f"{section}.{name}"
+            for section, names in _WITHOUT_EFFECT.items()
+            for name in names
+            if getattr(getattr(self, section), name) != type(getattr(self, section)).model_fields[name].default
+        ]
 
     def with_latents(self) -> Self:
         """The same, recording latents."""

@@ -298,6 +298,7 @@ def _recording(
     if store is None:
         yield None
         return
+    kept = replace(policy, storage=options.storage)
     keys: list[str] = []
     with ExitStack() as stack:
 
@@ -318,7 +319,7 @@ def _recording(
                 }
                 noted = {name: value for name, value in noted.items() if value is not None}
                 form = TrajectoryFormat(storage=options.storage)
-                recorder = StoreRecorder(store, key, format=form, model=str(options.ckpt), policy=str(policy), **noted)
+                recorder = StoreRecorder(store, key, format=form, model=str(options.ckpt), policy=str(kept), **noted)
                 made[number] = stack.enter_context(recorder)
                 keys.append(key)
             return [made.get(number, NullRecorder()) for number in batch]
