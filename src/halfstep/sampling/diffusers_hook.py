@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from halfstep.errors import InputError
 from halfstep.sampling.recorder import Step, StoreRecorder
 from halfstep.sampling.schedules import OWN_LEVELS, Level, levels, rule_of, settings_of, states_of
 from halfstep.store import TrajectoryFormat, TrajectoryStore
+
+# Pipelines whose latents are [N, T, C, H, W], by how their names begin.
+_FRAMES_FIRST = ("CogVideoX", "ConsisID", "StableVideoDiffusion")
 
 
 class Recording:
@@ -173,7 +177,10 @@ def record(
         if name in opened:
             raise InputError(f"{opened.root}: has a run {name!r} already; choose another name, or delete that folder")
     named = {"model": _model_name(pipe), "pipeline": type(pipe).__name__}
-    options = {"format": format, "interval": interval, **named, **attributes}
+    form = format or TrajectoryFormat()
+    if type(pipe).__name__.startswith(_FRAMES_FIRST) and form.channel_axis is None:
+        form = replace(form, channel_axis=1)
+    options = {"format": form, "interval": interval, **named, **attributes}
     recording = Recording(opened, runs, [_of_sample(options, index, len(runs)) for index in range(len(runs))])
     try:
         with _watched(pipe.scheduler, recording):

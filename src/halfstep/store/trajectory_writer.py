@@ -33,10 +33,12 @@ from halfstep.store.trajectory_layout import (
     with_crc32c,
 )
 
+# Names of the axes of a step, by the axis of its channels.
 _DIMENSIONS = {
-    3: ("step", "token", "channel"),
-    4: ("step", "channel", "height", "width"),
-    5: ("step", "channel", "frame", "height", "width"),
+    ("token", "channel"): 1,
+    ("channel", "height", "width"): 0,
+    ("channel", "frame", "height", "width"): 0,
+    ("frame", "channel", "height", "width"): 1,
 }
 
 
@@ -184,13 +186,16 @@ class RunWriter:
                 compressors=[Crc32cCodec()],
                 dimension_names=("step",),
             )
-        dimensions = _DIMENSIONS.get(len(shape) + 1, ("step", *(f"axis_{i}" for i in range(1, len(shape) + 1))))
+        axes = tuple(f"axis_{i}" for i in range(1, len(shape) + 1))
+        named = (
+            n for n, channels in _DIMENSIONS.items() if (len(n), channels) == (len(shape), self._format.channel_axis)
+        )
         self._group.create_array(
             "latents",
             shape=(0, *shape),
             chunks=(self._format.states_a_chunk, *shape),
             chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=dimensions,
+            dimension_names=("step", *next(named, axes)),
             fill_value=0,
             **self._format.array_options(),
         )
