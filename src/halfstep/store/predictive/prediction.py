@@ -19,7 +19,6 @@ Block = tuple[slice, slice]
 
 _BLOCK = 1 << 15  # values of a state that are worked on at once: with all taps they stay in the cache
 _FITTED_VALUES = 512  # of a channel are enough to fit a handful of weights
-_JUDGED_VALUES = 64  # of a channel, to choose between weights
 _MANY = 32  # channels, among which neighbors may be parts of one: packed latents
 _LARGEST = 60000  # weight
 _RIDGE = 1e-9  # of a direction's own square: states that repeat each other leave no direction open
@@ -46,9 +45,10 @@ def best_weights(state: Float32, history: Sequence[Float32], basis: Float64, wid
         return NO_WEIGHTS
     channels, unknowns = len(state), len(history) + 1
     rows, change = _sample(state, history, basis)
+    products = _products(rows, change)
     sizes = list(dict.fromkeys([channels, channels // 4 if channels >= _MANY and channels % 4 == 0 else 1, 1]))
     try:
-        weights = _solve(_products(rows, change), sizes)
+        weights = _solve(products, sizes)
     except np.linalg.LinAlgError:  # then the state is coded as it is, which takes more bytes and is as right
         return NO_WEIGHTS
     # What is left of the state, as sums of directions and target. The target is how it differs from the nearest tap.
@@ -57,9 +57,9 @@ def best_weights(state: Float32, history: Sequence[Float32], basis: Float64, wid
     candidates = [NO_WEIGHTS, *np.split(weights, np.cumsum(sizes)[:-1])]
     for number, (sets, some) in enumerate(zip(sizes, candidates[1:], strict=True), start=1):
         sides[:, number, :-1] = -np.repeat(some, channels // sets, axis=0)
-    left = (sides @ change) @ rows[:, :, :: max(1, rows.shape[2] // _JUDGED_VALUES)]
-    steps = np.where(widths > 0, widths, widths.max())[:, None, None]
-    bits = np.log2(1 + np.abs(left) / steps).mean(axis=(0, 2)) * state.size
+    squares = np.einsum("csi,csi->cs", sides @ products, sides) / rows.shape[2]
+    steps = np.where(widths > 0, widths, widths.max())[:, None]
+    bits = 0.5 * np.log2(1 + np.maximum(squares, 0.0) / np.square(steps)).mean(axis=0) * state.size
     costs = bits + np.array([16.0 * some.size for some in candidates])
     return candidates[int(np.argmin(costs))][:, ::-1].copy()
 
@@ -132,8 +132,10 @@ def _solve(products: Float64, sizes: Sequence[int]) -> Weights:
     gram[:, range(count), range(count)] += 1e-30
     factor = np.linalg.cholesky(gram)
     unknown = np.linalg.solve(factor, moment[:, :, None])[:, :, 0]
+    # Unknowns first, so that each of them is one row, next to each other in memory.
+    columns, rows = np.ascontiguousarray(unknown.T), np.ascontiguousarray(factor.transpose(1, 2, 0))
     for k in reversed(range(count)):
-        unknown[:, k] /= factor[:, k, k]
-        unknown[:, k] = np.clip(unknown[:, k], -_LARGEST, _LARGEST).astype(np.float16)
-        unknown[:, :k] -= factor[:, k, :k] * unknown[:, k, None]
-    return unknown.astype(np.float16)
+        value = columns[k] / rows[k, k]
+        columns[k] = np.maximum(np.minimum(value, _LARGEST), -_LARGEST).astype(np.float16)
+        columns[:k] -= rows[k, :k] * columns[k]
+    return columns.T.astype(np.float16)
