@@ -14,6 +14,8 @@ from typing import IO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from upath import UPath
+
 from halfstep.errors import BusyError, FileError, InputError, some
 
 _CHUNK_BYTES = 1 << 20
@@ -101,6 +103,19 @@ def place(text: str | Path) -> Path | str:
     if isinstance(text, str) and "://" in text:
         return Path(url2pathname(urlsplit(text).path)) if text.startswith("file://") else text
     return Path(text)
+
+
+def located(text: str | Path | UPath) -> Path | UPath:
+    """The same as something that is read like a path, also behind a URL. Raises InputError for an unknown scheme."""
+    found = place(text) if isinstance(text, (str, Path)) else text
+    if not isinstance(found, str):
+        return found
+    try:
+        path = UPath(found, use_listings_cache=False)  # what others write meanwhile is to be seen
+        _ = path.fs  # made here, where what is not installed can be named
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{found}: cannot be opened ({error}); local folders and what fsspec reads can be") from error
+    return path
 
 
 def sha256_of(path: Path) -> str:

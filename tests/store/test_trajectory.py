@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import zarr
@@ -268,3 +269,47 @@ def test_inspect_says_what_latents_take_and_how_far_they_are_off(tmp_path: Path)
     assert 0 < error["all"] <= error["state"] <= error["channel"] <= 1.0
     assert f"{error['channel']:.2f} in the worst channel of a step" in told[1]
     assert told[2].strip() == "0.500 of fp32's bytes"
+
+
+def test_runs_are_read_behind_a_url(tmp_path: Path) -> None:
+    """Whole and unfinished ones; what is damaged is named as on disk. The memory file system stands for a bucket."""
+    local = TrajectoryStore.create(tmp_path / "runs")
+    states = walk(40)
+    local.add("a", states, sigmas=np.linspace(1, 0, 40), prompt="p", seed=1)
+    writer = local.record("b")
+    for k in range(5):
+        writer.append(k, float(5 - k), 1 - k / 5, states[k])
+    writer.close()
+    bucket = fsspec.filesystem("memory")
+    url = f"memory://{tmp_path.name}/runs"
+    for path in (tmp_path / "runs").rglob("*"):
+        if path.is_file():
+            bucket.pipe(f"/{tmp_path.name}/runs/{path.relative_to(tmp_path / 'runs')}", path.read_bytes())
+    remote = open_trajectories(url)
+    assert list(remote) == ["a", "b"]
+    assert np.array_equal(remote["a"].latents[:], local["a"].latents[:])
+    assert np.array_equal(remote["b"].latents[3], states[3])
+    assert remote["b"].problems == ("incomplete: its recording did not finish",)
+    report = verify_trajectories(url)
+    assert (report.ok, report.steps, report.incomplete) == (True, 45, ["b"])
+    assert isinstance(remote, TrajectoryStore)
+    with pytest.raises(InputError, match="a URL can be read only"):
+        remote.record("c")
+    chunk = bucket.glob(f"/{tmp_path.name}/runs/a/latents/c.*")[0]
+    bucket.pipe(chunk, bucket.cat(chunk)[:-9] + bytes(9))
+    assert "steps 32 to 39 are damaged" in verify_trajectories(url).problems[0]
+    with pytest.raises(StoreError, match="no trajectories here"):
+        open_trajectories(f"memory://{tmp_path.name}/none")
+    with pytest.raises(InputError, match=r"cannot be opened \(Unsupported filesystem: 'zz'\)"):
+        open_trajectories("zz://bucket/runs")
+
+
+def test_file_urls_on_the_command_line(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "runs")
+    store.add("a", walk(5), sigmas=np.linspace(1, 0, 5))
+    url = f"file://{tmp_path / 'runs'}"
+    assert "1 runs, 5 steps" in run_cli("store", "inspect", url).stdout
+    assert "ok, 5 steps in 1 runs" in run_cli("store", "verify", url).stdout
+    assert run_cli("analyze", "--batch-dir", url, "--list-videos").stdout.startswith("a ")
+    run_cli("store", "convert", url, "-o", tmp_path / "plain", "--to", "store", "--codec", "blosc")
+    assert zarr.open_array(str(tmp_path / "plain"), path="a/latents", mode="r").shape == (5, *walk(5).shape[1:])

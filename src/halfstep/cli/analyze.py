@@ -21,7 +21,7 @@ _MOST_RUNS = 40  # that get a line each
 
 
 def analyze(
-    batch_dir: Annotated[Path, typer.Option(metavar="DIR", help="Batch folder or trajectory store.")],
+    batch_dir: Annotated[str, typer.Option(metavar="DIR", help="Batch folder, or trajectory store (also a URL).")],
     more: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="More of --compare-videos.")] = None,
     list_videos: Annotated[bool, typer.Option("--list-videos", help="Say which runs there are.")] = False,
     video_id: Annotated[str | None, typer.Option(metavar="ID", help="This run only.")] = None,

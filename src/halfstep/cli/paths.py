@@ -34,7 +34,8 @@ def _with_local_paths(verb: Callable[..., Any]) -> Callable[..., Any]:
                     url = str(path).replace(":/", "://", 1)
                     raise InputError(
                         f"{_as_typed(verb, name)}: got {url}; expected a local path. Stores alone are read by URL: by "
-                        "train, sample, eval, store inspect and store export"
+                        "train, sample, eval, store inspect and store export; recorded runs by analyze, store verify "
+                        "and store convert too"
                     )
         return verb(**options)
 

@@ -19,15 +19,22 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.command()
-def verify(store: _Store, json: _Json = False) -> None:
+def verify(
+    store: Annotated[str, typer.Argument(metavar="DIR", help="Folder; of recorded runs also an fsspec URL.")],
+    json: _Json = False,
+) -> None:
     """Hold every byte of the store against its checksums; exit code 1 when something is wrong."""
+    from halfstep.files import located
     from halfstep.store import find_trajectory_store
     from halfstep.store import verify as run_verify
 
     if (trajectories := find_trajectory_store(store)) is not None:
-        _verify_trajectories(trajectories, json)
-    _refuse_batch(store)
-    report = run_verify(store)
+        _verify_trajectories(str(trajectories), json)
+    folder = located(store)
+    if not isinstance(folder, Path):
+        raise InputError(f"{store}: no recorded runs; a store of latents is verified on the disk that it lies on")
+    _refuse_batch(folder)
+    report = run_verify(folder)
     if json:
         facts = {"ok": report.ok, "shards": report.shards, "items": report.items, "problems": report.problems}
         typer.echo(json_module.dumps(facts))
@@ -45,7 +52,7 @@ def repair(store: _Store, json: _Json = False) -> None:
     from halfstep.store import repair as run_repair
 
     if (trajectories := find_trajectory_store(store)) is not None:
-        _repair_trajectories(trajectories, json)
+        _repair_trajectories(Path(str(trajectories)), json)
     _refuse_batch(store)
     report = run_repair(store)
     if json:
@@ -66,10 +73,13 @@ def inspect(
     """Say what a store holds: autoencoder, latents, types, numerics, sequences; or runs, steps and their problems."""
     from dataclasses import asdict
 
-    from halfstep.store import DatasetStore
+    from halfstep.files import located
+    from halfstep.store import DatasetStore, find_trajectory_store
 
-    if "://" not in store and not (Path(store) / "manifest.json").exists() and Path(store).is_dir():
-        _inspect_trajectories(Path(store), json)
+    folder = located(store)
+    is_batch = isinstance(folder, Path) and folder.is_dir() and not (folder / "manifest.json").exists()
+    if is_batch or find_trajectory_store(folder) is not None:
+        _inspect_trajectories(store, json)
         return
     opened = DatasetStore.open(store)
     manifest = opened.manifest
@@ -123,7 +133,7 @@ def export(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Batch folder, or trajectory store.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Batch folder, or trajectory store (also a URL).")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Store, or new batch folder.")],
     to: Annotated[str | None, typer.Option(metavar="KIND", help="store or npy.gz; the other one by default.")] = None,
     codec: Annotated[str, typer.Option(metavar="C", help="predictive, blosc or raw.")] = "predictive",
@@ -179,7 +189,7 @@ def _refuse_batch(path: Path) -> None:
         raise InputError(f"{path}: a batch of one file a step; `halfstep store inspect` says what is wrong with it")
 
 
-def _verify_trajectories(store: Path, json: bool) -> NoReturn:
+def _verify_trajectories(store: str, json: bool) -> NoReturn:
     from dataclasses import asdict
 
     from halfstep.store import verify_trajectories
@@ -213,7 +223,8 @@ def _repair_trajectories(store: Path, json: bool) -> NoReturn:
     raise typer.Exit(1 if report.lost else 0)
 
 
-def _inspect_trajectories(path: Path, json: bool) -> None:
+def _inspect_trajectories(path: str, json: bool) -> None:
+    from halfstep.files import located
     from halfstep.store import open_trajectories, readable_runs
     from halfstep.store.convert import folder_bytes
 
@@ -231,7 +242,7 @@ def _inspect_trajectories(path: Path, json: bool) -> None:
             "format": run.attributes.get("latents_format"),
             "problems": list(run.problems),
         }
-    size = folder_bytes(path)
+    size = folder_bytes(located(path))
     if json:
         typer.echo(json_module.dumps({"runs": facts, "bytes": size, "problems": problems}))
         return

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
 from halfstep.errors import InputError, StoreError
 from halfstep.files import claim, file_errors, write_durably
 from halfstep.progress import SILENT, Progress
@@ -112,7 +114,7 @@ def to_batch(runs: Mapping[str, Run], root: Path | str, progress: Progress = SIL
     return ConvertReport(len(runs) - skipped, skipped, steps, folder_bytes(latents_folder), fp32_bytes, notes)
 
 
-def folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path | UPath) -> int:
     """The bytes of all files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from upath import UPath
 
 from halfstep.errors import BusyError
 from halfstep.files import FileLock
@@ -92,7 +93,7 @@ class Journal:
             self._lock.release()
 
 
-def read_journal(path: Path) -> tuple[list[JournalEntry], bool]:
+def read_journal(path: Path | UPath) -> tuple[list[JournalEntry], bool]:
     """The whole records of a journal, in order, and whether there are damaged ones too; what a crash cut off at the end
     is no damage. Without a journal there are no records."""
     entries: list[JournalEntry] = []
@@ -102,7 +103,8 @@ def read_journal(path: Path) -> tuple[list[JournalEntry], bool]:
     except FileNotFoundError:
         return entries, damaged
     with file:
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         while (start := file.tell()) < size:
             record = _read_record(file)
             if record is not None:
@@ -123,7 +125,7 @@ def steps_after(entries: Sequence[JournalEntry], stored: Sequence[int]) -> list[
     return [entry for entry in entries if entry.step > last]
 
 
-def read_values(path: Path, entry: JournalEntry, shape: tuple[int, ...]) -> Float32 | None:
+def read_values(path: Path | UPath, entry: JournalEntry, shape: tuple[int, ...]) -> Float32 | None:
     """The values of one record, float32 of `shape`; None when the writer has moved them to the run's arrays since."""
     try:
         file = path.open("rb")
@@ -137,8 +139,10 @@ def read_values(path: Path, entry: JournalEntry, shape: tuple[int, ...]) -> Floa
     return np.frombuffer(record[1], "<f4").astype(np.float32, copy=False).reshape(shape)
 
 
-def is_being_written(path: Path) -> bool:
-    """Whether a living process holds the journal at `path`."""
+def is_being_written(path: Path | UPath) -> bool:
+    """Whether a living process holds the journal at `path`; behind a URL that is not known, and False."""
+    if not isinstance(path, Path):
+        return False
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -16,11 +16,11 @@ from typing import Any, Self
 
 import numpy as np
 import zarr
+from upath import UPath
 from zarr.errors import ContainsGroupError
-from zarr.storage import LocalStore
 
 from halfstep.errors import BusyError, HalfstepError, InputError, StoreError
-from halfstep.files import claim, file_errors
+from halfstep.files import claim, file_errors, located
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import JournalEntry, is_being_written, read_journal, read_values, steps_after
 from halfstep.store.predictive import GROUP, count_states
@@ -35,6 +35,7 @@ from halfstep.store.trajectory_layout import (
     TrajectoryFormat,
     check_key,
     chunk_path,
+    readable,
     sealed,
 )
 from halfstep.store.trajectory_writer import RunWriter, remove_run
@@ -47,15 +48,15 @@ DAMAGE = (StoreError, ValueError, KeyError, TypeError, RuntimeError, OSError, EO
 
 
 class TrajectoryStore(Mapping[str, Run]):
-    """The store in a folder: a mapping from the names of runs to `Run`.
+    """The store in a folder: a mapping from the names of runs to `Run`. It is read behind any fsspec URL too.
 
     Looking at it takes no lock and needs no repair. Several processes may record different runs into one store at once.
     """
 
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path | UPath | str) -> None:
+        self.root = located(root)
         try:
-            attributes = zarr.open_group(LocalStore(self.root, read_only=True), mode="r").attrs.asdict()
+            attributes = zarr.open_group(readable(self.root), mode="r").attrs.asdict()
         except (FileNotFoundError, zarr.errors.GroupNotFoundError):
             advice = "; `halfstep store repair` writes it again" if any(self.root.glob(RUN_PATTERN)) else ""
             raise StoreError(f"{self.root}: no trajectories here (no zarr.json of a group){advice}") from None
@@ -67,14 +68,14 @@ class TrajectoryStore(Mapping[str, Run]):
             raise StoreError(f"{self.root}: got {found}; expected halfstep trajectories of format {FORMAT_VERSION}")
 
     @classmethod
-    def open(cls, root: Path | str) -> Self:
-        """The store in folder `root`. Raises StoreError when there is none."""
+    def open(cls, root: Path | UPath | str) -> Self:
+        """The store in folder `root`, or behind that URL. Raises StoreError when there is none."""
         return cls(root)
 
     @classmethod
     def create(cls, root: Path | str) -> Self:
         """The store in folder `root`, made when there is nothing. Raises InputError when something else is there."""
-        root = Path(root)
+        root = _local(root)
         if not claim(root, "trajectory store", ("zarr.json",)):
             with file_errors(root), suppress(ContainsGroupError):  # another process was first
                 zarr.create_group(DurableStore(root), attributes={"halfstep_trajectories": FORMAT_VERSION})
@@ -98,7 +99,7 @@ class TrajectoryStore(Mapping[str, Run]):
         """Begin the run `key`, whose steps are given to the writer one by one. `attributes` are kept with it as JSON;
         `prompt`, `seed`, `guidance`, `model` and `policy` are the usual ones. Raises InputError when there is a run of
         that name."""
-        return RunWriter(self.root, key, format or TrajectoryFormat(), attributes)
+        return RunWriter(_local(self.root), key, format or TrajectoryFormat(), attributes)
 
     def add(
         self,
@@ -133,20 +134,29 @@ class TrajectoryStore(Mapping[str, Run]):
         check_key(key)
         if self.is_being_recorded(key):
             raise BusyError(f"{self.root}/{key}: another process is recording this run; wait for it to end")
-        with file_errors(self.root):
-            remove_run(self.root / key)
+        root = _local(self.root)
+        with file_errors(root):
+            remove_run(root / key)
 
     def is_being_recorded(self, key: str) -> bool:
         """Whether a living process is recording the run."""
         return is_being_written(self.root / key / JOURNAL_NAME)
 
 
-def read_run(root: Path, key: str) -> Run:
+def _local(root: Path | UPath | str) -> Path:
+    """A folder to write to. Raises InputError for a URL."""
+    found = located(root)
+    if not isinstance(found, Path):
+        raise InputError(f"{found}: runs are recorded into a local folder; a URL can be read only")
+    return found
+
+
+def read_run(root: Path | UPath, key: str) -> Run:
     """The run `key` of the store at `root` as it is now. Raises StoreError when its metadata is damaged."""
     folder = root / key
     entries, damaged = read_journal(folder / JOURNAL_NAME)  # before the arrays: steps move from here to there
     try:
-        group = zarr.open_group(LocalStore(root, read_only=True), path=key, mode="r")
+        group = zarr.open_group(readable(root), path=key, mode="r")
         attributes: dict[str, Any] = group.attrs.asdict()
         if "complete" not in attributes:
             raise StoreError("zarr.json says nothing of the run")
@@ -205,7 +215,7 @@ def _rounding(form: TrajectoryFormat, attributes: Mapping[str, Any]) -> Rounding
     return Rounding.of(casts, form.max_error or 0.0)
 
 
-def _problems(attributes: dict[str, Any], folder: Path) -> list[str]:
+def _problems(attributes: dict[str, Any], folder: Path | UPath) -> list[str]:
     problems = list(attributes.get("problems", []))
     if not attributes.get("complete"):
         alive = is_being_written(folder / JOURNAL_NAME)
@@ -238,13 +248,18 @@ _cache = _GroupCache()
 _reader_numbers = count()
 
 
+def _number_of(folder: Path | UPath) -> int:
+    """What tells a folder from another one of its name; behind a URL nothing does."""
+    return folder.stat().st_ino if isinstance(folder, Path) else 0
+
+
 class StepReader:
     """Reads single steps of one run; steps in a row cost one decoding of the group they lie in."""
 
-    def __init__(self, root: Path, key: str, waiting: Mapping[int, JournalEntry] | None = None) -> None:
+    def __init__(self, root: Path | UPath, key: str, waiting: Mapping[int, JournalEntry] | None = None) -> None:
         self._root, self._key = root, key
         self._waiting = waiting or {}  # by place in the run
-        self._folder_number = (root / key).stat().st_ino
+        self._folder_number = _number_of(root / key)
         self._array: Any = None
         self._number = next(_reader_numbers)
         if (root / key / "latents" / "zarr.json").exists():
@@ -296,7 +311,7 @@ class StepReader:
         """All steps of one group, as float32."""
         start, stop = number * self.group, min((number + 1) * self.group, self._array.shape[0])
         path = chunk_path(self._root / self._key, start // self._array.chunks[0], len(self._array.shape))
-        if not path.parent.exists() or (self._root / self._key).stat().st_ino != self._folder_number:
+        if not path.parent.exists() or _number_of(self._root / self._key) != self._folder_number:
             raise StoreError(f"{self._root}/{self._key}: was repaired or removed after it was opened; open it again")
         try:
             if start >= stop or not path.exists():  # zarr would read zeros
@@ -312,7 +327,7 @@ class StepReader:
 
     def _open(self) -> None:
         try:
-            self._array = zarr.open_array(LocalStore(self._root, read_only=True), path=f"{self._key}/latents", mode="r")
+            self._array = zarr.open_array(readable(self._root), path=f"{self._key}/latents", mode="r")
         except DAMAGE as error:
             raise StoreError(
                 f"{self._root}/{self._key}/latents/zarr.json: cannot be read ({error}); read another copy of it"

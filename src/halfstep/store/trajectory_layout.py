@@ -8,13 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import google_crc32c
 from numcodecs import Blosc
+from upath import UPath
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
+from zarr.storage import FsspecStore, LocalStore
 
 from halfstep.errors import InputError
 from halfstep.files import fsync_path, write_durably
@@ -165,6 +167,16 @@ def check_key(key: str) -> None:
         )
 
 
-def chunk_path(folder: Path, number: int, dimensions: int) -> Path:
+def readable(root: Path | UPath) -> Store:
+    """zarr's store for reading at a folder or behind a URL."""
+    if isinstance(root, Path):
+        return LocalStore(root, read_only=True)
+    return FsspecStore.from_url(str(root), storage_options=dict(root.storage_options), read_only=True)
+
+
+Folder = TypeVar("Folder", Path, UPath, Path | UPath)
+
+
+def chunk_path(folder: Folder, number: int, dimensions: int) -> Folder:
     """The file of chunk `number` of the latents in run folder `folder`."""
     return folder / "latents" / ".".join(["c", str(number), *["0"] * (dimensions - 1)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from upath import UPath
 
 from halfstep.errors import HalfstepError
 from halfstep.files import file_errors, fsync_path, write_durably
@@ -17,7 +18,7 @@ from halfstep.store.journal import is_being_written
 from halfstep.store.predictive import first_groups
 from halfstep.store.run import Run
 from halfstep.store.trajectory import StepReader, TrajectoryStore, read_run
-from halfstep.store.trajectory_layout import FORMAT_VERSION, LABELS, RUN_PATTERN, DurableStore, chunk_path
+from halfstep.store.trajectory_layout import FORMAT_VERSION, LABELS, RUN_PATTERN, DurableStore, chunk_path, readable
 from halfstep.store.trajectory_writer import add_problem, recover_run
 
 
@@ -44,7 +45,7 @@ class TrajectoryRepairReport:
     lost: list[str]
 
 
-def verify_trajectories(root: Path | str) -> TrajectoryVerifyReport:
+def verify_trajectories(root: Path | UPath | str) -> TrajectoryVerifyReport:
     """Read every step of every run at `root`; all bytes of latents, labels and journals are under checksums. Raises
     StoreError when there is no store."""
     store = TrajectoryStore.open(root)
@@ -62,7 +63,7 @@ def verify_trajectories(root: Path | str) -> TrajectoryVerifyReport:
             continue
         problems += damaged.values()
         steps += len(run)
-    for folder in sorted(store.root.glob("[!.]*/")):
+    for folder in sorted((f for f in store.root.iterdir() if f.is_dir() and not f.name.startswith(".")), key=str):
         if not (folder / "zarr.json").exists():
             problems.append(f"{folder}: is no run any more, its zarr.json is missing; read another copy of it")
     return TrajectoryVerifyReport(len(store), steps, incomplete, problems)
@@ -75,49 +76,48 @@ def repair_trajectories(root: Path | str) -> TrajectoryRepairReport:
     run's problems; the others keep their bytes. A run whose metadata is damaged is left as it is and named. Raises
     StoreError when there is no store.
     """
-    if not (Path(root) / "zarr.json").exists() and any(Path(root).glob(RUN_PATTERN)):
+    root = Path(root)
+    if not (root / "zarr.json").exists() and any(root.glob(RUN_PATTERN)):
         with file_errors(root):
             zarr.create_group(DurableStore(root), attributes={"halfstep_trajectories": FORMAT_VERSION})
     store = TrajectoryStore.open(root)
     recovered: dict[str, int] = {}
     lost: list[str] = []
-    with file_errors(store.root):
-        _finish_interrupted_repair(store.root)
+    with file_errors(root):
+        _finish_interrupted_repair(root)
         for key in store.keys():
-            if is_being_written(store.root / key / JOURNAL_NAME):
+            if is_being_written(root / key / JOURNAL_NAME):
                 continue
-            for leftover in (store.root / key).rglob(".*.tmp"):
+            for leftover in (root / key).rglob(".*.tmp"):
                 leftover.unlink()
             try:
-                read_run(store.root, key)  # its metadata is sound
-                if damaged := _damaged_groups(
-                    store.root, key
-                ):  # before its journal, which goes on behind what is whole
-                    lost.append(_drop_groups(store.root, key, sorted(damaged)))
-                count, line = recover_run(store.root, key)
+                read_run(root, key)  # its metadata is sound
+                if damaged := _damaged_groups(root, key):  # before its journal, which goes on behind what is whole
+                    lost.append(_drop_groups(root, key, sorted(damaged)))
+                count, line = recover_run(root, key)
                 if count:
                     recovered[key] = count
                 if line is not None:
-                    lost.append(f"{store.root}/{key}: {line}")
+                    lost.append(f"{root}/{key}: {line}")
             except HalfstepError as error:
                 lost.append(str(error))
     return TrajectoryRepairReport(recovered, lost)
 
 
-def _miscounted(root: Path, key: str, run: Run) -> list[str]:
+def _miscounted(root: Path | UPath, key: str, run: Run) -> list[str]:
     """A line when the chunks of a run hold more steps than its metadata counts, but for those that a crash kept from
     counting: they are in the journal too."""
     reader = StepReader(root, key)
     stored, held = reader.stored, reader.held
     if held <= stored:
         return []
-    labels: Any = zarr.open_array(str(root / key / "steps"), mode="r")
+    labels: Any = zarr.open_array(readable(root), path=f"{key}/steps", mode="r")
     if np.array_equal(labels[stored:held], run.steps[stored:held]):
         return []
     return [f"damaged: its chunks hold {held} steps, latents/zarr.json counts {stored}; read another copy of it"]
 
 
-def _damaged_groups(root: Path, key: str) -> dict[int, str]:
+def _damaged_groups(root: Path | UPath, key: str) -> dict[int, str]:
     """Groups of steps of a run that cannot be read, and why."""
     damaged: dict[int, str] = {}
     reader = StepReader(root, key)
