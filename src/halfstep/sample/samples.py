@@ -43,6 +43,7 @@ from halfstep.progress import SILENT, Progress
 from halfstep.sample.makers import MAKERS, Made, Maker, Recorders
 from halfstep.sample.options import FORMATS, SampleOptions
 from halfstep.sampling import NullRecorder, Recorder, StoreRecorder
+from halfstep.sampling.noise import own_seed
 from halfstep.settings import require_same
 from halfstep.spec import LatentSpec
 from halfstep.store import TrajectoryFormat, TrajectoryStore
@@ -316,6 +317,8 @@ def _recording(
                     "scheduler": maker.sampler,
                     "steps": options.steps,
                     "label": _label(maker.facts(number)),
+                    "noise_seed": own_seed(options.seed, number),
+                    "noise_index": frame or None,
                 }
                 noted = {name: value for name, value in noted.items() if value is not None}
                 form = TrajectoryFormat(storage=options.storage)

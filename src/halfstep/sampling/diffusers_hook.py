@@ -229,7 +229,9 @@ def _of_sample(options: dict[str, Any], index: int, samples: int) -> dict[str, A
     for name, values in lists.items():
         if len(values) != samples:
             raise InputError(f"record: {name} is a list of {len(values)} for {samples} runs; expected one each")
-    return {**options, **{name: values[index] for name, values in lists.items()}}
+    # One generator draws the noise of all samples, one after the other.
+    drawn = {"noise_index": index} if index and isinstance(options.get("seed"), int) else {}
+    return {**options, **drawn, **{name: values[index] for name, values in lists.items()}}
 
 
 def _facts_of(scheduler: Any) -> dict[str, Any]:

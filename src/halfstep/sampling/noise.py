@@ -11,8 +11,12 @@ import torch
 def own_generator(*key: int) -> torch.Generator:
     """A generator for what `key` numbers: a seed, a sample, ... On the CPU, so that every device starts from the same
     noise."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))
+    return torch.Generator().manual_seed(own_seed(*key))
+
+
+def own_seed(*key: int) -> int:
+    """The seed of that generator."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def draw(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from zarr.storage import FsspecStore, LocalStore
 
 from halfstep.errors import InputError
 from halfstep.files import fsync_path, write_durably
-from halfstep.store.predictive import GROUP, Fidelity, Float32, Promise, encode_trajectory
+from halfstep.store.predictive import GROUP, Fidelity, Float32, Noise, Promise, encode_trajectory
 from halfstep.store.zarr_codec import PredictiveCodec
 
 FORMAT_VERSION = 1
@@ -110,12 +110,14 @@ class TrajectoryFormat:
         codec = "blosc" if any(isinstance(codec, BloscCodec) for codec in codecs) else "raw"
         return cls(codec, {"float16": "fp16", "float32": "fp32"}[str(array.dtype)])
 
-    def encode_chunk(self, latents: Float32, before: bytes = b"") -> bytes:
+    def encode_chunk(self, latents: Float32, before: bytes = b"", noise: Noise | None = None) -> bytes:
         """The bytes of one chunk of the array, as zarr's own pipeline makes them, without its cost in Python: at most
-        `group` steps, behind those of the chunk `before`."""
+        `group` steps, behind those of the chunk `before`. `noise`: what the first may be."""
         if self.codec == "predictive":
             axis = self.channel_axis or 0
-            return encode_trajectory(latents, self._promise, group=self.group, channel_axis=axis, after=before)
+            return encode_trajectory(
+                latents, self._promise, group=self.group, channel_axis=axis, after=before, noise=noise
+            )
         stored = latents.astype("<f2" if self.storage == "fp16" else "<f4")
         return with_crc32c(_BLOSC.encode(stored) if self.codec == "blosc" else stored.tobytes())
 

@@ -20,7 +20,7 @@ from halfstep.files import file_errors, fsync_path, write_durably
 from halfstep.store.formats import to_storage
 from halfstep.store.journal import NAME as JOURNAL_NAME
 from halfstep.store.journal import Journal, JournalEntry, is_being_written, read_journal, read_values, steps_after
-from halfstep.store.predictive import Accuracy, first_groups
+from halfstep.store.predictive import Accuracy, Noise, first_groups
 from halfstep.store.run import Float32
 from halfstep.store.trajectory_layout import (
     LABEL_CHUNK,
@@ -58,6 +58,7 @@ class RunWriter:
         except (TypeError, ValueError) as error:
             raise InputError(f"{root}/{key}: attributes must be JSON ({error})") from error
         self._folder, self._format = root / key, format
+        self._noise = Noise.of(attributes)
         self._problems: list[str] = []
         self._finished = False
         self._shape: tuple[int, ...] | None = None
@@ -202,7 +203,7 @@ class RunWriter:
 
     def _pack(self, count: int) -> None:
         with file_errors(self._folder):
-            self._labels = _move_to_arrays(self._folder, self._format, self._waiting[:count], self._labels)
+            self._labels = _move_to_arrays(self._folder, self._format, self._waiting[:count], self._labels, self._noise)
             self._waiting = self._waiting[count:]
             if not self._waiting:
                 self._journal.clear()
@@ -245,7 +246,8 @@ def recover_run(root: Path, key: str) -> tuple[int, str | None]:
             form, done = TrajectoryFormat.of(array), 0
             while done < len(waiting):  # a group never goes beyond its chunk
                 count = min(form.group, array.chunks[0] - len(labels) % array.chunks[0])
-                labels = _move_to_arrays(root / key, form, waiting[done : done + count], labels)
+                noise = Noise.of(group.attrs.asdict())
+                labels = _move_to_arrays(root / key, form, waiting[done : done + count], labels, noise)
                 done += count
         line = None
         if damaged:
@@ -276,7 +278,9 @@ class _Labels:
         )
 
 
-def _move_to_arrays(folder: Path, format: TrajectoryFormat, entries: list[JournalEntry], labels: _Labels) -> _Labels:
+def _move_to_arrays(
+    folder: Path, format: TrajectoryFormat, entries: list[JournalEntry], labels: _Labels, noise: Noise | None
+) -> _Labels:
     """Write journal `entries` into the run's arrays, behind the steps of `labels`; the labels of all. `entries` lie in
     one chunk and make up a group. They count from the moment `latents` has its new shape."""
     start, together = len(labels), labels.extended(entries)
@@ -288,7 +292,7 @@ def _move_to_arrays(folder: Path, format: TrajectoryFormat, entries: list[Journa
     latents = np.stack([value for value in values if value is not None])
     number, place = divmod(start, metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
     chunk = chunk_path(folder, number, 1 + len(step_shape))
-    content = _grown(chunk, place, latents, format)
+    content = _grown(chunk, place, latents, format, None if start else noise)
     for name, dtype in LABELS.items():
         column = np.array(getattr(together, name), dtype)
         (folder / name / "c").mkdir(exist_ok=True)
@@ -304,12 +308,12 @@ def _move_to_arrays(folder: Path, format: TrajectoryFormat, entries: list[Journa
     return together
 
 
-def _grown(chunk: Path, place: int, latents: Float32, format: TrajectoryFormat) -> bytes:
+def _grown(chunk: Path, place: int, latents: Float32, format: TrajectoryFormat, noise: Noise | None) -> bytes:
     """The bytes of a chunk with `latents` behind its first `place` steps. A crash may have come after they were written
     and before they counted: then they are there already. Raises StoreError when something else is."""
     there = chunk.read_bytes() if chunk.exists() else b""
     before = first_groups(there, place) if place else b""
-    grown = format.encode_chunk(latents, before)
+    grown = format.encode_chunk(latents, before, noise)
     if there not in (before, grown):
         raise StoreError(
             f"{chunk}: holds other steps than those of the journal, behind {place}; nothing was changed, move the file "

@@ -15,6 +15,7 @@ from halfstep.store.predictive.blob import (
     encode_trajectory,
     first_groups,
 )
+from halfstep.store.predictive.noise import Noise
 from halfstep.store.predictive.prediction import Float32
 from halfstep.store.predictive.promise import Fidelity, Promise
 
@@ -23,6 +24,7 @@ __all__ = [
     "Accuracy",
     "Fidelity",
     "Float32",
+    "Noise",
     "Promise",
     "count_states",
     "decode_states",

@@ -20,7 +20,8 @@ import numpy as np
 from halfstep.errors import InputError
 from halfstep.store.predictive import version1
 from halfstep.store.predictive.framing import MAGIC, coders, damaged, header_checksum, version
-from halfstep.store.predictive.order import TAIL, Place, coding_order, needed
+from halfstep.store.predictive.noise import Noise
+from halfstep.store.predictive.order import TAIL, Place, after_one, coding_order, needed
 from halfstep.store.predictive.prediction import Float32, finite
 from halfstep.store.predictive.promise import ErrorBudget, Promise
 from halfstep.store.predictive.states import Coded, encode_state
@@ -44,13 +45,14 @@ def encode_trajectory(
     group: int = GROUP,
     channel_axis: int = 0,
     after: bytes = b"",
+    noise: Noise | None = None,
 ) -> bytes:
     """Compress float32 `latents` [S, ...] in groups of `group` states, for `promise`, by default fp16's error.
 
     Whatever the promise, values that are not finite and states whose values are all numbers of fp16 or bf16 come back
     bit for bit. `channel_axis` is that of a state; channels count as such from 256 values on. `after`: a blob of the
-    states before these; the result holds those too. Raises InputError for another type, no values, or states that do
-    not fit.
+    states before these; the result holds those too. `noise`: what the first state may be, at any scale; where it is,
+    hardly a byte of it is stored. Raises InputError for another type, no values, or states that do not fit.
     """
     if latents.dtype != np.float32 or latents.ndim < 1 or latents.size == 0:
         raise InputError(f"trajectory: got {latents.dtype} {list(latents.shape)}; expected float32 [steps, ...]")
@@ -70,7 +72,9 @@ def encode_trajectory(
     with coders(layout.values) as pool:
         for start in range(0, len(latents), group):
             states = layout.to_channels(latents[start : start + group])
-            data, tail = _encode_group(states, tail, promise or Promise(), pool)
+            first = None if groups or noise is None else noise.fitted(latents[0])
+            drawn = None if first is None else layout.to_channels(first.state(layout.shape)[None])[0]
+            data, tail = _encode_group(states, tail, promise or Promise(), pool, first, drawn)
             groups.append(data)
             counts = [*counts, len(states)]
     return layout.header(sum(counts)) + b"".join(groups)
@@ -264,17 +268,25 @@ def _group_checksum(header: bytes | memoryview, body: bytes | memoryview) -> int
 
 
 def _encode_group(
-    states: Float32, tail: list[Float32], promise: Promise, pool: Executor
+    states: Float32,
+    tail: list[Float32],
+    promise: Promise,
+    pool: Executor,
+    noise: Noise | None = None,
+    drawn: Float32 | None = None,
 ) -> tuple[bytes, list[Float32]]:
-    """`states` [S, C, N] as one group, and its own last states as they will be decoded. Entropy coding runs in the
-    pool, beside the prediction of the next state."""
+    """`states` [S, C, N] as one group, and its own last states as they will be decoded. The first of all comes from
+    `noise`, `drawn` [C, N], where that is given. Entropy coding runs in the pool, beside the prediction of the next
+    state."""
     order = coding_order(len(states), len(tail))
     budget = ErrorBudget(states[[place.number for place in order]], promise)
     known = dict(zip(range(-len(tail), 0), tail, strict=True))
     pending: list[Future[bytes]] = []
     for number, place in enumerate(order):
-        history = [known[tap] for tap in place.taps]
-        coded, decoded = encode_state(states[place.number], history, place, budget, number)
+        history, of_first = [known[tap] for tap in place.taps], None
+        if number == 0 and drawn is not None:
+            place, history, of_first = after_one(place.number), [drawn], noise
+        coded, decoded = encode_state(states[place.number], history, place, budget, number, of_first)
         pending.append(pool.submit(Coded.to_bytes, coded))
         known[place.number] = finite(decoded)
     records = [future.result() for future in pending]
@@ -300,7 +312,7 @@ def _decode(blob: _Blob, wanted: Iterable[int], out: Float32 | None = None) -> d
                     target = np.empty(blob.layout.channels, np.float32) if out is None else out[number]
                     taps = [known[start + tap] for tap in place.taps]
                     decoded[number] = target
-                    known[number] = pool.submit(_decode_state, record, taps, place, target)
+                    known[number] = pool.submit(_decode_state, record, taps, place, target, blob.layout)
             start, before = start + blob.counts[group], blob.counts[group]
         for future in known.values():
             future.result()
@@ -308,12 +320,16 @@ def _decode(blob: _Blob, wanted: Iterable[int], out: Float32 | None = None) -> d
 
 
 @np.errstate(all="ignore")
-def _decode_state(data: memoryview, taps: list[Future[Float32]], place: Place, target: Float32) -> Float32:
+def _decode_state(
+    data: memoryview, taps: list[Future[Float32]], place: Place, target: Float32, layout: _Layout
+) -> Float32:
     """Decode a record into `target` [C, N] once its `taps` are there. Threads take up states in the order of coding, so
     none waits for one that nobody works on."""
     try:
         coded = Coded.from_bytes(data, len(target))
         history = [tap.result() for tap in taps] if coded.weights.size else []
+        if coded.noise is not None:
+            place, history = after_one(place.number), [layout.to_channels(coded.noise.state(layout.shape)[None])[0]]
         coded.decode(history, place, target)
     except (struct.error, ValueError, IndexError, RuntimeError) as error:
         raise damaged(f"a state cannot be read ({error})") from error

@@ -32,6 +32,11 @@ class Place:
     basis: npt.NDArray[np.float64]
 
 
+def after_one(number: int) -> Place:
+    """The place of a state that is predicted from one other, which is none of its group."""
+    return Place(number, (), _newton((0,)))
+
+
 @cache
 def coding_order(count: int, before: int) -> tuple[Place, ...]:
     """The places of a group of `count` states in the order of coding, after `before` states or more (0: none)."""

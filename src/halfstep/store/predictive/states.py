@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
 
+from halfstep.store.predictive.noise import Noise
 from halfstep.store.predictive.order import Place
 from halfstep.store.predictive.prediction import (
     Block,
@@ -39,6 +40,7 @@ Integers = npt.NDArray[np.signedinteger[Any]]
 _HEADER = struct.Struct("<BBHHIIf")
 _FP32, _FP16, _BF16 = range(3)
 _PER_CHANNEL = 1  # flag: widths of channels follow
+_FROM_NOISE = 2  # flag: the noise that it is predicted from follows
 
 _SLACK = 1 - 2**-10  # of a bin: float32 rounding must not push values over its edge
 _LARGEST_BIN = 2**23  # bin numbers up to here are exact in float32
@@ -58,7 +60,7 @@ _NO_PLACES = np.empty(0, np.uint32)
 class Coded:
     """A coded state. `narrowing` [C]: by how many sixteenths of an octave a channel's bins
     are narrower than the `widest`, 255 for an exact channel; None when all are as wide. `places` and `exact`: values
-    beside the bins, and their bits."""
+    beside the bins, and their bits. `noise`: what it is predicted from, instead of other states."""
 
     kind: int
     weights: Weights
@@ -67,22 +69,26 @@ class Coded:
     places: npt.NDArray[np.uint32]
     exact: npt.NDArray[np.uint32]
     integers: Integers
+    noise: Noise | None = None
 
     def to_bytes(self) -> bytes:
         """The record. The integers are entropy-coded here, which lets other threads run."""
         values = standalone.simple_compress(self.integers.reshape(-1), _CONFIG)
         sets, columns = self.weights.shape
         narrowing = b"" if self.narrowing is None else self.narrowing.tobytes()
-        flags = 0 if self.narrowing is None else _PER_CHANNEL
+        noise = b"" if self.noise is None else self.noise.to_bytes()
+        flags = (_PER_CHANNEL if narrowing else 0) | (_FROM_NOISE if noise else 0)
         header = _HEADER.pack(self.kind, max(columns - 1, 0), flags, sets, len(self.places), len(values), self.widest)
-        parts = [header, self.weights.tobytes(), narrowing, self.places.tobytes(), self.exact.tobytes(), values]
+        parts = [header, noise, self.weights.tobytes(), narrowing, self.places.tobytes(), self.exact.tobytes(), values]
         return b"".join(parts)
 
     @classmethod
     def from_bytes(cls, data: memoryview, channels: int) -> Coded:
         """What a record holds. Raises struct.error, ValueError or RuntimeError when it is none."""
         kind, taps, flags, sets, exceptions, size, widest = _HEADER.unpack_from(data)
-        at = _HEADER.size
+        at, noise = _HEADER.size, None
+        if flags & _FROM_NOISE:
+            noise, at = Noise.from_bytes(data, at)
         columns = taps + 1 if sets else 0
         weights = np.frombuffer(data, "<f2", sets * columns, at).reshape(sets, columns)
         at += weights.nbytes
@@ -94,7 +100,7 @@ class Coded:
         if len(data) - at != size or (sets and channels % sets):
             raise ValueError(f"{len(data) - at} bytes of integers instead of {size}")
         integers: Integers = standalone.simple_decompress(bytes(data[at:]))
-        return cls(kind, weights, widest, narrowing, places, exact, integers)
+        return cls(kind, weights, widest, narrowing, places, exact, integers, noise)
 
     def decode(self, history: Sequence[Float32], place: Place, out: Float32) -> None:
         """Write the state [C, N] into `out`. Raises ValueError when record and state do not belong together."""
@@ -117,9 +123,15 @@ class Coded:
 
 
 def encode_state(
-    state: Float32, history: Sequence[Float32], place: Place, budget: ErrorBudget, number: int
+    state: Float32,
+    history: Sequence[Float32],
+    place: Place,
+    budget: ErrorBudget,
+    number: int,
+    noise: Noise | None = None,
 ) -> tuple[Coded, Float32]:
-    """Code `state` [C, N], number `number` of the `budget`; also what it will be decoded to."""
+    """Code `state` [C, N], number `number` of the `budget`; also what it will be decoded to. `noise`: what the only
+    state of `history` was drawn as."""
     kind = _born(state)
     widths = _wanted_widths(budget, number, len(state)) if kind == _FP32 else np.zeros(len(state))
     if not widths.any():
@@ -129,12 +141,14 @@ def encode_state(
         weights = best_weights(state, history, place.basis, steps)
         integers = _differences(_NUMBERS[kind], state, _prediction(history, weights, place, state.shape))
         narrowing = np.full(len(state), _EXACT, np.uint8) if kind == _FP32 else None
-        return Coded(kind, weights, 0.0, narrowing, _NO_PLACES, _NO_PLACES, _short(integers)), state
+        return Coded(
+            kind, weights, 0.0, narrowing, _NO_PLACES, _NO_PLACES, _short(integers), noise if weights.size else None
+        ), state
     weights = best_weights(state, history, place.basis, widths)
     bins = _Bins(state, _prediction(history, weights, place, state.shape), widths)
     bins.settle(partial(budget.allows, number))
     budget.spend(bins.squares)
-    return bins.coded(weights), bins.decoded
+    return replace(bins.coded(weights), noise=noise if weights.size else None), bins.decoded
 
 
 class _Bins:
