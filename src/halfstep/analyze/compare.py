@@ -12,7 +12,7 @@ import numpy as np
 from halfstep.analyze import stats
 from halfstep.analyze.ends import Ends
 from halfstep.analyze.energy import ALL, Separation, correct_over_pairs, energy_tests
-from halfstep.analyze.permutation import residuals, smallest_p
+from halfstep.analyze.permutation import smallest_p
 from halfstep.analyze.resolution import of_means, spread_resolution
 from halfstep.analyze.runs import AnalyzedRun
 from halfstep.analyze.stats import Columns, GroupTest, OmnibusTest
@@ -110,8 +110,8 @@ def _columns(
     values = {name: [np.array([run.metrics[name] for run in runs]) for runs in groups] for name in metrics}
     found = {name: of_means([[run.resolution[name] for run in runs] for runs in groups]) for name in metrics}
     spread = _Spreads.of(groups, ends)
-    for name, products in spread.products.items():
-        of_groups = [stats.distances_to_center(products[rows, rows]) for rows in spread.rows]
+    for name, all_products in spread.products.items():
+        of_groups = [stats.distances_to_center(all_products[rows, rows]) for rows in spread.rows]
         values[name] = of_groups
         found[name] = max(map(spread_resolution, of_groups, spread.errors[name]))
     together: dict[bytes, list[str]] = {}
@@ -126,8 +126,8 @@ def _columns(
         sizes = tuple(map(len, rows))
         resolutions = np.array([found[name] for name in names])
         whole = all(map(np.all, kept))
-        residuals_of = {name: residuals(spread.products[name], sizes) for name in names if name in SPREADS and whole}
-        columns.append(Columns(tuple(names), np.concatenate(rows), sizes, paired, resolutions, residuals_of))
+        products = {name: spread.products[name] for name in names if name in SPREADS and whole}
+        columns.append(Columns(tuple(names), np.concatenate(rows), sizes, paired, resolutions, products))
     return columns
 
 

@@ -74,13 +74,13 @@ def pair_p(values: Float64, sizes: Sequence[int], *, paired: bool, resamples: in
 
 
 def spread_permutation_p(products: Float64, sizes: Sequence[int], *, paired: bool, resamples: int) -> float:
-    """As permutation_p, of the distances of points to the center of their group, given the inner products [n, n] of
-    `residuals`.
+    """As permutation_p, of the distances of points to the center of their group, given the inner products [n, n] of the
+    points.
 
-    What changes places is the points' residuals, and each arrangement has centers of its own: distances to a center
-    that was fitted to the same few points vary together, and tests that take them as they are find too much.
+    What changes places is the points, and each arrangement has centers of its own: distances to a center that was
+    fitted to the same few points vary together, and tests that arrange the distances find too much.
     """
-    statistic = _spread_of_means if paired else welch_f
+    statistic = _repeated_f if paired else welch_f
 
     def arranged(places: Places) -> Float64:
         distances = _to_centers(products, places, sizes)
@@ -156,13 +156,14 @@ def _moments(values: Float64, sizes: Sequence[int]) -> tuple[Float64, Float64]:
     return means, np.maximum(squares, 0.0) / (counts - 1)
 
 
-def residuals(products: Float64, sizes: Sequence[int]) -> Float64:
-    """Inner products [n, n] of points taken from the center of their group, times sqrt(n / (n - 1)) of it because the
-    center leans to each of them, given those of the points."""
-    groups = np.repeat(np.arange(len(sizes)), sizes)
-    centering = np.eye(len(products)) - (groups[:, None] == groups) / np.array(sizes)[groups]
-    scale = np.sqrt(np.array(sizes) / np.maximum(np.array(sizes) - 1, 1))[groups]
-    return np.asarray(scale[:, None] * (centering @ products @ centering) * scale)
+def _repeated_f(values: Float64, sizes: Sequence[int]) -> Float64:
+    """F of repeated measures [m, q] of `values` [m, n, q], but for its degrees of freedom."""
+    by_group = values.reshape(len(values), len(sizes), sizes[0], -1)
+    groups = by_group.mean(axis=2, keepdims=True) - by_group.mean(axis=(1, 2), keepdims=True)
+    left = by_group - by_group.mean(axis=1, keepdims=True) - groups
+    least = 1e-12 * np.square(values).sum(axis=1) + 1e-300
+    between = sizes[0] * np.square(groups).sum(axis=(1, 2))
+    return np.asarray(between / np.maximum(np.square(left).sum(axis=(1, 2)), least))
 
 
 def _to_centers(products: Float64, places: Places, sizes: Sequence[int]) -> Float64:

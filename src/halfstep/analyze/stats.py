@@ -39,15 +39,15 @@ Correction = Callable[[Float64], Float64]
 class Columns:
     """Quantities of the runs of some groups that are compared. values: [n, q], group by group, finite, in the order of
     `names`; paired: the groups have the same seeds in the same order. resolutions: [q] how much a difference of two
-    means may owe to the rounding of what was stored. residuals: by name of a quantity that is a distance to the group's
-    center, as in `permutation.residuals`."""
+    means may owe to the rounding of what was stored. products: by name of a quantity that is a distance to the group's
+    center, the inner products [n, n] of the points."""
 
     names: tuple[str, ...]
     values: Float64
     sizes: tuple[int, ...]
     paired: bool
     resolutions: Float64
-    residuals: Mapping[str, Float64] = field(default_factory=dict)
+    products: Mapping[str, Float64] = field(default_factory=dict)
 
     def permutation_p(self, resamples: int) -> Float64:
         """p-values [q] of the permutation tests of all groups."""
@@ -64,7 +64,7 @@ class Columns:
         return chances
 
     def _spreads(self) -> list[tuple[int, Float64]]:
-        return [(k, self.residuals[name]) for k, name in enumerate(self.names) if name in self.residuals]
+        return [(k, self.products[name]) for k, name in enumerate(self.names) if name in self.products]
 
 
 @dataclass(frozen=True)

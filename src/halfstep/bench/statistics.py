@@ -58,8 +58,8 @@ DESIGNS = {
 }
 CHANGES = {
     "none": Change(),
-    "prompts 1.5 times as wide": Change(spread=1.5),
-    "results 5% farther": Change(distance=1.05),
+    "prompts twice as wide": Change(spread=2.0),
+    "results 10% farther": Change(distance=1.1),
 }
 
 
