@@ -3,6 +3,7 @@ recorded or not, and each state as the pipeline had it."""
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +105,25 @@ PIPELINES: dict[str, tuple[Callable[[], Made], tuple[str, ...]]] = {
 }
 
 
-def make(name: str) -> tuple[Any, Callable[..., torch.Tensor]]:
-    torch.manual_seed(0)
-    pipe, options = PIPELINES[name][0]()
-    return pipe, caller(pipe, options)
+@dataclass
+class Caller:
+    """Calls a pipeline for four steps from seed 7."""
 
+    pipe: Any
+    options: dict[str, Any]
 
-def caller(pipe: Any, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
-    pipe.set_progress_bar_config(disable=True)
-
-    def call(**more: Any) -> torch.Tensor:
+    def __call__(self, **more: Any) -> torch.Tensor:
+        self.pipe.set_progress_bar_config(disable=True)
         seeded = torch.Generator().manual_seed(7)
-        result: torch.Tensor = pipe(**options, num_inference_steps=4, output_type="latent", generator=seeded, **more)[0]
+        fixed: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "generator": seeded}
+        result: torch.Tensor = self.pipe(**self.options, **fixed, **more)[0]
         return result
 
-    return call
+
+def make(name: str) -> tuple[Any, Caller]:
+    torch.manual_seed(0)
+    pipe, options = PIPELINES[name][0]()
+    return pipe, Caller(pipe, options)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -157,7 +162,7 @@ def test_a_pipeline_that_steps_frames_on_their_own_is_refused_and_goes_on(tmp_pa
     pipe, options = of_wan(
         "SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Transformer3DModel", inject_sample_info=True
     )
-    call = caller(pipe, options)
+    call = Caller(pipe, options)
     plain = call()
     with (
         warnings.catch_warnings(record=True) as warned,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +25,18 @@ from zarr.codecs import BloscCodec
 
 from halfstep.bench.compare import Timing, document, in_turn
 from halfstep.errors import InputError
+from halfstep.machine import cores, open_device
 from halfstep.sampling import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder, drive
 from halfstep.sampling.toy_flow import ToyFlow, smooth_field
 from halfstep.store import TrajectoryStore
-from halfstep.store.predictive import GROUP, Promise, decode_states, decode_trajectory, encode_trajectory
+from halfstep.store.predictive import GROUP, Noise, Promise, decode_states, decode_trajectory, encode_trajectory
 
 Float32 = npt.NDArray[np.float32]
 SHAPE = (16, 8, 40, 64)  # latents of 29 frames of 512 x 320 pixels, a video autoencoder's: 1.3 MB a state in fp32
 STATES = 32
+SMALL = (16, 32, 32)  # 64 kB a state
+SEED = 0
+_LEAST_STEP = 0.05  # seconds of a sampler's step beside which recording is measured
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ def bench_trajectory(*, files: Sequence[Path] = (), rounds: int = 5, recorder: b
     Rates are in MB of fp32 a second, in memory, and a second of processor time; seconds are for a whole trajectory. All
     ways take turns in each round. `worst_channel_error`: of a channel of a state, as a share of casting it to fp16.
     """
-    trajectories = {"sampled": sampled_trajectory(), **{path.stem: _load(path) for path in files}}
+    sampled = {"sampled": sampled_trajectory(SHAPE), "small": sampled_trajectory(SMALL)}
+    trajectories = {**sampled, **{path.stem: _load(path) for path in files}}
     keepers, absent = _keepers()
     timings: dict[str, Timing] = {}
     results: dict[str, Any] = {}
@@ -101,12 +110,12 @@ def _worst_channel(decoded: Float32, latents: Float32) -> float:
     return round(float(np.sqrt((ours[rounds] / casting[rounds]).max(initial=0.0))), 3)
 
 
-def sampled_trajectory() -> Float32:
-    """States of a toy flow of video size, float32 [33, 16, 8, 40, 64]."""
+def sampled_trajectory(shape: tuple[int, ...]) -> Float32:
+    """States of a toy flow, float32 [33, *shape]."""
     generator = torch.Generator().manual_seed(0)
-    flow = ToyFlow(torch.stack([smooth_field(SHAPE, generator) for _ in range(4)]), spread=0.3)
+    flow = ToyFlow(torch.stack([smooth_field(shape, generator) for _ in range(4)]), spread=0.3)
     memory = MemoryRecorder()
-    drive(flow.sample(0, steps=STATES), [memory])
+    drive(flow.sample(SEED, steps=STATES), [memory])
     return np.stack([step.latent.numpy() for step in memory.steps])
 
 
@@ -114,8 +123,10 @@ def sampled_trajectory() -> Float32:
 def bench_recorder(*, rounds: int, steps: int = 24) -> dict[str, Any]:
     """A sampler whose network takes 50 ms a step or more, with recording off and on in turn, from the same seed.
 
-    Latents are [16, 3, 32, 32] (0.2 MB), a convolutional network stands for the model. `overhead` is what recording
-    adds to the sampling itself, `overhead_with_finish` also counts the wait at the end, until all is encoded.
+    Latents are [16, 3, 32, 32] (0.2 MB), a convolutional network stands for the model, called as often in a step as
+    that takes. `overhead` is what recording
+    adds to the sampling itself, `overhead_with_finish` also counts the wait at the end, until all is encoded;
+    `overhead_beside_others`: the first beside as many busy processes as there are cores.
     """
     torch.manual_seed(0)
     width = 160
@@ -126,7 +137,12 @@ def bench_recorder(*, rounds: int, steps: int = 24) -> dict[str, Any]:
         torch.nn.SiLU(),
         torch.nn.Conv3d(width, 16, 3, padding=1),
     ).eval()
-    model = _Network(network, steps)
+    model = _Network(network.to(open_device("auto")), steps, 1)
+    model.sample(NullRecorder())
+    started = time.perf_counter()
+    model.sample(NullRecorder())
+    step = (time.perf_counter() - started) / steps
+    model = replace(model, calls=max(1, math.ceil(_LEAST_STEP / step)))
     samples: dict[str, torch.Tensor] = {}
     finished: dict[str, list[float]] = {"off": [], "on": []}
     with tempfile.TemporaryDirectory(prefix="halfstep-bench-") as scratch:
@@ -145,16 +161,33 @@ def bench_recorder(*, rounds: int, steps: int = 24) -> dict[str, Any]:
         for case in ("off", "on"):  # warm up
             run(case)
             finished[case].clear()
-        timings = in_turn({"off": partial(run, "off"), "on": partial(run, "on")}, rounds)
-    with_finish = float(np.median(finished["on"])) / float(np.median(finished["off"]))
+        cases: dict[str, Callable[[], float | None]] = {"off": partial(run, "off"), "on": partial(run, "on")}
+        timings = in_turn(cases, rounds)
+        with_finish = float(np.median(finished["on"])) / float(np.median(finished["off"]))
+        with _busy_processes(cores()):
+            beside = in_turn(cases, rounds)
     return {
         "steps": steps,
         "step_ms": round(1e3 * timings["off"].median / steps, 1),
         "seconds": {case: asdict(timing) for case, timing in timings.items()},
         "overhead": round(timings["on"].median / timings["off"].median - 1, 4),
         "overhead_with_finish": round(with_finish - 1, 4),
+        "overhead_beside_others": round(beside["on"].median / beside["off"].median - 1, 4),
+        "seconds_beside_others": {case: asdict(timing) for case, timing in beside.items()},
         "same_samples": bool(torch.equal(samples["off"], samples["on"])),
     }
+
+
+@contextmanager
+def _busy_processes(count: int) -> Iterator[None]:
+    """So many processes that do nothing but compute."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 @dataclass(frozen=True)
@@ -163,16 +196,19 @@ class _Network:
 
     network: torch.nn.Module
     steps: int
+    calls: int  # of the network in a step
 
     def sample(self, recorder: Recorder) -> torch.Tensor:
         x = torch.randn((16, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+        x = x.to(next(self.network.parameters()).device)
         recorder.record(Step(0, 1000.0, 1.0, x))
         with torch.inference_mode():
             for k in range(1, self.steps + 1):
-                x = x + self.network(x[None])[0] / self.steps
+                for _ in range(self.calls):
+                    x = x + self.network(x[None])[0] / (self.steps * self.calls)
                 sigma = 1 - k / self.steps
                 recorder.record(Step(k, 1000 * sigma, sigma, x))
-        return x
+        return x.cpu()
 
 
 def _load(path: Path) -> Float32:
@@ -207,6 +243,9 @@ def _keepers() -> tuple[dict[str, Keeper], dict[str, str]]:
         "halfstep, groups of 16": _halfstep(),
         "halfstep, strict": _halfstep(strict=True),
         "halfstep, whole run": _halfstep(1 << 15),
+        "halfstep, seed known": _halfstep(noise=Noise(SEED)),
+        "halfstep, born fp16": _halfstep(born=torch.float16),
+        "halfstep, born bf16": _halfstep(born=torch.bfloat16),
         "npy.gz, fp32": _each_step(_npy_gz, _from_npy_gz, "float32"),
         "npy.gz, fp16": _each_step(_npy_gz, _from_npy_gz, "float16"),
         "torch.save, fp32": _each_step(_torch_save, _torch_load, "float32"),
@@ -226,10 +265,18 @@ def _keepers() -> tuple[dict[str, Keeper], dict[str, str]]:
     return keepers, absent
 
 
-def _halfstep(group: int = GROUP, *, strict: bool = False) -> Keeper:
-    """The codec at the error of fp16. A state alone costs the decoding of those it was predicted from."""
+def _halfstep(
+    group: int = GROUP, *, strict: bool = False, noise: Noise | None = None, born: torch.dtype = torch.float32
+) -> Keeper:
+    """The codec at the error of fp16, of latents that a sampler in the type `born` hands out. A state alone costs the
+    decoding of those it was predicted from."""
+
+    def encode(latents: Float32) -> list[bytes]:
+        latents = torch.from_numpy(latents).to(born).float().numpy()
+        return [encode_trajectory(latents, Promise(strict=strict), group=group, noise=noise)]
+
     return Keeper(
-        lambda latents: [encode_trajectory(latents, Promise(strict=strict), group=group)],
+        encode,
         lambda blobs: decode_trajectory(blobs[0]),
         lambda blobs, k: decode_states(blobs[0], [k])[0],
         lambda blobs: sum(map(len, blobs)),

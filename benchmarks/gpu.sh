@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# What needs a GPU: its tests, then the benchmarks, a JSON file each in folder OUT.
+#   benchmarks/gpu.sh OUT
+# PYTHON is the interpreter that halfstep is installed for, .venv/bin/python by default.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: benchmarks/gpu.sh OUT}
+python=${PYTHON:-.venv/bin/python}
+failed=0
+mkdir -p "$out"
+
+bench() { # NAME ARGUMENTS...
+    name=$1
+    shift
+    echo "== bench $name $*"
+    "$python" -m halfstep bench "$name" "$@" --json >"$out/$name.json" || { failed=1; rm -f "$out/$name.json"; }
+}
+
+"$python" -m halfstep probe --json >"$out/probe.json" || failed=1
+"$python" -m pytest tests/gpu -n 0 || failed=1
+bench encode --images 256 --size 256 --rounds 3 --no-memory
+bench train --batch 64 --steps 10 --rounds 3 --no-memory
+bench sample --batch 16 --updates 100 --rounds 3
+bench trajectory --rounds 3
+bench precision --seeds 3 --steps 400
+exit "$failed"
