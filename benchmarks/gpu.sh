@@ -13,14 +13,13 @@ bench() { # NAME ARGUMENTS...
     name=$1
     shift
     echo "== bench $name $*"
-    "$python" -m halfstep bench "$name" "$@" --json >"$out/$name.json" || { failed=1; rm -f "$out/$name.json"; }
+    "$python" -m halfstep bench "$name" "$@" --json >"$out/.$name" && mv "$out/.$name" "$out/$name.json" || failed=1
 }
 
 "$python" -m halfstep probe --json >"$out/probe.json" || failed=1
 "$python" -m pytest tests/gpu -n 0 || failed=1
 bench encode --images 256 --size 256 --rounds 3 --no-memory
-bench train --batch 64 --steps 10 --rounds 3 --no-memory
 bench sample --batch 16 --updates 100 --rounds 3
-bench trajectory --rounds 3
-bench precision --seeds 3 --steps 400
+bench trajectory --rounds 2
+bench train --batch 32 --steps 5 --rounds 2 --no-memory
 exit "$failed"

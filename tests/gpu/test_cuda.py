@@ -39,7 +39,7 @@ def test_a_store_is_the_same_as_on_the_processor(tmp_path: Path) -> None:
         assert cuda.read(key, 0, 8) == pytest.approx(cpu.read(key, 0, 8), rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "16-true", "tf32"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "16-true", "fp32,compute=tf32"])
 def test_networks_in_each_precision_stay_near_fp32(precision: str) -> None:
     from halfstep.models.eqm import EqM
 
@@ -92,4 +92,4 @@ def test_pipelines_on_a_device_give_the_same_sample(name: str, dtype: torch.dtyp
     assert recording.refused is None
     run = TrajectoryStore.open(tmp_path / "s")["a"]
     assert np.array_equal(run.latents[-1], plain[0].float().cpu().numpy())
-    assert len(run) == 5
+    assert len(run) == 5 + (name == "Stable Diffusion")  # PNDM calls its first timestep twice

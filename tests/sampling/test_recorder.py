@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import halfstep.sampling.recorder as recorder_module
 from halfstep.errors import InputError
 from halfstep.sampling import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder
 from halfstep.store import TrajectoryFormat, TrajectoryStore, repair_trajectories, verify_trajectories
@@ -19,14 +18,6 @@ from halfstep.store.predictive import count_states
 from tests.support.cli import run_script
 
 EXACT = TrajectoryFormat(storage="fp32")
-
-
-class _CopyOfGpu(recorder_module._Copy):
-    """Whose group is encoded once it is full, as beside a GPU."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__(step)
-        self.of_cpu = False
 
 
 def sample(
@@ -85,24 +76,20 @@ def test_a_done_ticket_is_a_durable_step(tmp_path: Path) -> None:
     assert store["a"].problems[0].startswith("incomplete")
 
 
-def test_a_sampler_on_the_cpu_keeps_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups are encoded in the end and not beside it. What is left is the same, byte for byte."""
+def test_a_sampler_keeps_its_cores(tmp_path: Path) -> None:
+    """Groups are encoded in the end and not beside it. What is left is what packing early leaves, byte for byte."""
     store = TrajectoryStore.create(tmp_path / "s")
-
-    def record(key: str) -> tuple[list[str], dict[str, bytes]]:
-        latents = store.root / key / "latents"
-        with StoreRecorder(store, key) as recorder:
-            sample(recorder, steps=20)
-            recorder.record(Step(21, 0.0, 0.0, torch.zeros(4, 8, 8))).result()
-            beside = sorted(path.name for path in latents.iterdir())
-        return beside, {path.name: path.read_bytes() for path in latents.iterdir()}
-
-    beside, kept = record("cpu")
-    monkeypatch.setattr(recorder_module, "_Copy", _CopyOfGpu)
-    beside_gpu, kept_of_gpu = record("gpu")
-    assert beside == ["zarr.json"]
-    assert len(beside_gpu) == 2
-    assert kept == kept_of_gpu
+    latents = store.root / "a" / "latents"
+    with StoreRecorder(store, "a", seed=3) as recorder:
+        states = sample(recorder, steps=20)
+        recorder.record(Step(21, 0.0, 0.0, torch.zeros(4, 8, 8))).result()
+        assert sorted(path.name for path in latents.iterdir()) == ["zarr.json"]
+    sigmas = [1 - k / 20 for k in range(21)] + [0.0]
+    store.add("b", [*(state.numpy() for state in states), np.zeros((4, 8, 8), np.float32)], sigmas=sigmas, seed=3)
+    kept, early = (
+        {path.name: path.read_bytes() for path in (store.root / key / "latents").iterdir()} for key in ("a", "b")
+    )
+    assert kept == early
     assert len(kept) == 2
     assert count_states(kept["c.0.0.0.0"]) == 22
 
@@ -204,11 +191,10 @@ def test_what_the_format_cannot_hold_stops_the_recording_only(tmp_path: Path) ->
 
 def _record_for_ever(root: Path, first: int, said: Connection) -> None:
     """Record runs, and say on the pipe, a line at once, which tickets are done."""
-    say, kinds = said.fileno(), (recorder_module._Copy, _CopyOfGpu)
+    say = said.fileno()
     store = TrajectoryStore.create(root)
     os.write(say, b"ready\n")
     for run in range(first, 10**9):
-        recorder_module._Copy = kinds[run // 1000 % 2]  # type: ignore[misc]
         with StoreRecorder(store, f"r{run}", format=EXACT) as recording:
             for k in range(37):
                 ticket = recording.record(Step(k, float(k), float(-k), _latent(run, k)))

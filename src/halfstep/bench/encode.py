@@ -23,6 +23,7 @@ from halfstep.encode import EncodeOptions, encode
 from halfstep.encode.lanes import Lanes
 from halfstep.encode.runner import prepare_run
 from halfstep.machine import open_device, peak_memory_mb
+from halfstep.precision import PrecisionPolicy
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.team import Team
@@ -47,7 +48,7 @@ def bench_encode(
         model = sd_vae_shaped(folder / "vae") if autoencoder == "sd-vae-shaped" else autoencoder
         walks = max(1, images // _WALK)
         write_toy_world(folder / "world", walks=walks, frames=_WALK, size=(640, 480))
-        plain = load_autoencoder(model)
+        plain = load_autoencoder(model).prepared(open_device("auto"), PrecisionPolicy(), channels_last=False)
         stores = iter(range(10**6))
         measured: dict[str, DatasetStore] = {}
 
@@ -110,8 +111,8 @@ def _plain_loop(autoencoder: Autoencoder, folder: Path, size: int, stores: Itera
         for start in range(0, len(pictures), PLAIN_BATCH):
             batch = [load_fitted(path, pixels) for path in pictures[start : start + PLAIN_BATCH]]
             # Contiguous [B, 3, H, W], as the usual transforms deliver it.
-            values = to_pixels(torch.from_numpy(np.stack(batch))).contiguous()
-            latents = autoencoder.scaled(autoencoder.encode(values).draw())
+            values = to_pixels(torch.from_numpy(np.stack(batch))).contiguous().to(open_device("auto"))
+            latents = autoencoder.scaled(autoencoder.encode(values).draw()).cpu()
             for path, latent in zip(pictures[start:], latents, strict=False):
                 torch.save({"latent": latent.clone()}, output / walk.name / f"{path.stem}.pt")
 

@@ -81,8 +81,8 @@ class StoreRecorder:
     """Records into a TrajectoryStore, off the sampler's path.
 
     `record` copies the latent (from a GPU into pinned memory, without waiting for it) and returns; a thread of low
-    priority writes it. Beside a GPU that thread also encodes groups of steps. A sampler on the CPU would lose its own
-    cores to that, so its steps wait in the journal for `finish`. At most a few steps wait in memory: a sampler that is
+    priority writes it to the run's journal. `finish` encodes the steps: earlier, that would take a sampler's cores, or
+    the interpreter's lock from one that launches kernels. At most a few steps wait in memory: a sampler that is
     faster than the disk waits.
     `interval` keeps every n-th step, and always the first and the last; the tickets of others are done at once, and the
     last, when it falls between, is written by `finish` or `close`. When the store cannot take a step (a full disk),
@@ -199,8 +199,6 @@ class StoreRecorder:
             ticket.set_result(None) if error is None else ticket.set_exception(error)
 
         self._thread.submit(self._append, copy).add_done_callback(settle)
-        if not copy.of_cpu:
-            self._thread.submit(self._pack).add_done_callback(self._note_failure)
 
     def _append(self, copy: _Copy) -> None:
         if self._failure is not None:
@@ -209,10 +207,6 @@ class StoreRecorder:
         if self._source is None:
             self._source = copy.source
             self._writer.note(**copy.source)
-
-    def _pack(self) -> None:
-        if self._failure is None:
-            self._writer.pack()
 
     def _note_failure(self, written: Future[None]) -> None:
         self._failure = self._failure or written.exception()
@@ -243,7 +237,6 @@ class _Copy:
     def __init__(self, step: Step) -> None:
         latent = step.latent.detach()
         self._arrived: torch.cuda.Event | None = None
-        self.of_cpu = latent.device.type == "cpu"
         name = torch.cuda.get_device_name(latent.device) if latent.is_cuda else str(latent.device)
         self.source = {"device": name, "dtype": str(latent.dtype).removeprefix("torch.")}
         if latent.is_cuda:
