@@ -362,6 +362,14 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("trajectories/sde_trajectory_12/ways/halfstep, groups of 16/share_of_fp32", "{:.3f}"),
         ("recorder/overhead", "{:.1%}"), ("recorder/overhead_with_finish", "{:.1%}"), ("recorder/step_ms", "{:.0f} ms"),
     ]),
+    (INTEL, "statistics", [
+        (f"designs/{design}/{place}", "{:.1%}")
+        for design in ("paired, 10 + 10", "unpaired, 10 + 10", "unequal, 6 + 18", "six groups of 8, paired",
+                       "six groups of 8, unpaired")
+        for place in ("none/sets_with_a_finding", "none/below_alpha/dispersion", "none/found/separation",
+                      "prompts twice as wide/below_alpha/dispersion", "prompts twice as wide/sets_with_a_finding",
+                      "results 10% farther/below_alpha/final_variance")
+    ]),
     (INTEL, "storage", [
         (f"formats/{kept}/{fact}", form)
         for kept in ("fp16", "predictive at fp16's error")
