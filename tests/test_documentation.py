@@ -306,7 +306,7 @@ def test_the_site_builds_with_all_its_links_and_fetches_nothing(tmp_path: Path) 
     assert "<code>halfstep store convert</code>" in (tmp_path / "site" / "api" / "commands" / "index.html").read_text()
 
 
-AMD, INTEL = "amd-epyc-2-cores", "intel-xeon-2-cores"
+AMD, INTEL, H200 = "amd-epyc-2-cores", "intel-xeon-2-cores", "nvidia-h200"
 FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
     (AMD, "encode", [
         ("seconds/plain loop, fp32/median", "{:.1f} s"), ("seconds/halfstep, auto/median", "{:.1f} s"),
@@ -347,6 +347,15 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("seconds/plain loop, fp32/median", "{:.1f} s"), ("seconds/halfstep, fp32/median", "{:.1f} s"),
         ("seconds/halfstep, auto/median", "{:.1f} s"), ("seconds/encoder alone, auto/median", "{:.1f} s"),
         ("speedup_over_plain_loop", "{:.1f}x"), ("pipeline_over_encoder", "{:.1%}"),
+    ]),
+    (H200, "encode", [
+        ("seconds/plain loop, fp32/median", "{:.1f} s"), ("seconds/halfstep, fp32/median", "{:.1f} s"),
+        ("seconds/halfstep, auto/median", "{:.1f} s"), ("seconds/encoder alone, auto/median", "{:.1f} s"),
+        ("speedup_over_plain_loop", "{:.1f}x"), ("pipeline_over_encoder", "{:.0%}"),
+    ]),
+    (H200, "sample", [
+        ("seconds/plain loop, fp32/median", "{:.2f} s"), ("seconds/halfstep, fp32/median", "{:.2f} s"),
+        ("seconds/halfstep, auto/median", "{:.2f} s"), ("speedup", "{:.1f}x"),
     ]),
     (INTEL, "trajectory", [
         *((f"trajectories/sampled/ways/{way}/{fact}", form)

@@ -108,7 +108,8 @@ def analyze(
     problems: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> Analysis:
-    """Analyze `runs`; `groups` gives the group of each key that is to be looked at.
+    """Analyze `runs`; `groups` gives the group of each key that is to be looked at. The order of runs changes nothing:
+    they are taken by their keys, and so are groups, by that of their first run.
 
     `metrics` names some of METRICS (all by default); `pairwise` compares all runs two by two. Runs that cannot be
     used, and what is wrong with the others, are among the problems, after those given. Raises InputError for an unknown
@@ -119,7 +120,7 @@ def analyze(
         if name not in METRICS:
             raise InputError(f"--metrics: got {name!r}; expected some of {', '.join(METRICS)}")
     found = list(problems)
-    usable = _usable_runs({key: runs[key] for key in groups}, found)
+    usable = _usable_runs({key: runs[key] for key in sorted(groups)}, found)  # so that their order changes nothing
     summaries: dict[str, Summary] = {}
     progress.start(len(usable))
     for key, run in list(usable.items()):
