@@ -258,7 +258,10 @@ def test_the_trajectory_benchmark_runs(tmp_path: Path, monkeypatch: pytest.Monke
     np.savez(tmp_path / "mine.npz", latents=latents)
     command = ["bench", "trajectory", "--file", tmp_path / "mine.npz", "--rounds", 1]
     result = json.loads(run_cli(*command, "--json").stdout)
-    assert result["trajectories"].keys() == {"sampled", "mine"}
+    assert result["trajectories"].keys() == {"sampled", "small", "mine"}
+    small = result["trajectories"]["small"]["ways"]
+    assert small["halfstep, seed known"]["share_of_fp32"] < 0.9 * small["halfstep, groups of 16"]["share_of_fp32"]
+    assert small["halfstep, born bf16"]["share_of_fp32"] < small["halfstep, born fp16"]["share_of_fp32"] < 0.1
     sampled = result["trajectories"]["sampled"]["ways"]
     assert sampled["halfstep, groups of 16"]["share_of_fp32"] < 0.095
     for way, most in (("halfstep, groups of 16", 1.5), ("halfstep, strict", 1.0)):

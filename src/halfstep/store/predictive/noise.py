@@ -53,7 +53,8 @@ class Noise:
         for part in (some, slice(None)):  # most of what is no such noise is known by its first values
             values = flat[part].astype(np.float64)
             noise = self._drawn(len(values), flat.size).astype(np.float64)
-            scale = np.float32(noise @ values / (noise @ noise))
+            # Sums and no products of BLAS, which would take threads.
+            scale = np.float32((noise * values).sum() / np.square(noise).sum())
             if not np.square(values - scale * noise).sum() <= _ENOUGH**2 * np.square(values).sum() or scale == 0:
                 return None
         return Noise(self.seed, self.index, float(scale))
