@@ -29,11 +29,24 @@ class Config(BaseModel):
         return content
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: Path, kind: type[T], settings: Sequence[str] = ()) -> T:
     """Read and validate `path` as `kind`, with `settings` (`a.b=value`, the value in YAML) in place of what is there.
     Raises InputError with the dotted path of the first fault."""
     try:
-        content: Any = yaml.safe_load(path.read_text())
+        content: Any = yaml.load(path.read_text(), _UniqueKeys)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

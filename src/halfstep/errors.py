@@ -9,6 +9,11 @@ def some(items: Sequence[object], most: int = 5) -> str:
     return ", ".join(map(str, items[:most])) + more
 
 
+def printable(text: str) -> str:
+    """`text` as UTF-8 can have it: half of a surrogate pair as its escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class HalfstepError(Exception):
     """Base of all errors raised on purpose. `exit_code` is 2 when the input is at fault, 1 when the work failed."""
 

@@ -1,17 +1,21 @@
 """Groups of runs that are many, few, still, straight, or not made alike."""
 
+import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from halfstep.analyze import Analysis, analyze, full_document, group_by_prompt, write_output
+from halfstep.analyze import Analysis, analyze, full_document, group_by_file, group_by_prompt, write_output
 from halfstep.analyze.ends import last_states
 from halfstep.analyze.words import findings
+from halfstep.errors import InputError
 from halfstep.store import TrajectoryFormat, TrajectoryStore
 from halfstep.store.run import FP32, Latents, Rounding, Run
 
@@ -239,3 +243,69 @@ def test_permuting_runs_changes_no_number(paired: bool) -> None:
     mixed = np.random.default_rng(0).permutation(list(runs)).tolist()
     one, other = analyzed(runs), analyzed({key: runs[key] for key in mixed})
     assert full_document(one, []) == full_document(other, [])
+
+
+def test_long_names_that_begin_alike_stay_apart() -> None:
+    from halfstep.analyze.plots import short_names
+
+    long = "a photograph of a car on a mountain road at night, "
+    names = [f"{long}{color}" for color in ("red", "blue", "green")]
+    for most in (20, 24, 40):
+        short = short_names(names, most)
+        assert len(set(short.values())) == 3
+        assert all(len(name) <= most for name in short.values())
+    assert short_names([f"{'x' * 60}{k}{'y' * 60}" for k in range(3)], 24) == {
+        f"{'x' * 60}{k}{'y' * 60}": f"{'x' * 16}... {k + 1}" for k in range(3)
+    }
+    assert short_names(["a", "b" * 99], 24) == {"a": "a", "b" * 99: f"{'b' * 21}..."}
+
+
+def test_odd_names_make_a_whole_page(tmp_path: Path) -> None:
+    """Half of a surrogate pair, a group named as the program names all of them, and letters that no font here has."""
+    runs = {}
+    for g, prompt in enumerate(["bad \ud800", "all groups", "雨 $x$ <b>"]):
+        for k in range(6):
+            runs[f"{g}-{k}"] = run_of(bent(k, prompt=g), f"{g}-{k}", prompt, k)
+    analysis = analyzed(runs)
+    assert sum("separat" in line for line in findings(analysis)) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_output(analysis, tmp_path / "out", "odd")
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["runs"]["0-0"]["prompt"] == "bad \ud800"
+    assert {row["group"] for row in pq.read_table(tmp_path / "out" / "metrics.parquet").to_pylist()} == {
+        r"bad \ud800", "all groups", "雨 $x$ <b>"
+    }  # fmt: skip
+
+
+def test_values_too_large_to_square_cost_their_run_alone() -> None:
+    runs = {f"{g}-{k}": run_of(bent(k, prompt=g), f"{g}-{k}", f"prompt {g}", k) for g in range(2) for k in range(6)}
+    huge = bent(9)
+    huge[-1, 0] = 1e20
+    analysis = analyzed({**runs, "huge": run_of(huge, "huge", "prompt 0", 9)})
+    assert len(analysis.runs) == 12
+    assert "huge: has values of up to 1e+20, beyond 1e+15; left out" in analysis.problems
+
+
+def test_no_value_is_not_too_few_runs() -> None:
+    still = np.full((STATES, math.prod(SHAPE)), 0.7)
+    runs = {f"{g}-{k}": run_of(still, f"{g}-{k}", f"prompt {g}", k) for g in range(2) for k in range(6)}
+    reasons = {test.metric: test.not_enough for test in analyzed(runs).tests}
+    assert reasons["straightness"] == "not enough runs: it has no value in the runs of a group"
+
+
+def test_an_analysis_stays_out_of_stores(tmp_path: Path) -> None:
+    TrajectoryStore.create(tmp_path / "runs")
+    analysis = analyzed({"a": run_of(bent(0), "a", "p", 0)})
+    with pytest.raises(InputError, match="lies in the trajectory store"):
+        write_output(analysis, tmp_path / "runs" / "analysis", "x")
+    assert not (tmp_path / "runs" / "analysis").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("a: [x*]\na: [y*]", "'a' stands twice"), ("{}", "no groups"), ("a: []", "a: no patterns")],
+)
+def test_files_of_groups_that_say_nothing(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "g.yaml").write_text(text)
+    with pytest.raises(InputError, match=named):
+        group_by_file({"a": run_of(bent(0), "a", "p", 0)}, tmp_path / "g.yaml")

@@ -276,7 +276,8 @@ def test_prompts_come_from_the_command_or_from_the_settings() -> None:
         ({}, "no prompt; give --template TEXT, or prompt_settings.template"),
         ({"template": "a", "prompts": ["b"]}, "a template and prompts; leave out one"),
         ({"prompts": ["b", "b"]}, "got 'b' twice or empty"),
-        ({"prompts": [" "]}, "got ' ' twice or empty"),
+        ({"prompts": [" "]}, "got '' twice or empty"),
+        ({"prompts": ["a", "a "]}, "got 'a' twice or empty"),
     ]:
         with pytest.raises(InputError, match=named):
             settings(**bad).prompts(None)

@@ -18,6 +18,7 @@ from halfstep.store import (
     trajectory,
     verify_trajectories,
 )
+from halfstep.store.trajectory_layout import sealed
 from tests.support.arrays import walk
 from tests.support.cli import run_cli
 
@@ -313,3 +314,45 @@ def test_file_urls_on_the_command_line(tmp_path: Path) -> None:
     assert run_cli("analyze", "--batch-dir", url, "--list-videos").stdout.startswith("a ")
     run_cli("store", "convert", url, "-o", tmp_path / "plain", "--to", "store", "--codec", "blosc")
     assert zarr.open_array(str(tmp_path / "plain"), path="a/latents", mode="r").shape == (5, *walk(5).shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("attributes", "named"),
+    [
+        ({"prompt": 5}, "got prompt=5; expected text"),
+        ({"prompt": ["a"]}, r"got prompt=\['a'\]; expected text"),
+        ({"seed": [1, 2]}, r"got seed=\[1, 2\]; expected a whole number"),
+        ({"seed": True}, "got seed=True; expected a whole number"),
+        ({"problems": "x"}, "'problems' is an attribute that the store keeps itself"),
+        ({"complete": "no"}, "'complete' is an attribute that the store keeps itself"),
+    ],
+)
+def test_attributes_of_other_types_are_refused(tmp_path: Path, attributes: dict[str, object], named: str) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    with pytest.raises(InputError, match=named):
+        store.record("a", **attributes)
+    assert list(store) == []
+
+
+def test_attributes_of_other_types_that_are_there_are_named(tmp_path: Path) -> None:
+    """As another program may have left them."""
+    store = TrajectoryStore.create(tmp_path / "s")
+    store.add("a", walk(5), sigmas=np.linspace(1, 0, 5), prompt="p", seed=1)
+    group = zarr.open_group(str(tmp_path / "s"), path="a", mode="r+")
+    group.update_attributes(sealed({**group.attrs.asdict(), "prompt": 5, "seed": [1], "states": {}, "dtype": ["x"]}))
+    run = store["a"]
+    assert (run.prompt, run.seed) == (None, None)
+    assert [line for line in run.problems if line.startswith("odd: ")] == [
+        f"odd: its {name} is {value!r}, which is left out" for name, value in run_odd(group.attrs.asdict())
+    ]
+    assert run_cli("analyze", "--batch-dir", tmp_path / "s", "--list-videos").stdout.startswith("a ")
+
+
+def run_odd(attributes: dict[str, object]) -> list[tuple[str, object]]:
+    return [(name, value) for name, value in attributes.items() if name in ("prompt", "seed", "states", "dtype")]
+
+
+@pytest.mark.parametrize("options", [{"channel_axis": 1.0}, {"channel_axis": "1"}, {"max_error": "x"}])
+def test_formats_of_other_types_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="expected a number"):
+        TrajectoryFormat(**options)  # type: ignore[arg-type]

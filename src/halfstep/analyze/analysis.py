@@ -33,11 +33,12 @@ from halfstep.analyze.metrics import (
 from halfstep.analyze.resolution import resolutions
 from halfstep.analyze.runs import AnalyzedRun
 from halfstep.analyze.stats import GroupTest, OmnibusTest
-from halfstep.errors import InputError, StoreError
+from halfstep.errors import InputError, StoreError, printable
 from halfstep.progress import SILENT, Progress
 from halfstep.store.run import Float64, Latents, Run
 
 _SPECTRUM = 10  # eigenvalues of a run that are reported
+_LARGEST = 1e15  # magnitude of a value whose squares can be summed in float32
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,13 @@ def analyze(
         progress.advance()
         try:
             progress.show(f"{key}: {len(run)} steps")
-            summaries[key] = summarize(run)
+            with np.errstate(all="ignore"):  # what overflows is looked for
+                summaries[key] = summarize(run)
             if not np.isfinite(summaries[key].gram).all():
                 found.append(f"{key}: has values that are not finite; left out")
+                del usable[key]
+            elif summaries[key].largest > _LARGEST:
+                found.append(f"{key}: has values of up to {summaries[key].largest:.2g}, beyond {_LARGEST:g}; left out")
                 del usable[key]
         except StoreError as error:
             found.append(f"{error}; left out")
@@ -199,8 +204,9 @@ def _only(run: Run, places: Any) -> Run:
 def _analyze_run(run: Run, group: str, summary: Summary, shared: SharedAxes, metrics: Sequence[str]) -> AnalyzedRun:
     axes = shared.project(run.latents)
     path = Path(summary.gram, summary.mean, summary.variance, run.sigmas, axes, summary.rms_errors)
-    values = {name: METRICS[name].compute(path) for name in metrics}
-    profiles = {name: profile.compute(path) for name, profile in PROFILES.items()}
+    with np.errstate(all="ignore"):  # what is not finite is no value
+        values = {name: METRICS[name].compute(path) for name in metrics}
+        profiles = {name: profile.compute(path) for name, profile in PROFILES.items()}
     return AnalyzedRun(
         run.key,
         run.prompt,
@@ -358,7 +364,8 @@ def tidy(analysis: Analysis) -> list[dict[str, Any]]:
     rows = []
     for run in analysis.runs:
         seed = None if run.seed is None else str(run.seed)
-        who = {"run": run.key, "group": run.group, "prompt": run.prompt, "seed": seed}
+        prompt = None if run.prompt is None else printable(run.prompt)
+        who = {"run": run.key, "group": printable(run.group), "prompt": prompt, "seed": seed}
         for name, value in run.metrics.items():
             rows.append({**who, "quantity": name, "unit": METRICS[name].unit, "sigma": None, "value": value})
         for name, (sigmas, values) in run.profiles.items():

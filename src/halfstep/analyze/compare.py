@@ -164,7 +164,7 @@ def _separations(members: Members, paired: bool) -> list[Separation]:
     sizes = [len(runs) for runs in groups]
     if min(sizes) < 2:
         return []
-    a, b = members if len(members) == 2 else (ALL, "")
+    a, b = members if len(members) == 2 else (ALL, None)
     points = np.array([run.path.axes for runs in groups for run in runs]).transpose(1, 0, 2)
     energy, p, corrected = energy_tests(_distances(points), sizes, paired=paired)
     return [

@@ -19,7 +19,7 @@ ALL = "all groups"
 
 @dataclass(frozen=True)
 class Separation:
-    """How far two groups lie apart at one noise level; of more than two at once, `a` is "all groups" and `b` empty.
+    """How far two groups lie apart at one noise level; of more than two at once, `a` is "all groups" and `b` None.
 
     energy: the energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'| in the shared axes, latent (Szekely and Rizzo 2013,
     doi:10.1016/j.jspi.2013.03.018), of all groups its mean over the pairs. p_permutation: of the test of the distances
@@ -28,7 +28,7 @@ class Separation:
     """
 
     a: str
-    b: str
+    b: str | None
     sigma: float
     energy: float
     p_permutation: float | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,7 +38,11 @@ def facts_of(run: Run) -> dict[str, Any]:
         "versions": _pairs(known.get("versions")),
         "date": str(known["recorded"])[:10] if known.get("recorded") else None,
     }
-    return {name: value for name, value in facts.items() if value is not None}
+    return {
+        name: value if isinstance(value, (str, int, float)) else json.dumps(value)
+        for name, value in facts.items()
+        if value is not None
+    }
 
 
 def _pairs(content: Any) -> str | None:

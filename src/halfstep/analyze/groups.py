@@ -21,6 +21,9 @@ def group_by_file(runs: Mapping[str, Run], path: Path) -> dict[str, str]:
     """By a YAML file of `group: [patterns]`: shell patterns of run names or prompts. Runs that no pattern matches are
     left out. Raises InputError when a pattern matches nothing, or a run falls into two groups."""
     wanted = load_yaml(path, dict[str, list[str]])
+    empty = [group for group, patterns in wanted.items() if not patterns]
+    if empty or not wanted:
+        raise InputError(f"{path}: {some(empty) + ': no patterns' if empty else 'no groups'}; give group: [patterns]")
     groups: dict[str, str] = {}
     for group, patterns in wanted.items():
         for pattern in patterns:

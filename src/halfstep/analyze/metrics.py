@@ -44,6 +44,7 @@ class Summary:
     variance: Float64
     rms_errors: Float64
     size: int
+    largest: float  # magnitude of a value
 
 
 def summarize(run: Run) -> Summary:
@@ -51,18 +52,20 @@ def summarize(run: Run) -> Summary:
     latents, count = run.latents, len(run)
     gram = np.zeros((count, count))
     mean, variance, errors = np.zeros(count), np.zeros(count), np.zeros(count)
+    largest = 0.0
     for first in range(0, count, _BLOCK):
         block = _rows(latents, first)
         for k, state in enumerate(block, start=first):
             mean[k] = state.mean(dtype=np.float64)
             variance[k] = np.square(state - mean[k], dtype=np.float64).mean()
             errors[k] = run.rounding.rms(state)
+            largest = max(largest, float(np.abs(state).max(initial=0.0)))
         for second in range(first, count, _BLOCK):
             other = block if second == first else _rows(latents, second)
             products = _inner_products(block, other)
             gram[first : first + len(block), second : second + len(other)] = products
             gram[second : second + len(other), first : first + len(block)] = products.T
-    return Summary(gram, mean, variance, errors, math.prod(latents.shape[1:]))
+    return Summary(gram, mean, variance, errors, math.prod(latents.shape[1:]), largest)
 
 
 def _rows(latents: Latents, first: int) -> npt.NDArray[np.float32]:
@@ -302,7 +305,8 @@ def _divide(a: Float64, b: Float64 | float) -> Float64:
 
 
 def _ratio(a: float, b: float) -> float:
-    return a / b if b != 0 else float("nan")
+    quotient = a / b if b != 0 else float("nan")
+    return quotient if math.isfinite(quotient) else float("nan")
 
 
 def _mean(values: Float64) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import itertools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from halfstep.analyze.analysis import Analysis
-from halfstep.analyze.energy import ALL, Separation
+from halfstep.analyze.energy import Separation
 from halfstep.analyze.metrics import METRIC_NAMES
 from halfstep.analyze.runs import AnalyzedRun
 from halfstep.analyze.stats import ALPHA
 from halfstep.analyze.words import by_pair, size
+from halfstep.errors import printable
 from halfstep.files import file_errors, replacing
 from halfstep.store.run import Float64
 
@@ -41,14 +43,26 @@ def palette(count: int) -> list[str]:
     return ["#" + "".join(f"{round(255 * part):02x}" for part in color) for color in found]
 
 
-def shown(name: str, most: int = 40) -> str:
-    """A group's name, cut where it is long."""
-    return name if len(name) <= most else name[: most - 3] + "..."
+def names_of(analysis: Analysis, most: int = 40) -> dict[str, str]:
+    """The groups' names as they are shown: cut where they are long, and still different."""
+    return short_names(dict.fromkeys(run.group for run in analysis.runs), most)
 
 
-def _plain(name: str, most: int = 40) -> str:
+def short_names(names: Iterable[str], most: int) -> dict[str, str]:
+    """Each name in at most so many letters, and no two alike: cut at their ends, in their middles where that makes some
+    alike, or numbered."""
+    names = list(names)
+    for kept in (most - 3, (most - 3) // 2):  # letters of the beginning
+        end = most - 3 - kept
+        short = [n if len(n) <= most else f"{n[:kept]}...{n[len(n) - end :]}" for n in names]
+        if len(set(short)) == len(names):
+            return dict(zip(names, short, strict=True))
+    return {name: f"{name[: most - 8]}... {number}" for number, name in enumerate(names, start=1)}
+
+
+def _plain(name: str) -> str:
     """A name for matplotlib, which takes what stands between dollars for mathematics."""
-    return shown(name, most).replace("$", r"\$")
+    return printable(name).replace("$", r"\$")
 
 
 def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
@@ -76,7 +90,8 @@ def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
             if not drawn:
                 path.unlink(missing_ok=True)
                 continue
-            with replacing(path) as unfinished:
+            with replacing(path) as unfinished, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of prompts in any language
                 figure.savefig(unfinished, dpi=150, format=suffix)
         if drawn:
             written.append(folder / f"{name}.png")
@@ -86,12 +101,12 @@ def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
 def _trajectories(analysis: Analysis, axes: Axes) -> bool:
     if len(analysis.explained) < 2:
         return False
-    color_of = colors(analysis)
+    color_of, names = colors(analysis), names_of(analysis)
     labeled: set[str] = set()
     for run in analysis.runs:
         x, y = run.path.axes[:, 0], run.path.axes[:, 1]
         color = color_of[run.group]
-        axes.plot(x, y, "-", color=color, linewidth=1, alpha=0.7, label=_once(run.group, labeled))
+        axes.plot(x, y, "-", color=color, linewidth=1, alpha=0.7, label=_once(names[run.group], labeled))
         axes.plot(x[0], y[0], "o", color=color, markerfacecolor="white", markersize=5)
         axes.plot(x[-1], y[-1], "o", color=color, markersize=5)
     first, second = analysis.explained[:2]
@@ -113,16 +128,15 @@ def _variance(analysis: Analysis, axes: Axes) -> bool:
 
 
 def _profile(analysis: Analysis, axes: Axes, name: str, label: str, title: str) -> bool:
-    color_of = colors(analysis)
+    color_of, names = colors(analysis), names_of(analysis)
     for run in analysis.runs:
         sigmas, values = run.profiles[name]
         axes.plot(sigmas, values, "-", color=color_of[run.group], linewidth=0.7, alpha=0.35)
     for group, runs in _groups(analysis).items():
         sigmas = runs[0].profiles[name][0]
         mean = np.mean([run.profiles[name][1] for run in runs], axis=0)
-        axes.plot(
-            sigmas, mean, ".-", color=color_of[group], linewidth=2, label=f"{_plain(group)} (mean of {len(runs)})"
-        )
+        label_of = f"{_plain(names[group])} (mean of {len(runs)})"
+        axes.plot(sigmas, mean, ".-", color=color_of[group], linewidth=2, label=label_of)
     axes.set(xlabel="sigma (sampling goes to the right)", ylabel=label, title=title)
     axes.invert_xaxis()
     _legend(axes)
@@ -130,13 +144,13 @@ def _profile(analysis: Analysis, axes: Axes, name: str, label: str, title: str) 
 
 
 def _dispersion(analysis: Analysis, axes: Axes) -> bool:
-    color_of = colors(analysis)
+    color_of, names = colors(analysis), names_of(analysis)
     drawn = False
     for group in analysis.groups:
         if len(group.runs) < 2:
             continue
         drawn = True
-        axes.plot(group.sigmas, group.dispersion, ".-", color=color_of[group.name], label=_plain(group.name))
+        axes.plot(group.sigmas, group.dispersion, ".-", color=color_of[group.name], label=_plain(names[group.name]))
         known = [(s, *i) for s, i in zip(group.sigmas, group.dispersion_interval, strict=True) if i is not None]
         if known:
             sigmas, low, high = np.array(known).T
@@ -155,10 +169,10 @@ def _dispersion(analysis: Analysis, axes: Axes) -> bool:
 
 def separation_curves(analysis: Analysis) -> list[tuple[str, list[Separation]]]:
     """The curves that are drawn: all groups at once, and the pairs that lie farthest apart at the end; with names."""
-    curves = sorted(by_pair(analysis).items(), key=lambda item: (item[0][0] != ALL, -item[1][-1].energy))
-    of_all = bool(curves) and curves[0][0][0] == ALL
+    curves = sorted(by_pair(analysis).items(), key=lambda item: (item[0][1] is not None, -item[1][-1].energy))
+    of_all, names = bool(curves) and curves[0][0][1] is None, names_of(analysis, 24)
     return [
-        (f"{shown(a, 24)} / {shown(b, 24)}" if b else a, levels) for (a, b), levels in curves[: MOST_PAIRS + of_all]
+        (a if b is None else f"{names[a]} / {names[b]}", levels) for (a, b), levels in curves[: MOST_PAIRS + of_all]
     ]
 
 
@@ -170,7 +184,7 @@ def _separation(analysis: Analysis, axes: Axes) -> bool:
         axes.plot(sigmas, [level.energy for level in levels], "-", color=color, linewidth=1.5)
         for significant, fill in ((False, "white"), (True, color)):
             chosen = [lv for lv in levels if (lv.p_corrected is not None and lv.p_corrected < ALPHA) == significant]
-            label = _plain(name, 60) if significant else None
+            label = _plain(name) if significant else None
             axes.plot(
                 [level.sigma for level in chosen], [level.energy for level in chosen], "o", color=color,
                 markerfacecolor=fill, markersize=5, label=label,
@@ -226,8 +240,9 @@ def _pairs(analysis: Analysis, axes: Axes) -> bool:
         if count > 0:
             axes.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=8)
     places = range(len(matrix.names))
-    axes.set_xticks(places, [_plain(name, 20) for name in matrix.names], rotation=90, fontsize=8)
-    axes.set_yticks(places, [_plain(name, 20) for name in matrix.names], fontsize=8)
+    names = [_plain(name) for name in short_names(matrix.names, 20).values()]
+    axes.set_xticks(places, names, rotation=90, fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
     axes.set_title("Metrics that tell two groups apart (number), strongest effect (color)", fontsize=10)
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.7)
     bar.set_label("largest |Hedges g|")
@@ -238,6 +253,7 @@ def _effects(analysis: Analysis, axes: Axes) -> bool:
     every = [test for test in analysis.tests if test.hedges_g is not None and test.interval is not None]
     tests = sorted(every, key=size, reverse=True)[:_MOST_TESTS]
     several = len({(test.a, test.b) for test in tests}) > 1
+    names = names_of(analysis, 16 if several else 24)
     for row, test in enumerate(reversed(tests)):
         assert test.hedges_g is not None
         assert test.interval is not None
@@ -245,10 +261,15 @@ def _effects(analysis: Analysis, axes: Axes) -> bool:
         axes.plot(test.interval, [row, row], "-", color=color, linewidth=1.5)
         axes.plot(test.hedges_g, row, "o", color=color, markersize=5)
     axes.axvline(0, color="black", linewidth=0.8)
-    labels = [METRIC_NAMES.get(t.metric, t.metric) + (f", {_plain(t.a, 14)} / {_plain(t.b, 14)}" if several else "")
-              for t in reversed(tests)]  # fmt: skip
+    labels = [
+        METRIC_NAMES.get(test.metric, test.metric)
+        + (f", {_plain(names[test.a])} / {_plain(names[test.b])}" if several else "")
+        for test in reversed(tests)
+    ]
     axes.set_yticks(range(len(tests)), labels, fontsize=9)
-    pair = f"{_plain(tests[0].b, 24)} minus {_plain(tests[0].a, 24)}" if tests and not several else "second minus first"
+    pair = "second minus first"
+    if tests and not several:
+        pair = f"{_plain(names[tests[0].b])} minus {_plain(names[tests[0].a])}"
     some = "" if len(tests) == len(every) else f" (the {len(tests)} largest of {len(every)})"
     axes.set(
         xlabel=f"Hedges g with 95% bootstrap interval ({pair})", title=f"Effect sizes{some}; colored where different"

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from halfstep.analyze.analysis import Analysis
 from halfstep.analyze.facts import listed, table
 from halfstep.analyze.metrics import METRIC_NAMES, METRICS, PROFILES
-from halfstep.analyze.plots import COLORS, colors, pair_matrix, separation_curves, shown
+from halfstep.analyze.plots import COLORS, colors, names_of, pair_matrix, separation_curves, short_names
 from halfstep.analyze.runs import AnalyzedRun
 from halfstep.analyze.stats import ALPHA, GroupTest, OmnibusTest
 from halfstep.analyze.storage import StorageComparison
@@ -117,6 +117,12 @@ def _defined(name: str, words: str) -> str:
     return html.escape(words) if definition is None else f"<abbr title='{html.escape(definition)}'>{words}</abbr>"
 
 
+def _group(name: str, names: dict[str, str]) -> str:
+    """A group's short name, with the whole one on hover."""
+    short = html.escape(names[name])
+    return short if names[name] == name else f"<span title='{html.escape(name)}'>{short}</span>"
+
+
 def _metric(name: str) -> str:
     return _defined(name, METRIC_NAMES.get(name, name))
 
@@ -132,7 +138,7 @@ def _pair_matrix(analysis: Analysis) -> list[str]:
     matrix = pair_matrix(analysis)
     if matrix is None:
         return []
-    names = [html.escape(shown(name, 28)) for name in matrix.names]
+    names = [html.escape(name) for name in short_names(matrix.names, 28).values()]
     figure = go.Figure()
     figure.add_heatmap(
         z=matrix.strongest,
@@ -157,7 +163,7 @@ def _pair_matrix(analysis: Analysis) -> list[str]:
 
 
 def _trajectories(analysis: Analysis) -> Any:
-    figure, palette = go.Figure(), colors(analysis)
+    figure, palette, names = go.Figure(), colors(analysis), names_of(analysis)
     seen: set[str] = set()
     for run in analysis.runs:
         x = run.path.axes[:, 0]
@@ -168,7 +174,7 @@ def _trajectories(analysis: Analysis) -> Any:
             x=x,
             y=y,
             mode="lines+markers",
-            name=html.escape(shown(run.group)),
+            name=html.escape(names[run.group]),
             legendgroup=run.group,
             showlegend=run.group not in seen,
             line={"color": palette[run.group], "width": 1.2},
@@ -205,7 +211,7 @@ def _to_center(analysis: Analysis) -> Any:
 
 def _add_runs(figure: Any, analysis: Analysis, curves: dict[str, tuple[Any, Any]]) -> None:
     """A curve a run, or where there are many the mean of each group."""
-    palette, seen = colors(analysis), set()
+    palette, names, seen = colors(analysis), names_of(analysis), set()
     if len(curves) > _MOST_CURVES:
         for group in analysis.groups:
             of_group = [curves[key] for key in group.runs if key in curves]
@@ -214,10 +220,10 @@ def _add_runs(figure: Any, analysis: Analysis, curves: dict[str, tuple[Any, Any]
                     x=of_group[0][0],
                     y=np.mean([values for _, values in of_group], axis=0),
                     mode="lines+markers",
-                    name=html.escape(shown(group.name)),
+                    name=html.escape(names[group.name]),
                     line={"color": palette[group.name], "width": 1.6},
                     marker={"size": 4},
-                    hovertemplate=f"{html.escape(shown(group.name))}, mean of {len(of_group)} runs<br>"
+                    hovertemplate=f"{html.escape(names[group.name])}, mean of {len(of_group)} runs<br>"
                     "sigma %{x:.3g}: %{y:.4g}<extra></extra>",
                 )
         return
@@ -229,7 +235,7 @@ def _add_runs(figure: Any, analysis: Analysis, curves: dict[str, tuple[Any, Any]
             x=sigmas,
             y=values,
             mode="lines+markers",
-            name=html.escape(shown(run.group)),
+            name=html.escape(names[run.group]),
             legendgroup=run.group,
             showlegend=run.group not in seen,
             line={"color": palette[run.group], "width": 1.2},
@@ -240,7 +246,7 @@ def _add_runs(figure: Any, analysis: Analysis, curves: dict[str, tuple[Any, Any]
 
 
 def _dispersion(analysis: Analysis) -> Any:
-    figure, palette = go.Figure(), colors(analysis)
+    figure, palette, names = go.Figure(), colors(analysis), names_of(analysis)
     for group in analysis.groups:
         if len(group.runs) < 2:
             continue
@@ -254,7 +260,7 @@ def _dispersion(analysis: Analysis) -> Any:
             x=group.sigmas,
             y=group.dispersion,
             mode="lines+markers",
-            name=html.escape(shown(group.name)),
+            name=html.escape(names[group.name]),
             line={"color": palette[group.name]},
             error_y=error,
         )
@@ -364,12 +370,12 @@ def _omnibus_table(analysis: Analysis) -> str:
 def _tests_table(analysis: Analysis) -> str:
     if not analysis.tests:
         return ""
-    tests = sorted(analysis.tests, key=size, reverse=True)
+    tests, names = sorted(analysis.tests, key=size, reverse=True), names_of(analysis, 24)
     rows = [
         [
             _metric(test.metric),
             html.escape(_verdict(test)),
-            html.escape(f"{shown(test.a, 24)} / {shown(test.b, 24)}"),
+            f"{_group(test.a, names)} / {_group(test.b, names)}",
             " / ".join(two_numbers(test.mean_a, test.mean_b)),
             _effect(test),
             _p(test),
@@ -427,11 +433,11 @@ def _percent(value: float) -> str:
 
 
 def _groups_table(analysis: Analysis) -> str:
-    names = list(analysis.runs[0].metrics)
+    metrics, names = list(analysis.runs[0].metrics), names_of(analysis)
     rows = [
         [
-            f"{html.escape(shown(group.name))} ({len(group.runs)})",
-            *(_spread(group.means[name], group.deviations[name]) for name in names),
+            f"{_group(group.name, names)} ({len(group.runs)})",
+            *(_spread(group.means[name], group.deviations[name]) for name in metrics),
             "-" if np.isnan(group.end_dispersion) else number(group.end_dispersion),
             "-" if group.log_volume is None else number(group.log_volume),
         ]
@@ -439,7 +445,7 @@ def _groups_table(analysis: Analysis) -> str:
     ]
     heads = [
         "group (runs)",
-        *map(_metric, names),
+        *map(_metric, metrics),
         _metric("dispersion"),
         _defined("group_volume", "log volume of the results"),
     ]
@@ -447,19 +453,19 @@ def _groups_table(analysis: Analysis) -> str:
 
 
 def _runs_table(analysis: Analysis) -> str:
-    names = list(analysis.runs[0].metrics)
+    metrics, names = list(analysis.runs[0].metrics), names_of(analysis, 24)
     rows = [
         [
             html.escape(run.key),
-            html.escape(shown(run.group, 24)),
+            _group(run.group, names),
             "-" if run.seed is None else str(run.seed),
-            *(_value(run, name) for name in names),
+            *(_value(run, name) for name in metrics),
         ]
         for run in analysis.runs
     ]
     rounded = any("~" in value for row in rows for value in row[3:])
     words = "<p>~ marks values of which half and more may be the rounding of the states.</p>" if rounded else ""
-    return "<h2>Runs</h2>" + words + _table(["run", "group", "seed", *map(_metric, names)], rows, left=(1,))
+    return "<h2>Runs</h2>" + words + _table(["run", "group", "seed", *map(_metric, metrics)], rows, left=(1,))
 
 
 def _value(run: AnalyzedRun, name: str) -> str:

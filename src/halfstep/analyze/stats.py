@@ -169,6 +169,8 @@ def too_few(sizes: Sequence[int], *, paired: bool) -> str | None:
     p = smallest_p(sizes, paired=paired)
     if min(sizes) >= 2 and p < ALPHA:
         return None
+    if min(sizes) == 0:
+        return "not enough runs: it has no value in the runs of a group"
     need = "6 pairs" if paired else "4 runs a group"
     if len(sizes) > 2:
         need = "2 runs a group"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from halfstep.analyze.analysis import Analysis
-from halfstep.analyze.energy import ALL, Separation, separates_at
+from halfstep.analyze.energy import Separation, separates_at
 from halfstep.analyze.metrics import METRIC_NAMES
 from halfstep.analyze.stats import ALPHA, GroupTest, OmnibusTest
 
@@ -129,9 +129,9 @@ def _names(tests: Sequence[GroupTest | OmnibusTest]) -> str:
     return ", ".join(METRIC_NAMES.get(test.metric, test.metric) for test in tests)
 
 
-def by_pair(analysis: Analysis) -> dict[tuple[str, str], list[Separation]]:
+def by_pair(analysis: Analysis) -> dict[tuple[str, str | None], list[Separation]]:
     """The levels of each pair of groups, and of all groups at once."""
-    pairs: dict[tuple[str, str], list[Separation]] = {}
+    pairs: dict[tuple[str, str | None], list[Separation]] = {}
     for level in analysis.separations:
         pairs.setdefault((level.a, level.b), []).append(level)
     return pairs
@@ -140,13 +140,13 @@ def by_pair(analysis: Analysis) -> dict[tuple[str, str], list[Separation]]:
 def _separation(analysis: Analysis) -> list[str]:
     """When all groups at once separate, or the two."""
     pairs = by_pair(analysis)
-    chosen = [pair for pair in pairs if pair[0] == ALL] or list(pairs)[:1]
+    chosen = [pair for pair in pairs if pair[1] is None] or list(pairs)[:1]
     return [separation_sentence(pairs[pair]) for pair in chosen]
 
 
 def separation_sentence(levels: Sequence[Separation]) -> str:
     """When groups separate."""
-    who = f"{levels[0].a} and {levels[0].b}" if levels[0].b else levels[0].a
+    who = levels[0].a if levels[0].b is None else f"{levels[0].a} and {levels[0].b}"
     if all(level.p_corrected is None for level in levels):
         return f"{who}: not enough runs to say when they separate."
     sigma = separates_at(levels)

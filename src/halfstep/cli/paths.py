@@ -31,7 +31,7 @@ def _with_local_paths(verb: Callable[..., Any]) -> Callable[..., Any]:
         for name, value in options.items():
             for path in value if isinstance(value, list) else [value]:
                 if isinstance(path, Path) and path.parts and _SCHEME.fullmatch(path.parts[0]) and not path.exists():
-                    url = str(path).replace(":/", "://", 1)
+                    url = str(path).replace(":", "://" if path.parts[0] == "file:" else ":/", 1)
                     raise InputError(
                         f"{_as_typed(verb, name)}: got {url}; expected a local path. Stores alone are read by URL: by "
                         "train, sample, eval, store inspect and store export; recorded runs by analyze, store verify "

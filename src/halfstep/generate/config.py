@@ -42,7 +42,7 @@ class ModelSettings(Config):
 
     model_id: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     revision: str | None = None
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**63)
     sampler: Literal["unipc", "euler", "heun", "dpm", "dpm++", "ddim"] | None = None
     cfg_scale: float = Field(default=5.0, ge=0)
     steps: int = Field(default=50, ge=1)
@@ -58,13 +58,13 @@ class VideoSettings(Config):
     width: int = Field(default=832, ge=8)
     height: int = Field(default=480, ge=8)
     fps: int = Field(default=16, ge=1)
-    duration: float = Field(default=5.0, gt=0)
+    duration: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     frames: int | None = Field(default=None, ge=1)
 
     @property
     def wanted_frames(self) -> int:
         """Frames asked for."""
-        return self.frames or round(self.fps * self.duration)
+        return self.frames or max(1, round(self.fps * self.duration))
 
 
 class MemorySettings(Config):
@@ -170,10 +170,11 @@ class GenerateConfig(Config):
         if template is None and own.template is not None and own.prompts is not None:
             raise InputError("prompt_settings: has a template and prompts; leave out one of them")
         if template is None and own.prompts is not None:
-            repeated = [prompt for prompt, count in Counter(own.prompts).items() if count > 1 or not prompt.strip()]
+            prompts = [" ".join(prompt.split()) for prompt in own.prompts]  # as those of a template
+            repeated = [prompt for prompt, count in Counter(prompts).items() if count > 1 or not prompt]
             if repeated:
                 raise InputError(f"prompt_settings.prompts: got {repeated[0]!r} twice or empty; give each one once")
-            return own.prompts
+            return prompts
         template = own.template if template is None else template
         if template is None:
             raise InputError(

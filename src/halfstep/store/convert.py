@@ -60,7 +60,9 @@ def to_store(
                 continue
             store.remove(key)
         attributes = {"prompt": run.prompt, "seed": run.seed, **run.attributes, "converted": "partly"}
-        attributes = {name: value for name, value in attributes.items() if not name.startswith("latents_")}
+        attributes = {
+            name: value for name, value in attributes.items() if not name.startswith(("latents_", "complete"))
+        }
         writer = store.record(key, format, **{name: v for name, v in attributes.items() if v is not None})
         written = 0
         problems = [line for line in run.problems if not line.startswith("incomplete: ")]

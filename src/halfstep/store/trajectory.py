@@ -98,7 +98,8 @@ class TrajectoryStore(Mapping[str, Run]):
     def record(self, key: str, format: TrajectoryFormat | None = None, **attributes: Any) -> RunWriter:
         """Begin the run `key`, whose steps are given to the writer one by one. `attributes` are kept with it as JSON;
         `prompt`, `seed`, `guidance`, `model` and `policy` are the usual ones. Raises InputError when there is a run of
-        that name."""
+        that name, an attribute is one that the store keeps itself, or one of the usual ones is of another type."""
+        _require_usual(f"{self.root}/{key}", attributes)
         return RunWriter(_local(self.root), key, format or TrajectoryFormat(), attributes)
 
     def add(
@@ -143,6 +144,33 @@ class TrajectoryStore(Mapping[str, Run]):
         return is_being_written(self.root / key / JOURNAL_NAME)
 
 
+# Attributes that others rely on, and their types; booleans are no numbers here.
+_USUAL: dict[str, type] = {"prompt": str, "seed": int, "noise_seed": int, "noise_index": int, "label": str,
+                           "states": str, "dtype": str}  # fmt: skip
+_OWN = ("complete", "problems", CHECKSUM, "latents_format", "latents_exact", "latents_bytes", "latents_error")
+
+
+def _require_usual(where: str, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if name in _OWN:
+            raise InputError(f"{where}: {name!r} is an attribute that the store keeps itself; choose another name")
+        kind = _USUAL.get(name)
+        if kind is not None and value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InputError(f"{where}: got {name}={value!r}; expected {'text' if kind is str else 'a whole number'}")
+
+
+def _usual(attributes: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The attributes without those of another type than the usual one, which are named."""
+    usual = {}
+    for name, value in attributes.items():
+        kind = _USUAL.get(name, object)
+        if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+            usual[name] = value
+        else:
+            problems.append(f"odd: its {name} is {value!r}, which is left out")
+    return usual
+
+
 def _local(root: Path | UPath | str) -> Path:
     """A folder to write to. Raises InputError for a URL."""
     found = located(root)
@@ -184,6 +212,7 @@ def read_run(root: Path | UPath, key: str) -> Run:
     if damaged:
         problems.append("damaged: some steps of its journal cannot be read; `halfstep store repair` keeps the others")
     attributes = {name: value for name, value in attributes.items() if name not in ("problems", CHECKSUM)}
+    attributes = _usual(attributes, problems)
     rounding = FP32
     if array is not None:
         form = TrajectoryFormat.of(array)

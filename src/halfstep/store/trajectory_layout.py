@@ -61,6 +61,12 @@ class TrajectoryFormat:
             raise InputError(f"codec: got {self.codec!r}; expected one of {', '.join(_CODECS)}")
         if self.storage not in allowed:
             raise InputError(f"storage: got {self.storage!r}; expected one of {', '.join(allowed)} with {self.codec}")
+        for name, value, kinds in (
+            ("max_error", self.max_error, (int, float)),
+            ("channel_axis", self.channel_axis, int),
+        ):
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise InputError(f"{name}: got {value!r}; expected a number")
         if self.max_error is not None and self.codec != "predictive":
             raise InputError(f"max_error: {self.codec} keeps what it is given; use the predictive codec")
         if self.strict and (self.codec != "predictive" or self.max_error is not None or self.storage == "fp32"):
