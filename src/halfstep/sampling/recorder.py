@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,6 @@ from halfstep.store import RunWriter, TrajectoryFormat, TrajectoryStore
 Ticket = Future[None]
 
 _MOST_WAITING = 4  # steps between the sampler and the disk; a sampler that is faster waits
-_NICENESS = 10  # the recorder gives way to the sampler where both want the processor
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,9 @@ class MemoryRecorder:
 class StoreRecorder:
     """Records into a TrajectoryStore, off the sampler's path.
 
-    `record` copies the latent (from a GPU into pinned memory, without waiting for it) and returns; a thread of low
-    priority writes it to the run's journal. `finish` encodes the steps: earlier, that would take a sampler's cores, or
-    the interpreter's lock from one that launches kernels. At most a few steps wait in memory: a sampler that is
-    faster than the disk waits.
+    `record` copies the latent (from a GPU into pinned memory, without waiting for it) and returns; a thread writes it to
+    the run's journal. `finish` encodes the steps: earlier, that would take a sampler's cores, or the interpreter's lock
+    from one that launches kernels. At most a few steps wait in memory: a sampler that is faster than the disk waits.
     `interval` keeps every n-th step, and always the first and the last; the tickets of others are done at once, and the
     last, when it falls between, is written by `finish` or `close`. When the store cannot take a step (a full disk),
     sampling goes on: one warning is given, that ticket and all after it hold the error, and the run stays incomplete.
@@ -117,7 +114,7 @@ class StoreRecorder:
         self._failure: BaseException | None = None
         self._warned = False
         self._free = threading.Semaphore(_MOST_WAITING)
-        self._thread = ThreadPoolExecutor(1, f"record {key}", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(1, f"record {key}")
 
     def record(self, step: Step) -> Ticket:
         if self._ended:
@@ -259,10 +256,6 @@ class _Copy:
                 "record it without them"
             )
         return values.contiguous().numpy()
-
-
-def _give_way() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _done() -> Ticket:
