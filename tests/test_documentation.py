@@ -370,6 +370,11 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("trajectories/ode_trajectory_20/ways/halfstep, whole run/share_of_fp32", "{:.3f}"),
         ("trajectories/sde_trajectory_12/ways/halfstep, groups of 16/share_of_fp32", "{:.3f}"),
         ("recorder/overhead", "{:.1%}"), ("recorder/overhead_with_finish", "{:.1%}"), ("recorder/step_ms", "{:.0f} ms"),
+        ("recorder/overhead_beside_others", "{:.1%}"),
+        ("trajectories/sampled/ways/halfstep, seed known/share_of_fp32", "{:.3f}"),
+        ("trajectories/sampled/ways/halfstep, seed known/random_step_ms", "{:.1f} ms"),
+        ("trajectories/ode_trajectory_20/ways/halfstep, born fp16/share_of_fp32", "{:.3f}"),
+        ("trajectories/ode_trajectory_20/ways/halfstep, born bf16/share_of_fp32", "{:.3f}"),
     ]),
     (INTEL, "statistics", [
         (f"designs/{design}/{place}", "{:.1%}")

@@ -78,9 +78,10 @@ class MemoryRecorder:
 class StoreRecorder:
     """Records into a TrajectoryStore, off the sampler's path.
 
-    `record` copies the latent (from a GPU into pinned memory, without waiting for it) and returns; a thread writes it to
-    the run's journal. `finish` encodes the steps: earlier, that would take a sampler's cores, or the interpreter's lock
-    from one that launches kernels. At most a few steps wait in memory: a sampler that is faster than the disk waits.
+    `record` copies the latent (from a GPU into pinned memory, without waiting for it) and returns; a thread writes it
+    to the run's journal. `finish` encodes the steps: earlier, that would take a sampler's cores, or the interpreter's
+    lock from one that launches kernels. At most a few steps wait in memory: a sampler that is faster than the disk
+    waits.
     `interval` keeps every n-th step, and always the first and the last; the tickets of others are done at once, and the
     last, when it falls between, is written by `finish` or `close`. When the store cannot take a step (a full disk),
     sampling goes on: one warning is given, that ticket and all after it hold the error, and the run stays incomplete.
