@@ -1,8 +1,9 @@
-"""Networks over latents, loading the published state dicts as they are."""
+"""Networks over latents, and PeakNet over detector frames, loading the published state dicts as they are."""
 
 from halfstep.models.cdit import CDIT_SIZES, CDiT
 from halfstep.models.eqm import EQM_SIZES, EqM
 from halfstep.models.family import Family, Network
+from halfstep.models.peaknet import PeakNet
 from halfstep.models.registry import FAMILIES, family_of
 from halfstep.models.weights import About, Checkpoint, read_checkpoint
 
@@ -16,6 +17,7 @@ __all__ = [
     "EqM",
     "Family",
     "Network",
+    "PeakNet",
     "family_of",
     "read_checkpoint",
 ]
