@@ -169,6 +169,13 @@ def test_five_hundred_groups() -> None:
     assert any("500 groups are compared all together" in line for line in analysis.problems)
 
 
+def test_seeds_that_not_all_groups_have_are_said_and_left_out() -> None:
+    runs = {f"{g}-{k}": run_of(bent(k, prompt=g), f"{g}-{k}", f"prompt {g}", k) for g in range(3) for k in range(7 + g)}
+    analysis = analyzed(runs)
+    assert "3 groups: compared on 7 common seeds; 3 runs have no partner" in analysis.problems
+    assert {(test.sizes, test.paired) for test in analysis.omnibus} == {((7, 7, 7), True)}
+
+
 def test_groups_of_one_are_said_and_left_out() -> None:
     runs = {f"{g}-{k}": run_of(bent(k, prompt=g), f"{g}-{k}", f"prompt {g}", k) for g in range(2) for k in range(8)}
     for g in range(2, 6):

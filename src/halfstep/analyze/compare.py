@@ -96,8 +96,9 @@ def _aligned(members: Members, problems: list[str]) -> tuple[Members, bool]:
     if not shared or not (same or stats.too_few([len(shared)] * len(members), paired=True) is None):
         return members, False
     alone = sum(map(len, members.values())) - len(shared) * len(members)
-    if alone and len(members) == 2:
-        problems.append(f"{' / '.join(members)}: compared on {len(shared)} common seeds; {alone} runs have no partner")
+    if alone:
+        who = " / ".join(members) if len(members) == 2 else f"{len(members)} groups"
+        problems.append(f"{who}: compared on {len(shared)} common seeds; {alone} runs have no partner")
     return {name: [seeds[seed] for seed in shared] for name, seeds in zip(members, by_seed, strict=True)}, True
 
 
