@@ -349,3 +349,8 @@ def test_a_folder_may_have_any_name(tmp_path: Path, toy_world: Path) -> None:
     run_cli("sample", "--ckpt", tmp_path / "run", "-o", odd / "out", "-n", "2", "--steps", "3", "--record", "--quiet")
     run_cli("analyze", "--batch-dir", odd / "out" / "runs", "-o", odd / "analysis", "--quiet")
     assert (odd / "analysis" / "report.html").exists()
+
+
+@pytest.mark.parametrize("url", ["file:///data/runs", "s3://bucket/runs"])
+def test_a_url_is_named_as_it_was_typed(url: str) -> None:
+    assert f"got {url}; expected a local path" in run_cli("store", "repair", url, check=2).stderr
