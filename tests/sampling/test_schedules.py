@@ -251,6 +251,10 @@ def test_settings_that_are_not_the_usual_ones_are_noted() -> None:
     assert noted["use_flow_sigmas"] is True
     assert (noted["flow_shift"], noted["prediction_type"]) == (3.0, "flow_prediction")
     assert "solver_order" not in noted
+    odd = schedules.settings_of(
+        make("DPMSolverMultistepScheduler", lambda_min_clipped=float("inf"), trained_betas=[0.1])
+    )
+    assert (odd["lambda_min_clipped"], odd["trained_betas"]) == ("inf", "[0.1]")  # as JSON can have them
 
 
 def test_a_subclass_has_the_rule_of_its_class() -> None:

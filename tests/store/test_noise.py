@@ -64,6 +64,13 @@ def test_half_noise_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
     assert np.array_equal(decode_trajectory(spared), states)
 
 
+def test_what_no_seed_is() -> None:
+    assert Noise.of({"seed": 7}) == Noise(7)
+    assert Noise.of({"seed": 7, "noise_seed": 9, "noise_index": 2}) == Noise(9, 2)
+    for attributes in ({}, {"seed": -1}, {"seed": 2**64}, {"seed": "7"}, {"seed": 7, "noise_index": 10**9}):
+        assert Noise.of(attributes) is None
+
+
 @pytest.mark.parametrize("noise", [Noise(8), Noise(7, 1)])
 def test_another_seed_changes_nothing(noise: Noise) -> None:
     states = trajectory(7)

@@ -6,7 +6,6 @@ Axes: B frames, C channels, H W pixels, both divisible by 32. Modules have the p
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -95,9 +94,9 @@ class PeakNet(nn.Module):
     def load(cls, path: Path, **config: Any) -> Self:
         """The network with the weights of a file, in evaluation mode. Its sizes are those of the weights; `config` says
         what must agree with them. Raises InputError when the file is not there, is no such file, or does not fit."""
-        state = read_published(path).weights if path.exists() else None
-        if state is None:
+        if not path.exists():
             raise InputError(f"{path}: no such file; expected the weights of a PeakNet")
+        state = read_published(path).weights
         found = config_of(state, path)
         for name, value in config.items():
             given = list(value) if isinstance(value, tuple) else value
@@ -311,13 +310,9 @@ class Lateral(nn.Module):
         self.upsample = upsample
         self.layers = nn.ModuleList(
             nn.Sequential(
-                OrderedDict(
-                    [
-                        ("0", nn.Conv2d(channels if layer else features, channels, 3, padding=1)),
-                        ("1", nn.GroupNorm(_GROUPS, channels)),
-                        ("2", nn.GELU()),
-                    ]
-                )
+                nn.Conv2d(channels if layer else features, channels, 3, padding=1),
+                nn.GroupNorm(_GROUPS, channels),
+                nn.GELU(),
             )
             for layer in range(layers)
         )

@@ -8,6 +8,7 @@ guess.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -57,8 +58,12 @@ def settings_of(scheduler: Any) -> dict[str, Any]:
     """The settings of `scheduler` that are not its class's defaults, as JSON."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(scheduler)).parameters.items()}
     changed = {name: value for name, value in scheduler.config.items() if name in defaults and value != defaults[name]}
-    return {name: value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
-            for name, value in changed.items()}  # fmt: skip
+    return {name: value if _is_json(value) else str(value) for name, value in changed.items()}
+
+
+def _is_json(value: Any) -> bool:
+    """Whether `value` is one that JSON has; infinite numbers are none."""
+    return isinstance(value, (str, int, type(None))) or (isinstance(value, float) and math.isfinite(value))
 
 
 def levels(scheduler: Any, timestep: float) -> list[Level]:

@@ -18,6 +18,7 @@ from halfstep.store.predictive.prediction import Float32, Float64
 
 _FORMAT = struct.Struct("<QIf")
 _TOGETHER = 16  # values that PyTorch makes of as many uniform ones
+_MOST_STATES = 1 << 12  # drawn before this one: all of them are drawn again
 _AT_ONCE = 1 << 13  # values that stay in the cache
 _ENOUGH = 1e-2  # of a state, that is left of it without its noise: then it is that noise
 # Series whose rest is below 1e-10: the results are float32.
@@ -41,7 +42,7 @@ class Noise:
     def of(cls, attributes: Mapping[str, Any]) -> Noise | None:
         """What the attributes of a run say of its first state: `noise_seed` or `seed`, and `noise_index`."""
         seed, index = attributes.get("noise_seed", attributes.get("seed")), attributes.get("noise_index", 0)
-        if not (isinstance(seed, int) and isinstance(index, int) and 0 <= seed < 2**64 and 0 <= index < 2**32):
+        if not (isinstance(seed, int) and isinstance(index, int) and 0 <= seed < 2**64 and 0 <= index < _MOST_STATES):
             return None
         return cls(seed, index)
 
