@@ -128,7 +128,7 @@ def psnr_by_storage(autoencoder: Autoencoder, originals: dict[tuple[str, int], A
     for storage in STORAGE_TYPES:
         errors = []
         for picture in originals.values():
-            pixels = to_pixels(torch.from_numpy(picture)[None])
+            pixels = to_pixels(torch.from_numpy(picture.copy())[None])  # of a file, it cannot be written to
             rounded = autoencoder.encode(pixels).mean.to(torch_dtype(storage)).float()
             decoded = autoencoder.decode(rounded).clamp(-1, 1)
             errors.append(float(((decoded - pixels) / 2).double().square().mean()))
