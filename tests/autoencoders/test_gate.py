@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from halfstep.autoencoders import Autoencoder, encode_gate
-from halfstep.precision import Gate, PrecisionPolicy
+from halfstep.engine import Gate
+from halfstep.precision import PrecisionPolicy
 from halfstep.spec import LatentSpec
 from halfstep.store.formats import largest_finite
 

@@ -235,7 +235,7 @@ def test_the_result_does_not_depend_on_threads_or_neighbors(
     name = autoencoder if autoencoder == "dct8" else str(request.getfixturevalue(autoencoder))
     options = {"autoencoder": name, "precision": precision}
     run(world, tmp_path / "a", workers=1, **options)
-    monkeypatch.setattr("halfstep.encode.lanes._lane_count", lambda device, autoencoder: 3)
+    monkeypatch.setattr("halfstep.encode.encoder.lane_count", lambda device, shared: 3)
     run(world, tmp_path / "b", workers=5, **options)
     whole = content(tmp_path / "a")
     assert same(content(tmp_path / "b"), whole)

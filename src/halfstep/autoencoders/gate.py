@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from halfstep.autoencoders.base import Autoencoder
-from halfstep.precision import Gate, PrecisionPolicy
-from halfstep.precision.gate import Compute
+from halfstep.engine.gate import Compute, Gate
+from halfstep.precision import PrecisionPolicy
 
 _ADVICE = " of the storage type; use --storage bf16 or fp32"
 

@@ -20,13 +20,13 @@ from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
-from halfstep.encode.lanes import Lanes
+from halfstep.encode.encoder import encoder_lanes
 from halfstep.encode.runner import prepare_run
+from halfstep.engine import TeamCrew
 from halfstep.machine import open_device, peak_memory_mb
 from halfstep.precision import PrecisionPolicy
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
-from halfstep.team import Team
 
 PLAIN_BATCH = 32
 _BATCH = 4
@@ -120,9 +120,9 @@ def _plain_loop(autoencoder: Autoencoder, folder: Path, size: int, stores: Itera
 def _encoder_alone(folder: Path, model: str, size: int, images: int) -> float:
     """The same batches through the same lanes, without reading, decoding or writing."""
     options = EncodeOptions(folder / "none", model, storage="fp16", size=(size, size), batch_size=_BATCH)
-    job, autoencoder, _, _ = prepare_run([SourceConfig(path=folder / "world")], options, Team())
+    job, autoencoder, _, _ = prepare_run([SourceConfig(path=folder / "world")], options, TeamCrew())
     batch = np.random.default_rng(0).integers(0, 256, (_BATCH, 1, size, size, 3), dtype=np.uint8)
-    with Lanes.open(job, autoencoder) as lanes:
+    with encoder_lanes(job, autoencoder) as lanes:
         start = time.perf_counter()
         for future in [lanes.submit(batch) for _ in range(images // _BATCH)]:
             future.result()

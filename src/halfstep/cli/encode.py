@@ -68,6 +68,7 @@ def encode(
     from halfstep.cli.progress import Bar
     from halfstep.encode import EncodeOptions
     from halfstep.encode import encode as run_encode
+    from halfstep.engine import RayCrew
 
     options = EncodeOptions(
         output=output,
@@ -89,12 +90,8 @@ def encode(
     )
     sources = _read_sources(paths, stride, fps)
     with Bar("encoding", "items", hidden=quiet) as progress:
-        if ray and not dry_run:
-            from halfstep.encode.ray import encode_on_ray
-
-            report = encode_on_ray(sources, options, progress)
-        else:
-            report = run_encode(sources, options, dry_run=dry_run, progress=progress)
+        crew = RayCrew() if ray else None
+        report = run_encode(sources, options, dry_run=dry_run, progress=progress, crew=crew)
     if progress.speaks:
         typer.echo(json_module.dumps(asdict(report)) if json else _summary(report, keep_missing))
     raise typer.Exit(1 if report.failed else 0)

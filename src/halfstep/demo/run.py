@@ -19,8 +19,9 @@ from halfstep.data.toy_world import write_toy_world
 from halfstep.demo.learn import Learned, learn
 from halfstep.demo.pictures import psnr
 from halfstep.encode import EncodeOptions, EncodeReport, encode
-from halfstep.encode.lanes import Lanes
+from halfstep.encode.encoder import encoder_lanes
 from halfstep.encode.runner import prepare_run
+from halfstep.engine import TeamCrew
 from halfstep.errors import StoreError
 from halfstep.files import claim, file_errors
 from halfstep.machine import open_device
@@ -28,7 +29,6 @@ from halfstep.precision import PRESETS, STORAGE_TYPES, PrecisionPolicy, ProbeRes
 from halfstep.progress import Progress
 from halfstep.spec import PixelSpec
 from halfstep.store import DatasetStore, VerifyReport, verify
-from halfstep.team import Team
 
 _MARKER = ".halfstep-demo"
 _SHOWN = 4
@@ -147,10 +147,10 @@ def speed_by_precision(
             if name == "auto":
                 continue
             job, autoencoder, _, _ = prepare_run(
-                [SourceConfig(path=world)], replace(options, precision=name, batch_size=4), Team()
+                [SourceConfig(path=world)], replace(options, precision=name, batch_size=4), TeamCrew()
             )
             batches = [np.stack(pictures[i : i + 4])[:, None] for i in range(0, len(pictures) - 3, 4)]
-            with Lanes.open(job, autoencoder) as lanes:
+            with encoder_lanes(job, autoencoder) as lanes:
                 lanes.submit(batches[0]).result()
                 start = time.perf_counter()
                 for future in [lanes.submit(batch) for batch in batches]:

@@ -1,4 +1,4 @@
-"""What came of a run: counts of one process and of all, and the failures by name."""
+"""What came of a run: the books of one process and of all, and the failures by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from halfstep.data.base import FrameSequence, Problem
 from halfstep.data.keys import name_to_key
+from halfstep.engine.ledger import Balance
 from halfstep.errors import HalfstepError
 
 
@@ -26,14 +27,12 @@ class Failure:
 
 @dataclass
 class Counts:
-    """What one process did, in items: `retried` in fp32, `refused` because they are not finite there either. By
-    sequence, `left_out` counts the frames that make no whole clip, and `unused` those beyond the first of an animation
-    whose first frame alone is wanted."""
+    """What one process did. `balance` counts items; a sequence that cannot be read at all is one. Of those refused
+    `not_finite` are not so in fp32 either. By sequence, `left_out` counts the frames that make no whole clip, and
+    `unused` those beyond the first of an animation whose first frame alone is wanted."""
 
-    encoded: int = 0
-    skipped: int = 0
-    retried: int = 0
-    refused: int = 0
+    balance: Balance = field(default_factory=Balance)
+    not_finite: int = 0
     failures: list[Failure] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
@@ -46,13 +45,14 @@ class StoppedError(HalfstepError):
         super().__init__(line)
         self.failures = list(failures)
 
+    def __reduce__(self) -> tuple[type[StoppedError], tuple[str, list[Failure]]]:
+        return StoppedError, (str(self), self.failures)
+
 
 def merge_counts(parts: list[Counts]) -> Counts:
     return Counts(
-        sum(c.encoded for c in parts),
-        sum(c.skipped for c in parts),
-        sum(c.retried for c in parts),
-        sum(c.refused for c in parts),
+        Balance.total([c.balance for c in parts]),
+        sum(c.not_finite for c in parts),
         [failure for c in parts for failure in c.failures],
         {key: frames for c in parts for key, frames in c.left_out.items()},
         {key: frames for c in parts for key, frames in c.unused.items()},

@@ -9,9 +9,10 @@ import numpy as np
 
 from halfstep.data.base import Array, FrameSequence, Problem
 from halfstep.encode.counts import Counts, Failure, StoppedError
+from halfstep.encode.encoder import Encoded
 from halfstep.encode.job import EncodeJob
-from halfstep.encode.lanes import Encoded
 from halfstep.encode.plan import READER, UNREADABLE, Close, Event, Failed, FirstOnly, Open, Reuse, Sample, Skipped
+from halfstep.engine import Ledger
 from halfstep.progress import Progress
 from halfstep.store.formats import LATENT_ARRAYS, safetensors_name
 from halfstep.store.index import Row, shard_path
@@ -27,29 +28,29 @@ class StoreFiller:
         job: EncodeJob,
         existing: Mapping[str, Row],
         writer: DatasetWriter,
-        counts: Counts,
+        ledger: Ledger[Failure],
+        failures: list[Failure],
         progress: Progress,
     ) -> None:
-        self._job, self._existing, self._writer, self._counts = job, existing, writer, counts
-        self._progress = progress
+        self._job, self._existing, self._writer = job, existing, writer
+        self._ledger, self._failures, self._progress = ledger, failures, progress
+        self._not_finite = 0
+        self._left_out: dict[str, int] = {}
+        self._unused: dict[str, int] = {}
         self._mapped: tuple[int, MappedShard] | None = None
-        self._stopped = False
         self._key = ""
         self._digests: list[bytes] = []
         self._problem: str | None = None
         self._arrays: dict[str, Array] = {}
         self._places: dict[int, int] = {}
 
-    def carry_out(self, events: list[Event], encoded: Encoded | None) -> None:
-        """Carry out one batch's events. After an error nothing more is carried out: a sequence that lacks the events of
-        the batch that failed must never be finished."""
-        if self._stopped:
-            return
-        self._stopped = True
-        self._carry_out(events, encoded)
-        self._stopped = False
+    @property
+    def counts(self) -> Counts:
+        return Counts(self._ledger.balance, self._not_finite, self._failures, self._left_out, self._unused)
 
-    def _carry_out(self, events: list[Event], encoded: Encoded | None) -> None:
+    def carry_out(self, events: list[Event], encoded: Encoded | None) -> None:
+        """Carry out one batch's events. After an error no more may be: a sequence that lacks the events of the batch
+        that failed must never be finished."""
         slot = 0
         for event in events:
             match event:
@@ -68,9 +69,9 @@ class StoreFiller:
                     if attempted:
                         self._keep_older(problem.frame)
                 case FirstOnly(sequence, count):
-                    self._counts.unused[sequence.key] = count
+                    self._unused[sequence.key] = count
                 case Skipped(row):
-                    self._counts.skipped += row.length
+                    self._ledger.skip(row.length)
                     self._note_left_out(row.key, row.attributes.get("left_out", 0))
                     self._progress.advance(row.length)
                 case Close():
@@ -80,9 +81,8 @@ class StoreFiller:
         mirrored_slot = slot + max(1, self._job.batch_size // 2)
         slots = (slot, mirrored_slot) if self._job.mirror else (slot,)
         reason = next((encoded.refused[s] for s in slots if s in encoded.refused), None)
-        self._counts.retried += any(s in encoded.retried for s in slots)
         if reason is not None:
-            self._counts.refused += 1
+            self._not_finite += 1
             self._fail(event.sequence, Problem(f"{event.sequence.source}: {reason}", event.number))
             self._keep_older(event.number)
             return
@@ -90,14 +90,14 @@ class StoreFiller:
         if self._job.mirror:
             arrays |= {f"{n}_mirror": v[mirrored_slot : mirrored_slot + 1] for n, v in encoded.arrays.items()}
         self._extend(event.number, event.digest, arrays)
-        self._counts.encoded += 1
+        self._ledger.give(retried=any(s in encoded.retried for s in slots))
         self._progress.advance(written=sum(values.nbytes for values in arrays.values()))
 
     def _add_reused(self, number: int, frame_digest: bytes, place: int) -> None:
         # From the very row that the place was found in: a Ray task that is repeated has written newer ones since.
         row = self._existing[self._key]
         self._extend(number, frame_digest, self._older_arrays(row, place))
-        self._counts.skipped += 1
+        self._ledger.skip()
         self._progress.advance()
 
     def _keep_older(self, number: int | None) -> None:
@@ -131,15 +131,15 @@ class StoreFiller:
 
     def _fail(self, sequence: FrameSequence, problem: Problem) -> None:
         failure = Failure.of(sequence, problem)
-        self._counts.failures.append(failure)
+        self._ledger.refuse(failure)
         self._problem = failure.reason
         if self._job.strict:
             line = f"{failure.reason}; stopped because of --strict, what was complete is in the store"
-            raise StoppedError(line, self._counts.failures)
+            raise StoppedError(line, self._failures)
 
     def _note_left_out(self, key: str, frames: int) -> None:
         if frames:
-            self._counts.left_out[key] = frames
+            self._left_out[key] = frames
 
     def _close(self, event: Close) -> None:
         if not self._digests:

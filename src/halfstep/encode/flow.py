@@ -6,7 +6,6 @@ other however many are under way.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,11 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from halfstep.data.base import Array, FrameSequence, Problem, SourceError
-from halfstep.encode.counts import Counts
+from halfstep.encode.counts import Counts, Failure
+from halfstep.encode.encoder import Encoded, EncoderLanes
 from halfstep.encode.filling import StoreFiller
 from halfstep.encode.job import EncodeJob
-from halfstep.encode.lanes import Encoded, Lanes
-from halfstep.encode.plan import Event, Failed, Sample, ahead, plan
+from halfstep.encode.plan import Event, Failed, Reuse, Sample, Skipped, ahead, plan
+from halfstep.engine import Flow, Ledger, Stage, stop_request
 from halfstep.progress import Progress
 from halfstep.store.index import Row
 from halfstep.store.writer import DatasetWriter
@@ -32,51 +32,70 @@ class _Batch:
     values: list[Array] = field(default_factory=list)
 
 
+_Encoding = tuple[_Batch, Future[Encoded] | None]
+
+
+class _Write(Stage[_Encoding, None]):
+    """The last stage: it waits for the batches in their order."""
+
+    name = "write"
+
+    def __init__(self, filler: StoreFiller, lanes: int) -> None:
+        self._filler = filler
+        self.room = lanes + 1
+
+    def work(self, item: _Encoding) -> Iterable[None]:
+        batch, future = item
+        self._filler.carry_out(batch.events, future.result() if future is not None else None)
+        return ()
+
+
 def run(
     job: EncodeJob,
     sequences: list[FrameSequence],
     existing: Mapping[str, Row],
-    lanes: Lanes,
+    lanes: EncoderLanes,
     writer: DatasetWriter,
     progress: Progress,
 ) -> Counts:
     """Bring the store up to date with `sequences` and return what was done; `progress` hears of items, and of the bytes
     written for them, as they finish.
 
-    Raises StoppedError at the first failure when the job is strict. When it is left by an exception, sequences that
-    were complete by then are committed, unless the store itself failed.
+    Raises StoppedError at the first failure when the job is strict, and KeyboardInterrupt when the process was asked to
+    stop, once what was under way is done. When it is left by an exception, sequences that were complete by then are
+    committed, unless the store itself failed.
     """
-    counts = Counts()
-    filler = StoreFiller(job, existing, writer, counts, progress)
-    with ThreadPoolExecutor(job.workers, "decode") as decode, ThreadPoolExecutor(1, "write") as write:
-        under_way: deque[tuple[_Batch, Future[Encoded] | None]] = deque()
-        written: deque[Future[None]] = deque()
-
-        def finish_oldest() -> None:
-            batch, future = under_way.popleft()
-            encoded = future.result() if future is not None else None
-            written.append(write.submit(filler.carry_out, batch.events, encoded))
-            while len(written) > lanes.count:
-                written.popleft().result()
-
+    failures: list[Failure] = []
+    ledger: Ledger[Failure] = Ledger(failures.append)
+    filler = StoreFiller(job, existing, writer, ledger, failures, progress)
+    with stop_request() as stop, ThreadPoolExecutor(job.workers, "decode") as decode:
         try:
-            events = plan(job, sequences, existing, decode)
-            for batch in _batches(job, ahead(events, 2 * job.batch_size + 2 * job.workers)):
-                under_way.append((batch, lanes.submit(_stack(job, batch.values)) if batch.values else None))
-                if len(under_way) > lanes.count + 1:
-                    finish_oldest()
-            while under_way:
-                finish_oldest()
-            while written:
-                written.popleft().result()
+            with Flow(_Write(filler, lanes.count)) as flow:
+                events = _booked(plan(job, sequences, existing, decode), ledger)
+                for batch in _batches(job, ahead(events, 2 * job.batch_size + 2 * job.workers)):
+                    flow.put((batch, lanes.submit(_stack(job, batch.values)) if batch.values else None))
+                    if stop:
+                        break
+            if stop:
+                raise KeyboardInterrupt
         except BaseException as error:
             decode.shutdown(cancel_futures=True)
-            write.shutdown(cancel_futures=True)
             if not isinstance(error, OSError):
                 writer.abandon()
                 writer.commit()
             raise
-    return counts
+    return filler.counts
+
+
+def _booked(events: Iterable[Event], ledger: Ledger[Failure]) -> Iterator[Event]:
+    """The same events; the items in them have come in."""
+    for event in events:
+        match event:
+            case Sample() | Reuse() | Failed():
+                ledger.take()
+            case Skipped(row):
+                ledger.take(row.length)
+        yield event
 
 
 def _batches(job: EncodeJob, events: Iterable[Event]) -> Iterator[_Batch]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from halfstep.data.base import Array, FrameSequence, Inspection, Problem, SourceError, digest
 from halfstep.encode.clips import cut_clips
 from halfstep.encode.counts import Counts, Failure
 from halfstep.encode.job import EncodeJob
+from halfstep.engine.ledger import Balance
 from halfstep.store.index import DIGEST_BYTES, Row
 
 T = TypeVar("T")
@@ -91,6 +92,7 @@ def fingerprint_of(job: EncodeJob, inspection: Inspection) -> bytes:
 def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: Mapping[str, Row]) -> Counts:
     """What `run` would do, without decoding anything: for --dry-run."""
     counts = Counts()
+    encoded = skipped = 0
     with ThreadPoolExecutor(job.workers) as pool:
         for sequence, future in _inspected(sequences, pool, job.workers):
             try:
@@ -108,13 +110,14 @@ def plan_only(job: EncodeJob, sequences: list[FrameSequence], existing: Mapping[
                     counts.failures.append(Failure.of(sequence, Problem(row.attributes["problem"])))
                 if left_out := row.attributes.get("left_out"):
                     counts.left_out[row.key] = left_out
-                counts.skipped += row.length
+                skipped += row.length
                 continue
             stored = _stored_places(row)
             reused = sum(digest(job.recipe, d) in stored for d in inspection.digests)
-            counts.skipped += reused
-            counts.encoded += (len(inspection.numbers) or sequence.expected) - reused
-    return counts
+            skipped += reused
+            encoded += (len(inspection.numbers) or sequence.expected) - reused
+    failed = len(counts.failures)
+    return replace(counts, balance=Balance(encoded + skipped + failed, encoded, skipped, failed))
 
 
 def _inspected(

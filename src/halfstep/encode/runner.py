@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,10 +15,11 @@ from halfstep.data.base import FrameSequence, SourceError
 from halfstep.data.guarded import Unusable
 from halfstep.data.sources import SourceConfig, find_sources
 from halfstep.encode.counts import Counts, Failure, StoppedError, merge_counts
+from halfstep.encode.encoder import encoder_lanes, measure_batch_size
 from halfstep.encode.flow import run
 from halfstep.encode.job import EncodeJob, EncodeOptions, list_sequences, settle
-from halfstep.encode.lanes import Lanes
 from halfstep.encode.plan import plan_only
+from halfstep.engine import Crew, TeamCrew
 from halfstep.errors import InputError
 from halfstep.files import alone, file_errors, write_durably
 from halfstep.machine import open_device
@@ -30,9 +31,11 @@ from halfstep.store.maintenance import compact
 from halfstep.store.manifest import NAME as MANIFEST_NAME
 from halfstep.store.manifest import Manifest
 from halfstep.store.writer import DatasetWriter, claim_store, create_store, read_manifest, require_same_spec
-from halfstep.team import Team, own_cores
+from halfstep.team import own_cores
 
 FAILURES_FILE = "failures.jsonl"
+
+_WORKERS_PER_ACTOR = 2
 
 
 @dataclass(frozen=True)
@@ -77,59 +80,97 @@ class _Stored(NamedTuple):
 
 
 def encode(
-    sources: list[SourceConfig], options: EncodeOptions, *, dry_run: bool = False, progress: Progress = SILENT
+    sources: list[SourceConfig],
+    options: EncodeOptions,
+    *,
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+    crew: Crew | None = None,
 ) -> EncodeReport:
     """Encode all frames of `sources` into the store at `options.output`, or only what changed since the last run.
 
-    Under torchrun the processes share the sequences. With `dry_run` nothing is decoded or written. Raises InputError
-    when the sources or options cannot be used or the store holds latents of another kind, StoreError when it cannot be
-    written, StoppedError at the first failure when `options.strict`.
+    Under torchrun the processes share the sequences; with `crew=RayCrew()` actors on a Ray cluster do, and the store's
+    folder and the sources must be reachable under the same path from every node. With `dry_run` nothing is decoded or
+    written. Asked to stop, by Ctrl-C or SIGTERM, it finishes what is under way and raises KeyboardInterrupt. Raises
+    InputError when the sources or options cannot be used or the store holds latents of another kind, StoreError when it
+    cannot be written, StoppedError at the first failure when `options.strict`.
     """
-    with Team.join() as team, ExitStack() as stack:
+    with ExitStack() as stack:
+        crew = crew or stack.enter_context(TeamCrew.join())
         if not dry_run:
-            team.on_leader(lambda: stack.enter_context(reserved(options.output)))
-        job, autoencoder, sequences, existing = prepare_run(sources, options, team, progress)
+            crew.on_leader(lambda: stack.enter_context(reserved(options.output)))
+        job, autoencoder, sequences, existing = prepare_run(sources, options, crew, progress)
         missing = missing_keys(options, sequences, existing)
-        if team.leads:
+        if crew.leads:
             for line in warnings_before(job, existing, options):
                 progress.note(line)
-        mine = sequences[team.rank :: team.size]
+        mine = [sequences[place] for place in crew.own(len(sequences))]
         if dry_run:
-            totals = merge_counts(team.gather(lambda: plan_only(job, mine, existing)))
+            totals = merge_counts(crew.together(lambda: plan_only(job, mine, existing)))
             stored = _Stored(len(existing), existing.items_in(existing))
             removed = 0 if options.keep_missing else existing.items_in(missing)
             return _report(job, totals, removed, missing, 0.0, stored, dry_run=True)
-        job = replace(team.on_leader(lambda: open_store(job, autoencoder)), device=job.device)
+        job = replace(crew.on_leader(lambda: open_store(job, autoencoder)), device=job.device)
         started = time.monotonic()
         progress.start(sum(sequence.expected for sequence in mine) or None)
-
-        def share() -> Counts:
-            return encode_share(job, autoencoder, mine, existing, progress)
-
+        worker = _Worker(job, autoencoder, sequences, existing)
         try:
-            totals = merge_counts(team.gather(share))
+            totals = merge_counts(crew.share(len(sequences), worker, progress, _done))
         except StoppedError as stopped:
             write_failures(options.output, stopped.failures)
             raise
         seconds = time.monotonic() - started
         drop = [] if options.keep_missing else missing
-        return team.on_leader(lambda: finish_run(job, sequences, totals, drop, missing, seconds))
+        return crew.on_leader(lambda: finish_run(job, sequences, totals, drop, missing, seconds))
+
+
+class _Worker:
+    """Encodes some of the sequences into shards of its own. In an actor it has one core, loads the autoencoder itself,
+    and sees the GPU that it was given as the first one."""
+
+    def __init__(
+        self, job: EncodeJob, autoencoder: Autoencoder | None, sequences: list[FrameSequence], existing: Index
+    ) -> None:
+        self._job, self._autoencoder, self._sequences, self._existing = job, autoencoder, sequences, existing
+        self._lanes: int | None = None
+
+    def __getstate__(self) -> tuple[EncodeJob, list[FrameSequence], Index]:
+        device = "cuda:0" if self._job.device.startswith("cuda") else self._job.device
+        return replace(self._job, device=device, workers=_WORKERS_PER_ACTOR), self._sequences, self._existing
+
+    def __setstate__(self, state: tuple[EncodeJob, list[FrameSequence], Index]) -> None:
+        self._job, self._sequences, self._existing = state
+        self._autoencoder = None if self._job.imports_latents else self._job.load_autoencoder()
+        self._lanes = 1
+
+    def __call__(self, places: Sequence[int], progress: Progress) -> Counts:
+        """Encode the sequences with these numbers."""
+        sequences = [self._sequences[place] for place in places]
+        with (
+            encoder_lanes(self._job, self._autoencoder, self._lanes) as lanes,
+            DatasetWriter(self._job.output, self._job.manifest) as writer,
+        ):
+            return run(self._job, sequences, self._existing, lanes, writer, progress)
+
+
+def _done(counts: Counts) -> int:
+    return counts.balance.out + counts.balance.skipped
 
 
 def prepare_run(
-    sources: list[SourceConfig], options: EncodeOptions, team: Team, progress: Progress | None = None
+    sources: list[SourceConfig], options: EncodeOptions, crew: Crew, progress: Progress | None = None
 ) -> tuple[EncodeJob, Autoencoder | None, list[FrameSequence], Index]:
     """Settle the job on the leader, the same for all, and list what there is to do; the leader tells what is left out.
     Reads the store, writes nothing."""
     found = find_sources(sources)
-    if team.leads and progress is not None:
+    if crew.leads and progress is not None:
         for line in (line for source in found for line in source.notes):
             progress.note(line)
     manifest = read_manifest(options.output) if (options.output / MANIFEST_NAME).exists() else None
-    device = str(open_device(team.device(options.device, shared=True)))
+    device = str(open_device(crew.device(options.device)))
     job, autoencoder = settle(options, found, manifest, device, options.workers or min(own_cores(), 16))
     settled = job
-    job = replace(team.on_leader(lambda: settled), device=device)
+    job = replace(crew.on_leader(lambda: settled), device=device)
     if manifest is not None:
         require_same_spec(manifest.spec, job.spec, options.output)
     sequences = list_sequences(found, job.spec, options.limit)
@@ -149,8 +190,8 @@ def open_store(job: EncodeJob, autoencoder: Autoencoder | None) -> EncodeJob:
     One process decides on the size of a batch, because another size may round differently.
     """
     if job.batch_size == 0:
-        with Lanes.open(job, autoencoder) as lanes:
-            job = replace(job, batch_size=lanes.measure_batch_size())
+        with encoder_lanes(job, autoencoder) as lanes:
+            job = replace(job, batch_size=measure_batch_size(job, lanes))
     with file_errors(job.output):
         create_store(job.output, job.manifest)
         _update_manifest(job)
@@ -175,19 +216,6 @@ def _changes(manifest: Manifest, job: EncodeJob) -> str:
     return "; ".join(differences(made_with, {name: wanted[name] for name in names}))
 
 
-def encode_share(
-    job: EncodeJob,
-    autoencoder: Autoencoder | None,
-    sequences: list[FrameSequence],
-    existing: Index,
-    progress: Progress = SILENT,
-    lane_count: int | None = None,
-) -> Counts:
-    """Encode one process's share of the sequences into shards of its own."""
-    with Lanes.open(job, autoencoder, lane_count) as lanes, DatasetWriter(job.output, job.manifest) as writer:
-        return run(job, sequences, existing, lanes, writer, progress)
-
-
 def finish_run(
     job: EncodeJob,
     sequences: list[FrameSequence],
@@ -201,8 +229,8 @@ def finish_run(
     with file_errors(job.output):
         manifest = read_manifest(job.output)
         numerics = {
-            "retried_in_fp32": manifest.numerics.get("retried_in_fp32", 0) + totals.retried,
-            "refused": manifest.numerics.get("refused", 0) + totals.refused,
+            "retried_in_fp32": manifest.numerics.get("retried_in_fp32", 0) + totals.balance.retried,
+            "refused": manifest.numerics.get("refused", 0) + totals.not_finite,
         }
         if numerics != manifest.numerics:
             replace(manifest, numerics=numerics).write(job.output)
@@ -286,16 +314,16 @@ def _report(
     return EncodeReport(
         sequences=stored.sequences,
         items=stored.items,
-        encoded=totals.encoded,
-        skipped=totals.skipped,
+        encoded=totals.balance.out,
+        skipped=totals.balance.skipped,
         removed=removed,
         failed=len(totals.failures),
         bytes=stored.bytes,
         fp32_bytes=stored.fp32_bytes,
         source_bytes=stored.source_bytes,
-        items_per_second=round(totals.encoded / seconds, 3) if seconds > 0 else 0.0,
+        items_per_second=round(totals.balance.out / seconds, 3) if seconds > 0 else 0.0,
         seconds=round(seconds, 3),
-        retried_in_fp32=totals.retried,
+        retried_in_fp32=totals.balance.retried,
         policy=str(job.policy),
         store=str(job.output),
         missing=missing,

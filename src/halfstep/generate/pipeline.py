@@ -15,7 +15,8 @@ from halfstep.autoencoders.hub import cached_models, hub_answers, quiet_hub
 from halfstep.errors import InputError
 from halfstep.extras import missing
 from halfstep.generate.config import MemorySettings, ModelSettings
-from halfstep.precision import Gate, PrecisionPolicy, prepare, torch_dtype
+from halfstep.engine import Gate
+from halfstep.precision import PrecisionPolicy, prepare, torch_dtype
 
 # Names of a sampler: scheduler for flow matching, and for variance-preserving models.
 _SCHEDULERS = {

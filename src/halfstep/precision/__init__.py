@@ -3,15 +3,12 @@
 from halfstep.precision.apply import change_compute, prepare
 from halfstep.precision.cast import cast, cast_to, map_tensors
 from halfstep.precision.choose import Settled, choose, resolve, settle
-from halfstep.precision.gate import Checked, Gate
 from halfstep.precision.policy import PRESETS, STORAGE_TYPES, PrecisionPolicy, torch_dtype
 from halfstep.precision.probe import ProbeResult, TypeReport, probe, tf32
 
 __all__ = [
     "PRESETS",
     "STORAGE_TYPES",
-    "Checked",
-    "Gate",
     "PrecisionPolicy",
     "ProbeResult",
     "Settled",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 import halfstep
+from halfstep.engine import HostCopy, Ring
 from halfstep.errors import HalfstepError, InputError, NumericsError
 from halfstep.store import RunWriter, TrajectoryFormat, TrajectoryStore
 
@@ -114,7 +114,7 @@ class StoreRecorder:
         self._source: dict[str, str] | None = None  # device and type of the first latent
         self._failure: BaseException | None = None
         self._warned = False
-        self._free = threading.Semaphore(_MOST_WAITING)
+        self._ring: Ring | None = None
         self._thread = ThreadPoolExecutor(1, f"record {key}")
 
     def record(self, step: Step) -> Ticket:
@@ -139,12 +139,13 @@ class StoreRecorder:
         first = self._shape is None
         self._shape, self._last_index = step.latent.shape, step.index
         self._warn_once()
-        self._free.acquire()
+        if self._ring is None:
+            self._ring = Ring(_MOST_WAITING, step.latent.device)
         ticket: Ticket = Future()
-        copy = _Copy(step)
+        copy = _Copy(step, self._ring.download(step.latent.detach()))
         if self._held is not None:
-            self._held = None  # it was not the last, so it is not kept
-            self._free.release()
+            self._held.host.release()  # it was not the last, so it is not kept
+            self._held = None
         if first or step.index % self._interval == 0:
             self._submit(copy, ticket)
         else:
@@ -191,7 +192,7 @@ class StoreRecorder:
 
     def _submit(self, copy: _Copy, ticket: Ticket) -> None:
         def settle(written: Future[None]) -> None:
-            self._free.release()
+            copy.host.release()
             self._note_failure(written)
             error = written.exception()
             ticket.set_result(None) if error is None else ticket.set_exception(error)
@@ -201,7 +202,7 @@ class StoreRecorder:
     def _append(self, copy: _Copy) -> None:
         if self._failure is not None:
             raise self._failure
-        self._writer.append(copy.step.index, copy.step.timestep, copy.step.sigma, copy.values())
+        self._writer.append(copy.index, copy.timestep, copy.sigma, copy.values())
         if self._source is None:
             self._source = copy.source
             self._writer.note(**copy.source)
@@ -230,30 +231,22 @@ class StoreRecorder:
 
 
 class _Copy:
-    """A step's latent on its way to the host. The copy from a GPU runs behind the sampler's own work."""
+    """A step whose latent is on its way to the host. The copy from a GPU runs behind the sampler's own work."""
 
-    def __init__(self, step: Step) -> None:
-        latent = step.latent.detach()
-        self._arrived: torch.cuda.Event | None = None
+    def __init__(self, step: Step, host: HostCopy) -> None:
+        latent = step.latent
         name = torch.cuda.get_device_name(latent.device) if latent.is_cuda else str(latent.device)
         self.source = {"device": name, "dtype": str(latent.dtype).removeprefix("torch.")}
-        if latent.is_cuda:
-            self._host = torch.empty(latent.shape, dtype=latent.dtype, pin_memory=True)
-            self._host.copy_(latent, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record(torch.cuda.current_stream(latent.device))
-        else:
-            self._host = latent.to("cpu", copy=True)
-        self.step = replace(step, latent=self._host)
+        self.index, self.timestep, self.sigma, self.host = step.index, step.timestep, step.sigma, host
 
     def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """float32, once the copy has arrived. Raises NumericsError for finite float64 that float32 has no room for."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        values = self._host.float()
-        if self._host.dtype == torch.float64 and (lost := int((values.isinf() & self._host.isfinite()).sum())):
+        """float32, once the copy has arrived; to be used before `host` is released. Raises NumericsError for finite
+        float64 that float32 has no room for."""
+        host = self.host.wait()
+        values = host.float()
+        if host.dtype == torch.float64 and (lost := int((values.isinf() & host.isfinite()).sum())):
             raise NumericsError(
-                f"step {self.step.index}: {lost} of its float64 values are beyond float32's range; scale them down, or "
+                f"step {self.index}: {lost} of its float64 values are beyond float32's range; scale them down, or "
                 "record it without them"
             )
         return values.contiguous().numpy()

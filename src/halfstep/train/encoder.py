@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from halfstep.autoencoders import Autoencoder, Posterior, encode_gate
-from halfstep.precision import Gate, PrecisionPolicy
+from halfstep.engine import Gate
+from halfstep.precision import PrecisionPolicy
 
 
 @dataclass(frozen=True)

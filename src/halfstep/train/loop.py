@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from halfstep.engine import stop_request
 from halfstep.errors import HalfstepError, InputError
 from halfstep.files import alone, claim, write_durably
 from halfstep.machine import open_device
@@ -26,7 +27,6 @@ from halfstep.train.measured import against_fp32, conditions, read_measured
 from halfstep.train.meter import Logs, Meter, told
 from halfstep.train.resume import begin, facts_of
 from halfstep.train.state import COLLAPSE, TrainState
-from halfstep.train.stop import stop_request
 from halfstep.train.work import StepWork
 
 MARKS = ("config.json", MEASURED_NAME)  # files that tell the folder of a run
