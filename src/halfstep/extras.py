@@ -16,6 +16,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": (*_ENCODE, "sklearn", "torchmetrics"),
     "fid": ("torch_fidelity",),
     "ray": ("ray",),
+    "stream": (*_ENCODE, "cbor2", "h5py", "hdf5plugin", "msgpack", "prometheus_client", "psutil", "scipy", "zmq"),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
 }

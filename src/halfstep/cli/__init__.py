@@ -12,7 +12,20 @@ from typing import Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from halfstep.cli import analyze, bench, demo, encode, evaluate, generate, probe, sample, store, toy_world, train
+from halfstep.cli import (
+    analyze,
+    bench,
+    demo,
+    encode,
+    evaluate,
+    generate,
+    probe,
+    sample,
+    store,
+    stream,
+    toy_world,
+    train,
+)
 from halfstep.cli.paths import refuse_urls
 from halfstep.errors import HalfstepError
 from halfstep.extras import missing
@@ -34,6 +47,7 @@ app.command()(sample.sample)
 app.add_typer(evaluate.app, name="eval")
 app.command()(generate.generate)
 app.command()(analyze.analyze)
+app.add_typer(stream.app, name="stream")
 app.command()(probe.probe)
 app.command("toy-world")(toy_world.toy_world)
 app.command()(demo.demo)
@@ -89,8 +103,8 @@ def _run() -> int:
         return _unexpected(error)
     if code == _INTERRUPTED:
         typer.echo(
-            "halfstep: interrupted; what was complete is kept (encode, train and sample go on when run "
-            "again, generate with --resume)",
+            "halfstep: interrupted; what was complete is kept (encode, train, sample and stream go on when "
+            "run again, generate with --resume)",
             err=True,
         )
     return code

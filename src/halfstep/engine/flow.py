@@ -61,10 +61,15 @@ class Flow:
 
     def put(self, item: Any, timeout_s: float | None = None) -> bool:
         """Waits while there is no room; False when that was so for `timeout_s`."""
-        taken = self._error is None and self._queues[0].put(item, self._stages[0].size(item), timeout_s)
+        self.check()
+        taken = self._queues[0].put(item, self._stages[0].size(item), timeout_s)
+        self.check()
+        return taken
+
+    def check(self) -> None:
+        """Raise the error of a stage that has failed."""
         if self._error is not None:
             raise self._error
-        return taken
 
     def waiting(self) -> dict[str, int]:
         """Sizes of what waits before each stage, by its name."""

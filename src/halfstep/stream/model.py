@@ -1,0 +1,139 @@
+"""The network of a run: where it comes from, in which precision it runs, and what a lane makes of a batch.
+
+Axes: B samples, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from halfstep.engine import Checked, Gate, Ring
+from halfstep.errors import InputError
+from halfstep.models import PeakNet
+from halfstep.precision import PrecisionPolicy, prepare, torch_dtype
+from halfstep.stream.events import Array
+
+_EXPORTED, _SCRIPTED = (".pt2",), (".ts", ".torchscript")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """`model`: a file of PeakNet weights, of `torch.export` (.pt2) or TorchScript (.ts, .torchscript), or
+    `package.module:function`, which returns a module. `config` says what PeakNet's weights must agree with.
+    `compile_mode` is one of torch.compile's; `warmup` batches are computed before the first that counts."""
+
+    model: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    compile_mode: str | None = None
+    warmup: int = 1
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Of the samples of a batch: `masks` [B, H, W] bool where the network tells two classes apart, else `outputs`
+    [B, ...] float32; why those in `refused` cannot be used, which were computed again in fp32, and the seconds it
+    took."""
+
+    masks: Array | None
+    outputs: Array | None
+    refused: dict[int, str]
+    retried: frozenset[int]
+    seconds: float
+
+
+def load_network(spec: ModelSpec) -> nn.Module:
+    """The network in fp32, for inference; PeakNet in its fused form. Raises InputError when it cannot be had: there are
+    no random weights."""
+    path = Path(spec.model)
+    if not path.exists() and ":" in spec.model:
+        return _from_function(spec.model)
+    if path.suffix in (*_EXPORTED, *_SCRIPTED):
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; expected a network of torch.export or TorchScript")
+        try:
+            if path.suffix in _EXPORTED:
+                exported: nn.Module = torch.export.load(path).module()
+                return exported
+            return torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call,no-any-return]
+        except (RuntimeError, ValueError, OSError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: cannot be read as a network ({reason}); save it again") from error
+    return PeakNet.load(path, **spec.config).fused()
+
+
+def multiple_of(spec: ModelSpec) -> int:
+    """By what the sides of its samples must be divisible; others' networks take what comes."""
+    is_peaknet = ":" not in spec.model and Path(spec.model).suffix not in (*_EXPORTED, *_SCRIPTED)
+    return 32 if is_peaknet else 1
+
+
+def _from_function(name: str) -> nn.Module:
+    module_name, _, function_name = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), function_name)()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"model: {name}: {error}; expected package.module:function that can be imported") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"model: {name}: returned {type(made).__name__}; expected a torch module")
+    return made.eval()
+
+
+class Inference:
+    """What a lane does: samples [B, C, H, W] of the policy's type to Computed. One may serve several lanes. It can be
+    sent to another process, where it loads the network anew."""
+
+    def __init__(self, spec: ModelSpec, policy: PrecisionPolicy, device: str, copies: int = 4) -> None:
+        self._spec, self._policy, self._device = spec, policy, torch.device(device)
+        self._ring = Ring(copies, self._device)
+        half = self._network(policy)
+        self.weight_bytes = sum(tensor.nbytes for tensor in (*half.parameters(), *half.buffers()))
+        load_exact = None if policy.compute == "fp32" else lambda: self._compute(self._network(PrecisionPolicy()))
+        self._gate = Gate(self._compute(half), load_exact)
+
+    def __reduce__(self) -> tuple[Callable[..., Inference], tuple[object, ...]]:
+        return Inference, (self._spec, self._policy, str(self._device))
+
+    @torch.inference_mode()
+    def __call__(self, samples: torch.Tensor) -> Computed:
+        started = time.perf_counter()
+        checked: Checked = self._gate(self._ring.upload(samples))
+        (values,) = checked.outputs
+        refused = {sample: f"outputs {why}" for sample, why in checked.refused.items()}
+        masks = outputs = None
+        if values.dim() == 4 and values.shape[1] == 1:
+            masks = self._ring.fetch((values[:, 0] > 0).to(torch.uint8)).numpy().view(np.bool_)
+        else:
+            outputs = self._ring.fetch(values.float()).numpy()
+        return Computed(masks, outputs, refused, checked.retried, time.perf_counter() - started)
+
+    def _network(self, policy: PrecisionPolicy) -> nn.Module:
+        network = prepare(load_network(self._spec).to(self._device), policy)
+        mode = self._spec.compile_mode
+        return torch.compile(network, mode=mode) if mode else network  # type: ignore[return-value]
+
+    @staticmethod
+    def _compute(network: nn.Module) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+        return lambda samples: (_margin(network(samples)),)
+
+
+def _margin(values: Any) -> torch.Tensor:
+    """Of a network's output the first tensor; of two classes [B, 2, H, W] by how much the second is ahead."""
+    while isinstance(values, (tuple, list, dict)):
+        values = next(iter(values.values() if isinstance(values, dict) else values))
+    if not isinstance(values, torch.Tensor):
+        raise InputError(f"model: returned {type(values).__name__}; expected a tensor")
+    return values[:, 1:] - values[:, :1] if values.dim() == 4 and values.shape[1] == 2 else values
+
+
+def sample_type(policy: PrecisionPolicy) -> torch.dtype:
+    """The type in which samples travel: that of the weights, and of the arithmetic where that is narrower."""
+    return torch_dtype(policy.compute if policy.is_mixed else policy.params)
