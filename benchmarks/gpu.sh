@@ -21,5 +21,6 @@ bench() { # NAME ARGUMENTS...
 bench encode --images 256 --size 256 --rounds 3 --no-memory
 bench sample --batch 16 --updates 100 --rounds 3
 bench trajectory --rounds 2
+bench stream --rounds 5 --frames 200
 bench train --batch 32 --steps 5 --rounds 2 --no-memory
 exit "$failed"

@@ -9,12 +9,16 @@ import torch
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
+from halfstep.engine import Lanes
 from halfstep.machine import open_device
 from halfstep.precision import PrecisionPolicy, prepare, probe
 from halfstep.sampling import StoreRecorder, record
 from halfstep.sampling.recorder import Step
 from halfstep.store import DatasetStore, TrajectoryFormat, TrajectoryStore
+from halfstep.stream.graphs import Graphed
+from halfstep.stream.model import Inference, ModelSpec
 from tests.sampling.test_pipelines import PIPELINES, make
+from tests.support.streaming import tiny_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 EXACT = TrajectoryFormat(storage="fp32")
@@ -93,3 +97,27 @@ def test_pipelines_on_a_device_give_the_same_sample(name: str, dtype: torch.dtyp
     run = TrajectoryStore.open(tmp_path / "s")["a"]
     assert np.array_equal(run.latents[-1], plain[0].float().cpu().numpy())
     assert len(run) == 5 + (name == "Stable Diffusion")  # PNDM calls its first timestep twice
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16-true", "16-true"])
+@torch.inference_mode()
+def test_batches_replayed_from_a_graph_are_those_that_are_launched(policy: str, tmp_path: Path) -> None:
+    """In two threads at once, each with a graph and a stream of its own."""
+    spec, parsed = ModelSpec(str(tiny_weights(tmp_path / "w.pt"))), PrecisionPolicy.parse(policy)
+    graphed = Inference(spec, parsed, "cuda")
+    eager = Inference(ModelSpec(spec.model, compile_mode=None), parsed, "cuda")
+    eager._graphed.problem = "not to be used"
+    dtype = {"fp32": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}[policy]
+    batches = [torch.randn(4, 1, 64, 96).to(dtype) for _ in range(12)]
+    expected = [eager(batch).masks for batch in batches]
+    with Lanes.open([graphed, graphed], "gpu") as lanes:
+        found = [future.result().masks for future in [lanes.submit(batch) for batch in batches]]
+    assert graphed.problem is None
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_what_cannot_be_recorded_is_launched() -> None:
+    graphed = Graphed(lambda x: x * float(x.sum().cpu()), torch.device("cuda"))  # asks the device in between
+    with graphed.stream():
+        assert graphed(torch.ones(3, device="cuda")).tolist() == [3.0, 3.0, 3.0]
+        assert graphed.problem is not None

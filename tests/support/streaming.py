@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -137,3 +138,20 @@ class ListSource(Source):
 
 def messages_of(events: Iterable[Event]) -> list[Message]:
     return [Message((event,)) for event in events]
+
+
+class Deadly(torch.nn.Module):
+    """`bright`, but a pixel more than thirty deviations up ends the process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.tensor(-5.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool((x > 30).any()):
+            os._exit(1)
+        return x + self.bias
+
+
+def deadly() -> torch.nn.Module:
+    return Deadly()

@@ -120,6 +120,30 @@ def precision(
 
 
 @app.command()
+def stream(
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    events: Annotated[int, typer.Option(min=1, help="Through the engine.")] = 48,
+    frames: Annotated[int, typer.Option(min=1, help="Simulated ones, whose peaks are known.")] = 100,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory too.")] = True,
+    soak: Annotated[
+        int | None, typer.Option(min=20, metavar="N", help="Only this: N small events, and what memory does.")
+    ] = None,
+    json: _Json = False,
+) -> None:
+    """Find peaks with PeakNet: as it is run today, in half, fused; the engine against its lanes; labeling."""
+    from halfstep.bench.stream import bench_soak, bench_stream
+
+    if soak is None:
+        _print(bench_stream(rounds=rounds, events=events, frames=frames, memory=memory), json)
+        return
+    from halfstep.cli.progress import Bar
+
+    with Bar("streaming", "events", hidden=json) as progress:
+        result = bench_soak(soak, progress)
+    typer.echo(json_module.dumps(result, indent=1))
+
+
+@app.command()
 def statistics(
     sets: Annotated[int, typer.Option(min=10, help="Simulated sets of runs for each design and change.")] = 300,
     json: _Json = False,

@@ -37,14 +37,20 @@ def stream(
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, metavar="PORT", help="Serve metrics to Prometheus on 127.0.0.1.")
     ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Simulated diffraction through a small trained network, into -o.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print run.json.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No panel.")] = False,
 ) -> None:
     """Find peaks in a stream of detector frames, as they come; run it again to go on."""
     if context.invoked_subcommand is not None:
         return
+    if demo:
+        _demo(output or Path("stream-demo"), json=json, quiet=quiet)
+        return
     if config is None:
-        raise InputError("stream: no run; give its YAML with --config")
+        raise InputError("stream: no run; give its YAML with --config, or --demo")
     from halfstep.cli.panel import Panel
     from halfstep.stream.config import load_run
     from halfstep.stream.engine import StreamEngine
@@ -85,6 +91,23 @@ def stream(
         report = engine.run()
     typer.echo(json_module.dumps(asdict(report), indent=1) if json else _summary(report, run.outputs.folder))
     raise typer.Exit(0 if report.held else 1)
+
+
+def _demo(output: Path, *, json: bool, quiet: bool) -> None:
+    from halfstep.cli.progress import Bar
+    from halfstep.demo.peaks import PICTURE, stream_demo
+
+    with Bar("streaming", "events", hidden=quiet or json) as progress:
+        report = stream_demo(output, progress=progress)
+    found = report["found"]
+    right = found["found"] / max(1, found["found"] + found["found_wrongly"])
+    lines = [
+        f"{report['balance']['out']} frames, {report['events_per_second']:.1f} a second in {report['policy']}",
+        f"{found['found']} of {found['peaks']} peaks found ({found['found'] / max(1, found['peaks']):.1%}), and "
+        f"{found['found_wrongly']} where none is ({right:.1%} of what was found is right)",
+        f"{output / PICTURE}: look at it",
+    ]
+    typer.echo(json_module.dumps(report, indent=1) if json else "\n".join(lines))
 
 
 @app.command()

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from halfstep.autoencoders.hub import cached_models, hub_answers, quiet_hub
+from halfstep.engine import Gate
 from halfstep.errors import InputError
 from halfstep.extras import missing
 from halfstep.generate.config import MemorySettings, ModelSettings
-from halfstep.engine import Gate
 from halfstep.precision import PrecisionPolicy, prepare, torch_dtype
 
 # Names of a sampler: scheduler for flow matching, and for variance-preserving models.

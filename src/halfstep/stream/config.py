@@ -57,7 +57,7 @@ class RuntimeSection(_Section):
     num_producers: Annotated[int | None, Field(ge=1)] = None
     batches_per_producer: Annotated[int | None, Field(ge=1)] = None
     max_wait_ms: Annotated[float, Field(ge=0)] = 100.0
-    queue_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    queue_bytes: Annotated[int, Field(ge=1)] = 512 << 20
     overflow: Literal["block", "drop_oldest"] = "block"
     workers: Annotated[int, Field(ge=1)] = 2
     inter_batch_delay: Any = None
@@ -118,6 +118,7 @@ class SourceSection(_Section):
     normalized: Annotated[bool, Field(validation_alias=AliasChoices("normalised", "normalized"))] = False
     pad_style: PadStyle | None = None
     mask: Path | None = None
+    no_data: float | None = None
     scale: Annotated[float | None, Field(gt=0)] = None
     socket_timeout: Any = None
     socket_retry_attempts: Any = None
@@ -142,6 +143,7 @@ class OutputSection(_Section):
     buffer_size: Annotated[int, Field(ge=1)] = 100
     min_num_peak: Annotated[int, Field(ge=1)] = 10
     max_num_peak: Annotated[int, Field(ge=1)] = 2048
+    patience_s: Annotated[float, Field(ge=0)] = 60.0
     push: str | None = None
     crystfel: str | None = None
     quiet: bool = False
@@ -279,6 +281,7 @@ def _options(path: Path, file: StreamFile, events: int, *, ray: bool, lanes: int
             pad_style=style,
             normalized=source.normalized,
             mask=mask,
+            no_data=source.no_data,
             scale=source.scale,
         ),
         batch_size=runtime.batch_size,
@@ -288,6 +291,7 @@ def _options(path: Path, file: StreamFile, events: int, *, ray: bool, lanes: int
         sources=source.sources,
         total_events=runtime.total_samples,
         part_events=events,
+        patience_s=file.output.patience_s,
         workers=runtime.workers,
         lanes=lanes or (runtime.max_actors if ray else None),
         ray=ray,

@@ -49,7 +49,7 @@ class StreamOptions:
     preparation: Preparation = field(default_factory=Preparation)
     batch_size: int = 1
     max_wait_ms: float = 100.0
-    queue_bytes: int = 1 << 30
+    queue_bytes: int = 512 << 20
     drop_oldest: bool = False
     sources: int = 1
     total_events: int | None = None
@@ -130,7 +130,7 @@ class StreamEngine:
         if preparation.size is not None and any(side % multiple for side in preparation.size):
             raise InputError(f"data.shape: got {list(preparation.size)}; PeakNet needs multiples of {multiple}")
         self._options = replace(options, preparation=preparation)
-        self._weight_bytes = 0
+        self._inference: Inference | None = None
         self._meter = Meter()
         self._ledger: Ledger[Loss] = Ledger(self._note_loss)
         self._letters: DeadLetters | None = None
@@ -176,7 +176,7 @@ class StreamEngine:
     ) -> StreamReport:
         options, meter = self._options, self._meter
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        admit = Admit(books, options.queue_bytes, options.sources, options.total_events)
+        admit = Admit(books, options.workers, options.sources, options.total_events)
         self._admit = admit
         room = options.queue_bytes
         gather = Gather(books, lanes.submit, options.batch_size, options.max_wait_ms / 1e3, room, options.drop_oldest)
@@ -244,7 +244,7 @@ class StreamEngine:
     def _lanes(self) -> Iterator[Lanes[torch.Tensor, Computed]]:
         options = self._options
         inference = Inference(options.model, self.policy, str(self._device))
-        self._weight_bytes = inference.weight_bytes
+        self._inference = inference
         with ExitStack() as stack:
             if options.ray:
                 resources = stack.enter_context(cluster())
@@ -306,7 +306,10 @@ class StreamEngine:
         started: str,
         sessions: list[dict[str, Any]],
     ) -> StreamReport:
-        balance, meter = self._ledger.balance, self._meter
+        balance, meter, inference = self._ledger.balance, self._meter, self._inference
+        notes = [*self._notes]
+        if inference is not None and inference.problem is not None:
+            notes.append(f"computed without CUDA graphs: {inference.problem}")
         ranges = [
             (run, name, first, last)
             for run, name in sorted({*books.seen.producers(), *admit.ends})
@@ -340,8 +343,8 @@ class StreamEngine:
             device_busy=round(meter.total("busy_s") / (seconds * lanes), 4),
             lanes=lanes,
             policy=str(self.policy),
-            notes=self._notes,
-            weight_bytes=self._weight_bytes,
+            notes=notes,
+            weight_bytes=inference.weight_bytes if inference is not None else 0,
             peak_memory_mb=round(peak_memory_mb(self._device), 1),
             started=started,
             sessions=[*sessions, ended],

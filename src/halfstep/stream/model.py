@@ -21,6 +21,7 @@ from halfstep.errors import InputError
 from halfstep.models import PeakNet
 from halfstep.precision import PrecisionPolicy, prepare, torch_dtype
 from halfstep.stream.events import Array
+from halfstep.stream.graphs import Graphed
 
 _EXPORTED, _SCRIPTED = (".pt2",), (".ts", ".torchscript")
 
@@ -63,7 +64,7 @@ def load_network(spec: ModelSpec) -> nn.Module:
             if path.suffix in _EXPORTED:
                 exported: nn.Module = torch.export.load(path).module()
                 return exported
-            return torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call,no-any-return]
+            return _Scripted(torch.jit.load(path, map_location="cpu").eval())  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: cannot be read as a network ({reason}); save it again") from error
@@ -74,6 +75,17 @@ def multiple_of(spec: ModelSpec) -> int:
     """By what the sides of its samples must be divisible; others' networks take what comes."""
     is_peaknet = ":" not in spec.model and Path(spec.model).suffix not in (*_EXPORTED, *_SCRIPTED)
     return 32 if is_peaknet else 1
+
+
+class _Scripted(nn.Module):
+    """A network of TorchScript, whose own class cannot be another one."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, samples: torch.Tensor) -> Any:
+        return self.network(samples)
 
 
 def _from_function(name: str) -> nn.Module:
@@ -94,25 +106,33 @@ class Inference:
     def __init__(self, spec: ModelSpec, policy: PrecisionPolicy, device: str, copies: int = 4) -> None:
         self._spec, self._policy, self._device = spec, policy, torch.device(device)
         self._ring = Ring(copies, self._device)
-        half = self._network(policy)
-        self.weight_bytes = sum(tensor.nbytes for tensor in (*half.parameters(), *half.buffers()))
-        load_exact = None if policy.compute == "fp32" else lambda: self._compute(self._network(PrecisionPolicy()))
-        self._gate = Gate(self._compute(half), load_exact)
+        network = self._network(policy)
+        self.weight_bytes = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+        # One that is compiled launches its kernels in its own way.
+        self._graphed = Graphed(lambda samples: _margin(network(samples)), self._device)
+        half = (lambda samples: _margin(network(samples))) if spec.compile_mode else self._graphed
+        self._gate = Gate(lambda samples: (half(samples),), None if policy.compute == "fp32" else self._load_exact)
 
     def __reduce__(self) -> tuple[Callable[..., Inference], tuple[object, ...]]:
         return Inference, (self._spec, self._policy, str(self._device))
 
+    @property
+    def problem(self) -> str | None:
+        """Why batches are not replayed from CUDA graphs, where they could have been."""
+        return self._graphed.problem
+
     @torch.inference_mode()
     def __call__(self, samples: torch.Tensor) -> Computed:
         started = time.perf_counter()
-        checked: Checked = self._gate(self._ring.upload(samples))
-        (values,) = checked.outputs
-        refused = {sample: f"outputs {why}" for sample, why in checked.refused.items()}
         masks = outputs = None
-        if values.dim() == 4 and values.shape[1] == 1:
-            masks = self._ring.fetch((values[:, 0] > 0).to(torch.uint8)).numpy().view(np.bool_)
-        else:
-            outputs = self._ring.fetch(values.float()).numpy()
+        with self._graphed.stream():
+            checked: Checked = self._gate(self._ring.upload(samples))
+            (values,) = checked.outputs
+            if values.dim() == 4 and values.shape[1] == 1:
+                masks = self._ring.fetch((values[:, 0] > 0).to(torch.uint8)).numpy().view(np.bool_)
+            else:
+                outputs = self._ring.fetch(values.float()).numpy()
+        refused = {sample: f"outputs {why}" for sample, why in checked.refused.items()}
         return Computed(masks, outputs, refused, checked.retried, time.perf_counter() - started)
 
     def _network(self, policy: PrecisionPolicy) -> nn.Module:
@@ -120,8 +140,8 @@ class Inference:
         mode = self._spec.compile_mode
         return torch.compile(network, mode=mode) if mode else network  # type: ignore[return-value]
 
-    @staticmethod
-    def _compute(network: nn.Module) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    def _load_exact(self) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+        network = self._network(PrecisionPolicy())
         return lambda samples: (_margin(network(samples)),)
 
 

@@ -28,7 +28,8 @@ class Preparation:
     (height, width) is what the network takes; None pads to the next multiples of `multiple`. Padding is zero, the mean,
     and the picture stands in the center or at the top left (`bottom-right` is where the padding goes). `normalized`:
     the producer did that already; else an event gets mean 0 and variance 1 over the pixels that hold data. `mask`
-    [C, H, W] or [H, W] marks these; the others become zero. `scale` instead divides by a constant, for pictures.
+    [C, H, W] or [H, W] marks these, and those that are `no_data` are none, as detectors send gaps; what holds no data
+    becomes zero. `scale` instead divides by a constant, for pictures.
     """
 
     channels: int = 1
@@ -37,6 +38,7 @@ class Preparation:
     pad_style: PadStyle = "center"
     normalized: bool = False
     mask: Array | None = None
+    no_data: float | None = None
     scale: float | None = None
     dtype: torch.dtype = torch.float32
 
@@ -45,17 +47,15 @@ class Preparation:
         would be 43% off. Raises MessageError when the event does not fit, or a pixel that holds data is not finite."""
         height, width = self.padded(data.shape)
         values = torch.from_numpy(data.astype(np.float32, order="C"))
-        if self.mask is not None:
-            held = self._held(data.shape)
+        held = self._held(data)
+        if held is not None:
             values = torch.where(held, values, 0.0)
-        else:
-            held = None
         if not self.normalized and self.scale is None:
             values = _normalized(values, held)
         elif self.scale is not None:
             values /= self.scale
         if not bool(torch.isfinite(values.sum())):
-            self._refuse(data, values)
+            self._refuse(data, values, held)
         if (height, width) == tuple(values.shape[1:]):
             samples = values.to(self.dtype)
         else:
@@ -86,18 +86,28 @@ class Preparation:
             return 0, 0
         return (height - shape[1]) // 2, (width - shape[2]) // 2
 
-    def _held(self, shape: tuple[int, ...]) -> torch.Tensor:
-        assert self.mask is not None
-        if self.mask.shape not in (shape, shape[1:]):
-            raise MessageError(f"event of {list(shape)}: the mask is {list(self.mask.shape)}; give one of its size")
-        return torch.from_numpy(self.mask).expand(shape)
+    def _held(self, data: Array) -> torch.Tensor | None:
+        """Which pixels hold data; None where all do."""
+        held = None
+        if self.mask is not None:
+            if self.mask.shape not in (data.shape, data.shape[1:]):
+                raise MessageError(
+                    f"event of {list(data.shape)}: the mask is {list(self.mask.shape)}; give one of its size"
+                )
+            held = torch.from_numpy(self.mask).expand(data.shape)
+        if self.no_data is not None:
+            there = torch.from_numpy(data != self.no_data)
+            held = there if held is None else held & there
+        return held
 
-    def _refuse(self, data: Array, values: torch.Tensor) -> None:
-        held = np.ones(data.shape, bool) if self.mask is None else np.broadcast_to(self.mask, data.shape)
-        unsound = int((~np.isfinite(data.astype(np.float32)) & held).sum())
-        if unsound or not bool(torch.isfinite(values).all()):
+    def _refuse(self, data: Array, values: torch.Tensor, held: torch.Tensor | None) -> None:
+        unsound = ~np.isfinite(data.astype(np.float32))
+        if held is not None:
+            unsound &= held.numpy()
+        count = int(unsound.sum())
+        if count or not bool(torch.isfinite(values).all()):
             raise MessageError(
-                f"event of {list(data.shape)}: {unsound or 'some'} pixels that hold data are not finite in fp32; mask "
+                f"event of {list(data.shape)}: {count or 'some'} pixels that hold data are not finite in fp32; mask "
                 "them, or mend the producer"
             )
 

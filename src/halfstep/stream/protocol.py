@@ -17,11 +17,12 @@ Over ZeroMQ, DEALER at the producer, ROUTER at the engine. A message has these p
 `run` is new each time that a producer begins anew, `source` is the producer's name, and the two together with
 `sequence` say which event it is. A producer has at most `window` events under way (8 until it was told). The engine
 sends a `state` when events were committed or refused, and in answer to `ask` and `end`. A producer that hears nothing
-asks again, about once a second. What is neither committed nor leased nor refused in an answer is not there: it is sent
-again. `answers` is the largest number that was asked for, -1 in a state that answers no `ask`. `refused` has pairs of
-number and reason: the engine has put the event among its dead letters. So nothing depends on whether a message, an
-acknowledgment or the engine itself was lost. Events may be sent again at any time: the engine knows them by number,
-also after a restart, from its files.
+asks again, about once a second. When all its events are acknowledged or refused it sends `end`, again and again until a
+`state` with `ended` comes, or for two minutes: then the engine has left, and has all. What is neither committed nor
+leased nor refused in an answer is not there: it is sent again. `answers` is the largest number that was asked for, -1
+in a state that answers no `ask`. `refused` has pairs of number and reason: the engine has put the event among its dead
+letters. So nothing depends on whether a message, an acknowledgment or the engine itself was lost. Events may be sent
+again at any time: the engine knows them by number, also after a restart, from its files.
 """
 
 from __future__ import annotations

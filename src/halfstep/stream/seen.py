@@ -10,7 +10,7 @@ from enum import Enum
 
 from halfstep.stream.events import Identity
 
-_MOST_REMEMBERED = 200_000  # events, of those that must be remembered one by one
+_MOST_REMEMBERED = 50_000  # events, of those that must be remembered one by one
 
 
 class Numbers:

@@ -24,6 +24,7 @@ SEND_FORMATS = ("halfstep", "npz", "hdf5", "dectris")
 _WAITING = 4  # messages that libzmq may hold
 _ASK_AFTER_S = 1.0
 _POLL_S = 0.1
+_FAREWELL_S = 120.0
 
 
 class SendError(HalfstepError):
@@ -141,10 +142,13 @@ class _Sender:
             self._give(numbered)
             count += 1
             self._listen(0)
-        while self._open or not self._ended:
-            if not self._ended and self._socket.poll(0, zmq.POLLOUT):
+        while self._open:
+            self._listen(_POLL_S)
+        latest = time.monotonic() + min(_FAREWELL_S, self._give_up_s)
+        while not self._ended and time.monotonic() < latest:  # nothing is at stake any more
+            if self._socket.poll(0, zmq.POLLOUT):
                 self._socket.send_multipart(pack_end(self._run, self._source, count))
-            self._listen(_POLL_S if self._ended else _ASK_AFTER_S)
+            self._listen(_ASK_AFTER_S)
 
     def _give(self, event: Event) -> None:
         while not self._socket.poll(int(_POLL_S * 1000), zmq.POLLOUT):
@@ -165,7 +169,7 @@ class _Sender:
             if (state.run, state.source) == (self._run, self._source):
                 self._take(state)
         now = time.monotonic()
-        if now - self._heard > self._give_up_s:
+        if self._open and now - self._heard > self._give_up_s:
             raise SendError(
                 f"nothing was heard of an engine for {self._give_up_s:g} s; {len(self._open)} of {self.sent} events "
                 f"are not acknowledged: start the engine, and send them again with the same run, {self._run}"

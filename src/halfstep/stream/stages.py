@@ -29,6 +29,8 @@ from halfstep.stream.sinks.events import EventRow
 from halfstep.stream.sinks.facts import check_identity
 from halfstep.stream.sources.base import Incoming, Source
 
+_LEASE_BYTES = 6000  # of an event besides its data and samples, as Python and torch hold it
+
 Consumer = Callable[[Result], None]
 Submit = Callable[[torch.Tensor], Future[Computed]]
 
@@ -104,15 +106,12 @@ class Admit(Stage[tuple[Incoming, "Future[Read]", float], Lease]):
 
     name = "admit"
 
-    def __init__(self, books: Books, room: int, sources: int, total: int | None) -> None:
-        self._books, self.room = books, room
+    def __init__(self, books: Books, workers: int, sources: int, total: int | None) -> None:
+        self._books, self.room = books, 2 * workers  # messages that are read, or soon will be
         self._sources, self._total = sources, total
         self._facts: dict[tuple[str, str], Mapping[str, Fact]] = {}
         self.ends: dict[tuple[str, str], int | None] = {}
         self.admitted = self.messages = self.repeats = 0
-
-    def size(self, item: tuple[Incoming, Future[Read], float]) -> int:
-        return item[0].size
 
     def work(self, item: tuple[Incoming, Future[Read], float]) -> Iterator[Lease]:
         incoming, future, received = item
@@ -158,7 +157,7 @@ class Admit(Stage[tuple[Incoming, "Future[Read]", float], Lease]):
             if verdict is Verdict.COMMITTED:
                 books.source.committed([identity])
             return
-        size = event.data.nbytes + (samples.nbytes if isinstance(samples, torch.Tensor) else 0)
+        size = event.data.nbytes + (samples.nbytes if isinstance(samples, torch.Tensor) else 0) + _LEASE_BYTES
         now = time.time() - (time.monotonic() - received)
         lease = Lease(event, crc, torch.empty(0), incoming.origin, received, now, 0, size)
         if verdict is Verdict.OTHER:
@@ -181,7 +180,7 @@ class Admit(Stage[tuple[Incoming, "Future[Read]", float], Lease]):
             return False
         if self._books.source.guarantee != "acknowledged":
             return True
-        return not any(self._books.seen.gaps(*producer, count) for producer, count in self.ends.items())
+        return not any(self._books.seen.gaps(*producer, count) for producer, count in list(self.ends.items()))
 
 
 @dataclass(frozen=True)
