@@ -43,6 +43,7 @@ EXAMPLES = {
     "own_training_loop.py": ["auto"],
     "navigation_loader.py": [],
     "record_and_analyze.py": ["recorded"],
+    "train_peaknet.py": ["weights.safetensors", "--steps", "2"],
 }
 # What the blocks of a page leave behind; every page with blocks that run is here.
 LEFT = {
@@ -57,6 +58,7 @@ LEFT = {
         "analysis/metrics.parquet",
     ],
     "docs/guides/precision.md": [],
+    "docs/guides/stream.md": ["run/run.json", "run/events/000000.parquet", "spots/run.json", "mine/run.json"],
     "docs/formats.md": [],
 }
 
@@ -212,11 +214,16 @@ def require_known(words: list[str], *, whole: bool) -> None:
     """Fail unless verbs and flags exist, and, for a `whole` command, all of it parses."""
     command, rest = program(), list(words)
     while hasattr(command, "commands"):
+        takes_value = {flag: not p.is_flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+        given = list(rest)
         while rest and rest[0].startswith("-"):
-            assert rest[0] in flags(command), rest[0]
-            rest.pop(0)
+            flag = rest.pop(0)
+            assert flag in flags(command), flag
+            rest = rest[1:] if takes_value.get(flag) else rest
         if not rest or rest[0] in ("VERB", "..."):
-            assert not whole, "a verb is missing"
+            assert not whole or command.invoke_without_command, "a verb is missing"
+            if whole:
+                command.make_context(command.name, given)
             return
         assert rest[0] in command.commands, f"no verb {rest[0]}"
         command = command.commands[rest.pop(0)]
@@ -308,6 +315,17 @@ def test_the_site_builds_with_all_its_links_and_fetches_nothing(tmp_path: Path) 
 
 AMD, INTEL, H200 = "amd-epyc-2-cores", "intel-xeon-2-cores", "nvidia-h200"
 FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
+    (INTEL, "stream", [
+        ("seconds/plain fp32, 256/median", "{:.3f} s"), ("seconds/fused half, 512/median", "{:.3f} s"),
+        ("seconds/autocast, 512/median", "{:.3f} s"), ("speedup_over_plain_fp32_256/fused fp32", "{:.2f}x"),
+        ("speedup_over_plain_fp32_512/fused fp32", "{:.2f}x"), ("speedup_over_plain_fp32_512/fused half", "{:.2f}x"),
+        ("fused_half_over_autocast_256", "{:.2f}x"), ("fused_half_over_autocast_512", "{:.2f}x"),
+        ("weight_mb/fused half", "{:.1f} MB"), ("peak_memory_mb/autocast", "{:.0f} MB"),
+        ("peak_memory_mb/fused half", "{:.0f} MB"), ("peaks/fused half/against_truth/recall", "{:.1%}"),
+        ("peaks/fused half/against_plain_fp32/precision", "{:.2%}"), ("engine/share_of_its_lanes_rate", "{:.1%}"),
+        ("labeling/ours_ms", "{:.2f} ms"), ("labeling/speedup", "{:.0f}x"),
+    ]),
+    (INTEL, "soak", [("events_per_second", "{:.0f} events"), ("growth_after_the_first_tenth", "{:.1%}")]),
     (AMD, "encode", [
         ("seconds/plain loop, fp32/median", "{:.1f} s"), ("seconds/halfstep, auto/median", "{:.1f} s"),
         ("seconds/halfstep, fp32/median", "{:.1f} s"), ("seconds/encoder alone, auto/median", "{:.1f} s"),

@@ -24,15 +24,21 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _verbs(command: Any, name: str) -> Iterator[str]:
     for verb, inner in getattr(command, "commands", {}).items():
         if hasattr(inner, "commands"):
+            if inner.invoke_without_command:
+                yield from _verb(inner, f"{name} {verb}")
             yield from _verbs(inner, f"{name} {verb}")
             continue
-        arguments = [p for p in inner.params if p.param_type_name == "argument"]
-        options = [p for p in inner.params if p.param_type_name == "option" and "--help" not in p.opts]
-        yield from (f"## `{name} {verb}`", "", " ".join((inner.help or "").split()), "")
-        yield from ("| | |", "|---|---|")
-        yield from (f"| `{_metavar(p)}` | {_cell(p.help)} |" for p in arguments)
-        yield from (f"| {_flags(p)} | {_cell(p.help)}{_default(p)} |" for p in options)
-        yield ""
+        yield from _verb(inner, f"{name} {verb}")
+
+
+def _verb(verb: Any, name: str) -> Iterator[str]:
+    arguments = [p for p in verb.params if p.param_type_name == "argument"]
+    options = [p for p in verb.params if p.param_type_name == "option" and "--help" not in p.opts]
+    yield from (f"## `{name}`", "", " ".join((verb.help or "").split()), "")
+    yield from ("| | |", "|---|---|")
+    yield from (f"| `{_metavar(p)}` | {_cell(p.help)} |" for p in arguments)
+    yield from (f"| {_flags(p)} | {_cell(p.help)}{_default(p)} |" for p in options)
+    yield ""
 
 
 def _flags(option: Any) -> str:

@@ -1,14 +1,12 @@
 """Simulated frames: what they promise of their peaks, their background and the pixels without data."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from halfstep.data.diffraction import SEPARATION_PX, Frame, diffraction_frame, normalized, truth_mask
+from halfstep.data.diffraction import SEPARATION_PX, Frame, diffraction_frame, truth_mask
 from halfstep.errors import InputError
 
 seeds = st.integers(0, 2**32 - 1)
@@ -109,23 +107,6 @@ def test_units_change_nothing_else(seed: int, gain: float, pedestal: float) -> N
     inside = (one.values < 65535) & (other.values < 65535) & (one.values > 0) & (other.values > 0)
     photons, again = (one.values[inside] - 100.0) / 10, (other.values[inside] - pedestal) / gain
     assert np.abs(photons - again).max(initial=0) <= 0.5 / 10 + 0.5 / gain + 1e-6
-
-
-@settings(max_examples=30, deadline=None)
-@given(seeds, st.floats(0, 30000))
-def test_a_normalized_frame(seed: int, pedestal: float) -> None:
-    frame = frame_of(seed, (96, 64), pedestal=pedestal)
-    values = normalized(frame)
-    assert values.dtype == np.float32 and not values[~frame.mask].any()
-    assert abs(values[frame.mask].mean(dtype=float)) < 1e-3
-    assert abs(values[frame.mask].var(dtype=float) - 1) < 1e-3
-
-
-def test_normalized_frames_without_contrast_or_data() -> None:
-    frame = frame_of(0, (64, 64))
-    flat = dataclasses.replace(frame, values=np.full_like(frame.values, 4711))
-    assert not normalized(flat).any()
-    assert not normalized(dataclasses.replace(frame, mask=np.zeros_like(frame.mask))).any()
 
 
 @pytest.mark.parametrize("how", [{"size": (0, 4)}, {"gain": 0}, {"pedestal": -1}])

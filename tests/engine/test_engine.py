@@ -85,6 +85,17 @@ def test_what_was_gathered_goes_on_at_its_deadline() -> None:
         assert keep.kept == [(1,)]
 
 
+def test_a_stage_that_would_wait_for_ever_ends_with_the_rest() -> None:
+    class Forever(Gather):
+        def deadline(self) -> float | None:
+            return float("inf") if self.group else None
+
+    keep = Keep()
+    with Flow(Forever(100), keep) as flow:
+        flow.put(1)
+    assert keep.kept == [(1,)]
+
+
 @pytest.mark.parametrize("at", [0, 3, 19])
 def test_after_an_error_nothing_more_is_worked_on_and_it_is_raised(at: int) -> None:
     keep = Keep()

@@ -72,8 +72,10 @@ def test_files_of_every_kind_and_going_on(world: Path, tmp_path: Path) -> None:
 def test_a_damaged_file_costs_its_own_events(world: Path, tmp_path: Path) -> None:
     (world / "d.tif").write_bytes((world / "d.tif").read_bytes()[:100])
     (world / "c.npy").write_bytes(b"no array")
+    np.save(world / "mask.npy", np.ones((40, 50), bool))
+    np.save(world / "nothing.npy", np.zeros((0, 50)))
     report = run(tmp_path / "r", FilesSource([world]))
-    assert (report.balance["out"], report.balance["refused"], report.held) == (4, 2, False)
+    assert (report.balance["out"], report.balance["refused"], report.held) == (4, 4, False)
     letters = (tmp_path / "r" / "dead_letters.jsonl").read_text()
     assert "d.tif" in letters and "c.npy" in letters
     with pytest.raises(InputError, match="nothing to read"):

@@ -26,6 +26,7 @@ from halfstep.stream import (
 )
 from halfstep.stream.events import Message
 from halfstep.stream.sinks.cxi import CxiSettings
+from halfstep.stream.stages import Ends
 from tests.support.streaming import ListSource, images_of, make_events, messages_of, rows_of, tiny_weights
 
 BRIGHT = ModelSpec("tests.support.streaming:bright")
@@ -136,7 +137,7 @@ def test_what_cannot_be_used_is_among_the_dead_letters_and_the_rest_comes_out(tm
     reasons = " ".join(letter["reason"] for letter in told)
     for words in ("3 pixels that hold data are not finite", "larger than 64x64", "garbage", "zero characters"):
         assert words in reasons
-    assert {identity.sequence for kind, identity in source.told if kind == "refused"} == {1, 2}
+    assert {identity.sequence for kind, identity in source.told if kind == "refused"} == {1, 2, -1}
     raw = (tmp_path / "r" / "dead_letters.bin").read_bytes()
     kept = next(letter for letter in told if letter["identity"] and letter["identity"]["sequence"] == 1)
     assert raw[kept["offset"] : kept["offset"] + kept["length"]] == broken.tobytes()
@@ -190,6 +191,28 @@ def test_gaps_are_named(tmp_path: Path) -> None:
     assert report.ended_by == "end of its sources" and not report.held
     assert [(gap["first"], gap["last"]) for gap in report.gaps] == [(2, 3), (5, 6), (8, 9)]
     assert report.missing == 6
+
+
+def test_what_a_start_announces_is_missed_at_the_end(tmp_path: Path) -> None:
+    start = Message(run="r", source="s", starts=True, expected=5)
+    end = Message(run="r", source="s", ends=True)
+    report = run(
+        tmp_path / "r", ListSource([start, *messages_of([event(dark(0), 0), event(dark(2), 2)]), end], "numbered")
+    )
+    assert [(gap["first"], gap["last"]) for gap in report.gaps] == [(1, 1), (3, 4)]
+    assert not report.held
+
+
+def test_the_end_of_a_source_is_remembered_over_a_kill_and_forgotten_after_the_run(tmp_path: Path) -> None:
+    events = [Event(Identity("r", name, "e", 0), dark(number)) for number, name in enumerate("ab")]
+    path = tmp_path / "r" / "ends.json"
+    run(tmp_path / "r", [])
+    Ends(path).note(("r", "a"), 1)  # and then it was killed
+    ends = Message(run="r", source="b", ends=True, expected=1)
+    waits = ListSource([*messages_of(events), ends, b"never received"], "acknowledged")
+    report = run(tmp_path / "r", waits, sources=2, workers=1)
+    assert report.ended_by == "end of its sources" and report.balance["out"] == 2
+    assert not path.exists()
 
 
 def test_facts_of_a_start_go_to_the_events_of_its_run(tmp_path: Path) -> None:

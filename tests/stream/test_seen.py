@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 from hypothesis import given
@@ -45,8 +46,15 @@ def test_what_an_event_is(steps: list[tuple[str, int, bool]]) -> None:
             seen.commit(identity, crcs[number])
             state[number] = Verdict.COMMITTED
         elif state.get(number) is Verdict.LEASED:
-            getattr(seen, action)(identity, crcs[number])
+            seen.release(identity, crcs[number])
+            if action == "refuse":
+                seen.refuse(identity)
             del state[number], crcs[number]
-    committed, leased, _ = seen.states("r", "s", [(0, 3)])
+    committed, leased, _ = ([*numbers(ranges)] for ranges in seen.states("r", "s", [(0, 1), (2, 2**62)]))
     assert committed == [number for number in range(4) if state.get(number) is Verdict.COMMITTED]
     assert leased == [number for number in range(4) if state.get(number) is Verdict.LEASED]
+
+
+def numbers(ranges: list[tuple[int, int]]) -> Iterator[int]:
+    for first, last in ranges:
+        yield from range(first, last + 1)

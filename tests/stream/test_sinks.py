@@ -401,7 +401,7 @@ def test_a_table_says_all_that_was_known(tmp_path: Path, rows: list[EventRow]) -
         np.testing.assert_array_equal(np.array(columns, np.float32).reshape(3, -1).T, one.peaks)
         np.testing.assert_array_equal(np.array(line["peak_intensity"], np.float32), one.intensities)
         assert line["n_peaks"] == len(one.peaks)
-        for name in ("retried_in_fp32", "crc32c", "received", "committed_with", "file", "row"):
+        for name in ("retried_in_fp32", "crc32c", "received", "network", "file", "row"):
             assert same(line[name], getattr(row, name))
         # Every fact is in one place, and is what was sent.
         told = json.loads(line["facts"], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,18 @@ def test_a_producer_hears_what_was_refused(tmp_path: Path) -> None:
     assert (report.balance["out"], report.balance["refused"], report.held) == (5, 1, False)
     sent = done.result(LONG_S)
     assert list(sent.refused) == [2] and "not finite" in sent.refused[2]
+
+
+def test_an_event_that_no_engine_takes_is_refused_once(tmp_path: Path) -> None:
+    """int64 is numpy's own type, but none of the wire's."""
+    events = list(hits(4))
+    events[1] = replace(events[1], data=events[1].data.astype(np.int64))
+    events[2] = replace(events[2], identity=Identity("", "", "a\0b"))
+    url = f"ipc://{tmp_path}/s"
+    done = sending(events, url)
+    report = run(tmp_path / "r", AcknowledgedSource([url], bind=True, window=200))
+    assert (report.balance["out"], report.balance["refused"]) == (2, 2)
+    assert sorted(done.result(LONG_S).refused) == [1, 2]
 
 
 def test_messages_of_the_protocol_are_themselves_again_or_refused() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import gc
 import math
 import statistics
 import subprocess
@@ -19,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from halfstep.bench.compare import document, in_turn, machine, ratio
+from halfstep.bench.compare import document, in_turn, ratio
 from halfstep.data.diffraction import diffraction_frame
 from halfstep.engine import Lanes, lane_count
 from halfstep.machine import open_device, peak_memory_mb
@@ -35,6 +38,8 @@ from halfstep.stream.prepare import Preparation
 from halfstep.stream.sinks.cxi import CxiSettings
 from halfstep.stream.sources.base import Incoming, Source
 from halfstep.stream.sources.simulated import RandomSource
+
+_FORMS = ("plain fp32", "autocast", "true half", "fused fp32", "fused half")
 
 _LABELED_PIXELS, _LABELED_PEAKS = 1920, 300
 _SOAK_SHAPE = (1, 32, 32)
@@ -55,7 +60,7 @@ def bench_stream(
     half = _half(device)
     torch.manual_seed(0)
     network = PeakNet().eval()
-    forms = _forms(network, device, half)
+    forms = {name: _form(name, network, device, half) for name in _FORMS}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -114,15 +119,15 @@ def bench_soak(events: int, progress: Progress = SILENT) -> dict[str, Any]:
         outputs = Outputs(Path(scratch) / "run", None)
         report = StreamEngine(source, options, outputs, progress=Looking()).run()
     settled = resident[max(1, len(resident) // 10) :]
-    return {
-        "benchmark": "stream soak",
-        "machine": machine(),
-        "events": report.balance["out"],
-        "held": report.held,
-        "events_per_second": report.events_per_second,
-        "resident_mb": [round(value, 1) for value in resident],
-        "growth_after_the_first_tenth": round(settled[-1] / settled[0] - 1, 4),
-    }
+    return document(
+        "stream soak",
+        {},
+        events=report.balance["out"],
+        held=report.held,
+        events_per_second=report.events_per_second,
+        resident_mb=[round(value, 1) for value in resident],
+        growth_after_the_first_tenth=round(settled[-1] / settled[0] - 1, 4),
+    )
 
 
 def nearly_nothing() -> nn.Module:
@@ -141,22 +146,13 @@ def _half(device: torch.device) -> str:
     return max(("bf16", "fp16"), key=lambda name: result.speedup(name, "sample"))
 
 
-def _forms(network: PeakNet, device: torch.device, half: str) -> dict[str, nn.Module]:
-    """Margins, or logits, of frames in each way to run a network."""
-    import copy
-
-    true_half = PrecisionPolicy.parse("bf16-true" if half == "bf16" else "16-true")
-
-    def plain() -> nn.Module:
-        return copy.deepcopy(network).to(device)
-
-    return {
-        "plain fp32": plain(),
-        "autocast": _Autocast(plain(), device.type, torch_dtype(half)),
-        "true half": prepare(plain(), true_half),
-        "fused fp32": prepare(network.fused().to(device), PrecisionPolicy()),
-        "fused half": prepare(network.fused().to(device), true_half),
-    }
+def _form(name: str, network: PeakNet, device: torch.device, half: str) -> nn.Module:
+    """A copy of a network in one of the ways to run it: frames to logits, or fused to margins."""
+    made = (network.fused() if name.startswith("fused") else copy.deepcopy(network)).to(device)
+    if name == "autocast":
+        return _Autocast(made, device.type, torch_dtype(half))
+    true_half = "bf16-true" if half == "bf16" else "16-true"
+    return prepare(made, PrecisionPolicy.parse(true_half if name.endswith("half") else "fp32"))
 
 
 class _Autocast(nn.Module):
@@ -289,7 +285,7 @@ def _peaks_found(frames: int, device: torch.device, half: str) -> dict[str, Any]
     preparation = Preparation()
     found: dict[str, list[Array]] = {}
     truth = []
-    forms = _forms(network, device, half)
+    forms = {name: _form(name, network, device, half) for name in _FORMS}
     for number in range(frames):
         frame = diffraction_frame(np.random.default_rng(50_000 + number), (256, 256))
         truth.append(frame.peaks)
@@ -331,9 +327,11 @@ def print_own_peak(form: str, size: int) -> None:
     process, or the GPU, held while computing than before."""
     torch.set_num_threads(1)
     device = open_device("auto")
-    network = _forms(PeakNet().eval(), device, _half(device))[form]
+    network = _form(form, PeakNet().eval(), device, _half(device))
     x = torch.randn(1, 1, size, size, device=device)
-    network(x[..., :32, :32])  # what libraries set up on their first call is not the network's
+    network(x[..., :64, :64])  # what libraries set up on their first call is not the network's
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not to be used again unseen
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 1e6

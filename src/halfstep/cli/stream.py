@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfstep.errors import InputError
+from halfstep.errors import InputError, some
 
 if TYPE_CHECKING:
     from halfstep.stream import StreamReport
@@ -65,7 +65,7 @@ def stream(
         device=device,
     )
     with ExitStack() as stack:
-        panel = Panel(hidden=quiet or json)
+        panel = Panel(hidden=quiet or json or run.file.output.quiet)
         for note in run.notes:
             panel.note(note)
         consumers = []
@@ -82,6 +82,10 @@ def stream(
             hits = run.outputs.cxi
             consumers.append(lambda result: responder.offer(result) if hits is None or is_hit(result, hits) else None)
         source = stack.enter_context(run.open_source())
+        if source.urls:
+            panel.note(
+                f"{'listening at' if run.file.data_source.role == 'bind' else 'connected to'} {some(source.urls)}"
+            )
         engine = StreamEngine(source, run.options, run.outputs, consumers=consumers, progress=panel)
         if metrics_port is not None:
             from halfstep.stream.monitor import metrics_server

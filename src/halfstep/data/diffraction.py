@@ -97,15 +97,6 @@ def truth_mask(frame: Frame) -> Bool:
     return marked
 
 
-def normalized(frame: Frame) -> npt.NDArray[np.float32]:
-    """The values [H, W] as a network takes them: mean 0 and variance 1 over the pixels that hold data, 0 elsewhere."""
-    held = frame.values[frame.mask].astype(np.float32)
-    result = np.zeros(frame.mask.shape, np.float32)
-    if held.size:
-        result[frame.mask] = (held - held.mean()) / np.sqrt(held.var() + 1e-6)
-    return result
-
-
 def _panels(rng: np.random.Generator, size: Size, center: Float) -> tuple[Bool, Bool]:
     """Pixels that are none or are behind the beam stop, and dead ones among the others."""
     gaps = _radius(size, center) < rng.uniform(6, 20)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, PositiveInt
 
 from halfstep.config import Config, load_yaml
 from halfstep.errors import InputError
@@ -56,7 +56,7 @@ class RuntimeSection(_Section):
     total_samples: Annotated[int | None, Field(ge=1)] = None
     num_producers: Annotated[int | None, Field(ge=1)] = None
     batches_per_producer: Annotated[int | None, Field(ge=1)] = None
-    max_wait_ms: Annotated[float, Field(ge=0)] = 100.0
+    max_wait_ms: Annotated[float, Field(ge=0, le=3_600_000)] = 100.0
     queue_bytes: Annotated[int, Field(ge=1)] = 512 << 20
     overflow: Literal["block", "drop_oldest"] = "block"
     workers: Annotated[int, Field(ge=1)] = 2
@@ -74,7 +74,7 @@ class RuntimeSection(_Section):
 class DataSection(_Section):
     dead = frozenset({"input_channels"})
 
-    shape: tuple[int, int, int] | None = None
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     input_channels: Any = None
 
 
@@ -101,11 +101,11 @@ class SourceSection(_Section):
     )
 
     source_type: Literal["random", "socket", "files"] = "random"
-    shape: tuple[int, ...] | None = None
-    socket_addresses: list[tuple[str, int]] | None = None
+    shape: tuple[PositiveInt, PositiveInt] | tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    socket_addresses: Annotated[list[tuple[str, int]], Field(min_length=1)] | None = None
     socket_hostname: str | None = None
     socket_port: int = _PORT
-    url: str | list[str] | None = None
+    url: str | Annotated[list[str], Field(min_length=1)] | None = None
     role: Literal["bind", "connect"] = "bind"
     interface: str = "127.0.0.1"
     curve: CurveSection | None = None
@@ -139,7 +139,7 @@ class OutputSection(_Section):
     output_dir: Path | None = None
     cxi: bool = True
     masks: bool = False
-    file_prefix: str = "peaknet_cxi"
+    file_prefix: Annotated[str, Field(pattern=r"^[^/]+$")] = "peaknet_cxi"
     buffer_size: Annotated[int, Field(ge=1)] = 100
     min_num_peak: Annotated[int, Field(ge=1)] = 10
     max_num_peak: Annotated[int, Field(ge=1)] = 2048
@@ -186,7 +186,7 @@ class _WriterOutput(_Section):
     dead = frozenset({"create_output_dir"})
 
     output_dir: Path | None = None
-    file_prefix: str = "peaknet_cxi"
+    file_prefix: Annotated[str, Field(pattern=r"^[^/]+$")] = "peaknet_cxi"
     buffer_size: Annotated[int, Field(ge=1)] = 100
     create_output_dir: Any = None
 

@@ -24,14 +24,16 @@ from halfstep.precision import PrecisionPolicy, settle
 from halfstep.progress import SILENT, Progress
 from halfstep.stream.dead_letters import DeadLetters, Loss
 from halfstep.stream.meter import Meter
-from halfstep.stream.model import Computed, Inference, ModelSpec, multiple_of, sample_type
+from halfstep.stream.model import Computed, Inference, ModelSpec, multiple_of, network_name, sample_type
 from halfstep.stream.parts import EVENTS, Outputs, Parts
 from halfstep.stream.prepare import Preparation
 from halfstep.stream.seen import Seen
 from halfstep.stream.sources.base import Source
-from halfstep.stream.stages import Admit, Books, Commit, Consumer, FindPeaks, Gather, failure_line, read
+from halfstep.stream.stages import Admit, Books, Commit, Consumer, Ends, FindPeaks, Gather, failure_line, read
 
 RUN_FILE = "run.json"
+ENDS_FILE = "ends.json"
+SOURCES_ENDED = "end of its sources"
 _LONGEST_WAIT_S = 0.2  # of the receiving thread, until it looks whether it shall stop
 _MOST_NAMED = 1000  # gaps and losses in run.json; the rest is counted
 
@@ -88,6 +90,7 @@ class StreamReport:
     device: str
     device_busy: float
     lanes: int
+    network: str
     policy: str
     notes: list[str]
     weight_bytes: int
@@ -176,7 +179,8 @@ class StreamEngine:
     ) -> StreamReport:
         options, meter = self._options, self._meter
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        admit = Admit(books, options.workers, options.sources, options.total_events)
+        ends = Ends(self._outputs.folder / ENDS_FILE if self._outputs is not None else None)
+        admit = Admit(books, options.workers, options.sources, options.total_events, ends)
         self._admit = admit
         room = options.queue_bytes
         gather = Gather(books, lanes.submit, options.batch_size, options.max_wait_ms / 1e3, room, options.drop_oldest)
@@ -190,6 +194,7 @@ class StreamEngine:
                 self._consumers,
                 self._progress,
                 lambda: bool(stop),
+                f"{network_name(options.model)} in {self.policy}",
                 events=options.part_events,
                 patience_s=options.patience_s,
             )
@@ -207,6 +212,8 @@ class StreamEngine:
             self._flow = None
         report = self._report(books, admit, commit, lanes.count, ended_by, started, sessions)
         self._record(sessions, started, report)
+        if ended_by == SOURCES_ENDED:
+            ends.clear()
         if error is not None:
             raise error
         return report
@@ -222,11 +229,12 @@ class StreamEngine:
                     return "signal"
                 if admit.finished:
                     done = options.total_events is not None and admit.admitted >= options.total_events
-                    return "total_samples" if done else "end of its sources"
+                    return "total_samples" if done else SOURCES_ENDED
                 if source.exhausted:
-                    return "end of its sources"
+                    return SOURCES_ENDED
                 under_way = messages - admit.messages
                 if options.total_events is not None and admit.admitted + under_way >= options.total_events:
+                    flow.check()
                     source.tell()
                     time.sleep(0.001)  # what was received may be the last
                     continue
@@ -312,8 +320,8 @@ class StreamEngine:
             notes.append(f"computed without CUDA graphs: {inference.problem}")
         ranges = [
             (run, name, first, last)
-            for run, name in sorted({*books.seen.producers(), *admit.ends})
-            for first, last in books.seen.gaps(run, name, admit.ends.get((run, name)))
+            for run, name in sorted({*books.seen.producers(), *admit.expected, *admit.ends})
+            for first, last in books.seen.gaps(run, name, {**admit.expected, **admit.ends}.get((run, name)))
         ]
         gaps = [{"run": run, "source": name, "first": first, "last": last} for run, name, first, last in ranges]
         missing = sum(last - first + 1 for _, _, first, last in ranges)
@@ -342,6 +350,7 @@ class StreamEngine:
             device=device_name(self._device),
             device_busy=round(meter.total("busy_s") / (seconds * lanes), 4),
             lanes=lanes,
+            network=network_name(self._options.model),
             policy=str(self.policy),
             notes=notes,
             weight_bytes=inference.weight_bytes if inference is not None else 0,

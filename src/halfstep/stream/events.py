@@ -69,4 +69,7 @@ class Result:
 
 
 class MessageError(InputError):
-    """A message that cannot be used: cut short, damaged, of another format or shape, or asking for what is refused."""
+    """A message that cannot be used: cut short, damaged, of another format or shape, or asking for what is refused.
+    `identity` is of the event in it, where the message itself is sound and says which."""
+
+    identity: Identity | None = None

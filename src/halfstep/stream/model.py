@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from halfstep.engine import Checked, Gate, Ring
 from halfstep.errors import InputError
+from halfstep.files import sha256_of
 from halfstep.models import PeakNet
 from halfstep.precision import PrecisionPolicy, prepare, torch_dtype
 from halfstep.stream.events import Array
@@ -65,7 +67,7 @@ def load_network(spec: ModelSpec) -> nn.Module:
                 exported: nn.Module = torch.export.load(path).module()
                 return exported
             return _Scripted(torch.jit.load(path, map_location="cpu").eval())  # type: ignore[no-untyped-call]
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
+        except (RuntimeError, ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: cannot be read as a network ({reason}); save it again") from error
     return PeakNet.load(path, **spec.config).fused()
@@ -88,12 +90,22 @@ class _Scripted(nn.Module):
         return self.network(samples)
 
 
+def network_name(spec: ModelSpec) -> str:
+    """What to call a network for good: a file's name with the start of its SHA-256, or the function's."""
+    path = Path(spec.model)
+    return f"{path.name} {sha256_of(path)[:16]}" if path.is_file() else spec.model
+
+
 def _from_function(name: str) -> nn.Module:
     module_name, _, function_name = name.partition(":")
     try:
-        made = getattr(importlib.import_module(module_name), function_name)()
+        function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"model: {name}: {error}; expected package.module:function that can be imported") from error
+    try:
+        made = function()
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise InputError(f"model: {name}: failed ({error}); expected a function without arguments") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"model: {name}: returned {type(made).__name__}; expected a torch module")
     return made.eval()
@@ -126,9 +138,20 @@ class Inference:
         started = time.perf_counter()
         masks = outputs = None
         with self._graphed.stream():
-            checked: Checked = self._gate(self._ring.upload(samples))
+            try:
+                checked: Checked = self._gate(self._ring.upload(samples))
+            except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise InputError(
+                    f"model: {self._spec.model}: cannot compute samples {list(samples.shape)}: {reason}"
+                ) from error
             (values,) = checked.outputs
-            if values.dim() == 4 and values.shape[1] == 1:
+            if values.shape[:1] != samples.shape[:1] or (is_margin(values) and values.shape[2:] != samples.shape[2:]):
+                raise InputError(
+                    f"model: {self._spec.model}: made {list(values.shape)} of samples {list(samples.shape)}; expected "
+                    "as many, and of two classes a mask of their height and width"
+                )
+            if is_margin(values):
                 masks = self._ring.fetch((values[:, 0] > 0).to(torch.uint8)).numpy().view(np.bool_)
             else:
                 outputs = self._ring.fetch(values.float()).numpy()
@@ -143,6 +166,11 @@ class Inference:
     def _load_exact(self) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
         network = self._network(PrecisionPolicy())
         return lambda samples: (_margin(network(samples)),)
+
+
+def is_margin(values: torch.Tensor) -> bool:
+    """Whether an output tells two classes apart: [B, 1, H, W]."""
+    return values.dim() == 4 and values.shape[1] == 1
 
 
 def _margin(values: Any) -> torch.Tensor:

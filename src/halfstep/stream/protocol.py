@@ -18,7 +18,7 @@ Over ZeroMQ, DEALER at the producer, ROUTER at the engine. A message has these p
 `sequence` say which event it is. A producer has at most `window` events under way (8 until it was told). The engine
 sends a `state` when events were committed or refused, and in answer to `ask` and `end`. A producer that hears nothing
 asks again, about once a second. When all its events are acknowledged or refused it sends `end`, again and again until a
-`state` with `ended` comes, or for two minutes: then the engine has left, and has all. What is neither committed nor
+`state` with `ended` comes, or for half a minute: then the engine has left, and has all. What is neither committed nor
 leased nor refused in an answer is not there: it is sent again. `answers` is the largest number that was asked for, -1
 in a state that answers no `ask`. `refused` has pairs of number and reason: the engine has put the event among its dead
 letters. So nothing depends on whether a message, an acknowledgment or the engine itself was lost. Events may be sent
@@ -97,11 +97,12 @@ def unpack(parts: Parts) -> Message:
     kind = header.get("kind")
     run, source = _text(header, "run"), _text(header, "source")
     if kind == "event":
-        event = Event(
-            Identity(run, source, _text(header, "event"), _number(header, "sequence")),
-            _data(header, parts[2]),
-            _facts(header),
-        )
+        identity = Identity(run, source, _text(header, "event"), _number(header, "sequence"))
+        try:
+            event = Event(identity, _data(header, parts[2]), _facts(header))
+        except MessageError as error:
+            error.identity = identity
+            raise
         return Message((event,), run, source)
     if kind == "ask":
         return Message(run=run, source=source, asked=tuple(_ranges(header, "asked")))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 
 from halfstep.stream.events import Identity
+from halfstep.stream.protocol import Ranges
 
 _MOST_REMEMBERED = 50_000  # events, of those that must be remembered one by one
 
@@ -40,6 +41,12 @@ class Numbers:
     def intervals(self) -> Iterator[tuple[int, int]]:
         """First and last of each."""
         return zip(self._starts, self._ends, strict=True)
+
+    def within(self, first: int, last: int) -> Ranges:
+        """What of the range from `first` to `last` is in the set, as ranges."""
+        left, right = bisect_right(self._ends, first - 1), bisect_right(self._starts, last)
+        found = zip(self._starts[left:right], self._ends[left:right], strict=True)
+        return [(max(start, first), min(end, last)) for start, end in found]
 
     def gaps(self, first: int, count: int | None) -> list[tuple[int, int]]:
         """First and last of what is missing from `first` on, up to the largest, or among `count` numbers."""
@@ -105,9 +112,8 @@ class Seen:
             if len(self._recent) > _MOST_REMEMBERED:
                 self._recent.popitem(last=False)
 
-    def refuse(self, identity: Identity, crc: int) -> None:
+    def refuse(self, identity: Identity) -> None:
         """The event cannot be used; should it come again, it is looked at again."""
-        self.release(identity, crc)
         if identity.sequence >= 0:
             with self._lock:
                 self._refused.setdefault(identity[:2], Numbers()).add(identity.sequence)
@@ -117,21 +123,15 @@ class Seen:
         with self._lock:
             self._leased.pop(_key(identity, crc), None)
 
-    def states(self, run: str, source: str, asked: Iterable[tuple[int, int]]) -> tuple[list[int], list[int], list[int]]:
-        """Of the numbers in the ranges `asked`, those that are committed, leased and refused."""
-        committed: list[int] = []
-        leased: list[int] = []
-        refused: list[int] = []
+    def states(self, run: str, source: str, asked: Iterable[tuple[int, int]]) -> tuple[Ranges, Ranges, Ranges]:
+        """Of the numbers in the ranges `asked`, those that are committed, leased and refused, as ranges."""
+        asked = list(asked)
         with self._lock:
             done, bad = (by.get((run, source), Numbers()) for by in (self._committed, self._refused))
-            for first, last in asked:
-                for number in range(first, last + 1):
-                    if number in done:
-                        committed.append(number)
-                    elif (run, source, number) in self._leased:
-                        leased.append(number)
-                    elif number in bad:
-                        refused.append(number)
+            committed, leased, refused = (
+                [found for first, last in asked for found in numbers.within(first, last)]
+                for numbers in (done, self._under_way(run, source), bad)
+            )
         return committed, leased, refused
 
     def gaps(self, run: str, source: str, count: int | None) -> list[tuple[int, int]]:
@@ -142,10 +142,16 @@ class Seen:
             for by in (self._committed, self._refused):
                 for first, last in by.get((run, source), Numbers()).intervals():
                     known.add_range(first, last)
-            for key in self._leased:
-                if isinstance(key, tuple) and key[:2] == (run, source) and isinstance(key[2], int):
-                    known.add(key[2])
+            for first, last in self._under_way(run, source).intervals():
+                known.add_range(first, last)
         return known.gaps(0, count)
+
+    def _under_way(self, run: str, source: str) -> Numbers:
+        numbers = Numbers()
+        for key in self._leased:
+            if isinstance(key, tuple) and key[:2] == (run, source) and isinstance(key[2], int):
+                numbers.add(key[2])
+        return numbers
 
     def producers(self) -> list[tuple[str, str]]:
         """Runs and sources of whom events with numbers are known."""

@@ -24,7 +24,7 @@ SEND_FORMATS = ("halfstep", "npz", "hdf5", "dectris")
 _WAITING = 4  # messages that libzmq may hold
 _ASK_AFTER_S = 1.0
 _POLL_S = 0.1
-_FAREWELL_S = 120.0
+_FAREWELL_S = 30.0
 
 
 class SendError(HalfstepError):
@@ -128,6 +128,7 @@ class _Sender:
         self._window = FIRST_WINDOW
         self._heard = self._asked = time.monotonic()
         self._ended = False
+        self._engine = ""
         self.sent = self.resent = 0
         self.refused: dict[int, str] = {}
 
@@ -181,7 +182,8 @@ class _Sender:
 
     def _take(self, state: State) -> None:
         self._window = state.window
-        self._ended |= state.ended
+        self._ended = state.ended or (self._ended and state.engine == self._engine)
+        self._engine = state.engine
         before = len(self._open)
         for first, last in state.committed:
             for number in range(first, last + 1):
@@ -194,8 +196,9 @@ class _Sender:
         if state.answers >= 0:
             known = {number for first, last in state.leased for number in range(first, last + 1)}
             for number in [number for number in self._open if number not in known and number <= state.answers]:
-                self.resent += 1
-                self._give(self._open[number])
+                if number in self._open:  # giving listens too
+                    self.resent += 1
+                    self._give(self._open[number])
 
 
 def simulated(count: int, size: tuple[int, int], seed: int = 0) -> Iterator[Event]:

@@ -5,10 +5,12 @@ Axes: C panels, H W pixels, B samples of a batch.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -16,9 +18,10 @@ import torch
 
 from halfstep.engine import Ledger, RemoteError, Stage
 from halfstep.errors import FileError, HalfstepError, InputError
+from halfstep.files import write_durably
 from halfstep.progress import Progress
 from halfstep.stream.dead_letters import Loss
-from halfstep.stream.events import Array, Event, Fact, Message, MessageError, Result
+from halfstep.stream.events import Array, Event, Fact, Identity, Message, MessageError, Result
 from halfstep.stream.meter import Meter
 from halfstep.stream.model import Computed
 from halfstep.stream.parts import Parts
@@ -72,6 +75,10 @@ def read(incoming: Incoming, prepare: Preparation, meter: Meter) -> Read:
     samples: list[torch.Tensor | MessageError] = []
     for event in message.events:
         try:
+            if event.data.ndim != 3 or not event.data.size or event.data.dtype.kind not in "uif":
+                raise MessageError(
+                    f"event: got {event.data.dtype} {list(event.data.shape)}; expected numbers [panels, height, width]"
+                )
             samples.append(prepare(event.data))
         except MessageError as error:
             samples.append(error)
@@ -97,8 +104,37 @@ class Books:
         """Among the dead letters first, then the producer may let go of it."""
         identity = lease.event.identity
         self.ledger.refuse(Loss("refused", reason, lease.origin, identity, _raw(lease.event)))
-        self.seen.refuse(identity, lease.crc)
+        self.seen.release(identity, lease.crc)
+        self.turn_down(identity, reason)
+
+    def turn_down(self, identity: Identity, reason: str) -> None:
+        """Let the producer of an event that is among the dead letters know."""
+        self.seen.refuse(identity)
         self.source.refused(identity, reason)
+
+
+class Ends:
+    """Which runs of which sources have ended; with a `path`, also after this process was killed, for a producer says it
+    once. `clear` when a run has come to its end: the next one has ends of its own."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.content: dict[tuple[str, str], int | None] = {}
+        if path is not None and path.exists():
+            try:
+                self.content = {(run, source): count for run, source, count in json.loads(path.read_text())}
+            except (ValueError, TypeError) as error:
+                raise FileError(f"{path}: is damaged ({error}); delete it, and run again") from error
+
+    def note(self, producer: tuple[str, str], count: int | None) -> None:
+        known = self.content.get(producer, -1)
+        self.content = {**self.content, producer: count}  # others read it meanwhile
+        if self._path is not None and known != count:
+            write_durably(self._path, json.dumps([[*key, value] for key, value in self.content.items()]).encode())
+
+    def clear(self) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 class Admit(Stage[tuple[Incoming, "Future[Read]", float], Lease]):
@@ -106,11 +142,12 @@ class Admit(Stage[tuple[Incoming, "Future[Read]", float], Lease]):
 
     name = "admit"
 
-    def __init__(self, books: Books, workers: int, sources: int, total: int | None) -> None:
+    def __init__(self, books: Books, workers: int, sources: int, total: int | None, ends: Ends) -> None:
         self._books, self.room = books, 2 * workers  # messages that are read, or soon will be
         self._sources, self._total = sources, total
         self._facts: dict[tuple[str, str], Mapping[str, Fact]] = {}
-        self.ends: dict[tuple[str, str], int | None] = {}
+        self.expected: dict[tuple[str, str], int | None] = {}  # by starts
+        self._ends = ends
         self.admitted = self.messages = self.repeats = 0
 
     def work(self, item: tuple[Incoming, Future[Read], float]) -> Iterator[Lease]:
@@ -119,7 +156,9 @@ class Admit(Stage[tuple[Incoming, "Future[Read]", float], Lease]):
             content = future.result()
         except MessageError as error:
             self._books.ledger.take()
-            self._books.ledger.refuse(Loss("refused", str(error), incoming.origin, raw=incoming.raw))
+            self._books.ledger.refuse(Loss("refused", str(error), incoming.origin, error.identity, incoming.raw))
+            if error.identity is not None:
+                self._books.turn_down(error.identity, str(error))
             self.messages += 1
             return
         message = content.message
@@ -128,13 +167,11 @@ class Admit(Stage[tuple[Incoming, "Future[Read]", float], Lease]):
         producer = message.run, message.source
         if message.starts:
             self._facts[producer] = message.facts
-        if message.asked or message.ends:
-            asked = message.asked
-            if message.ends and message.expected:
-                asked = ((0, message.expected - 1),)
-            self._books.source.answer(message, *self._books.seen.states(*producer, asked))
+            self.expected[producer] = message.expected
         if message.ends:
-            self.ends[producer] = message.expected
+            self._ends.note(producer, message.expected or self.expected.get(producer))
+        if message.asked or message.ends:
+            self._books.source.answer(message, *self._books.seen.states(*producer, message.asked))
         self.messages += 1  # last: who waits for it may look at the rest
 
     def _admit(
@@ -145,8 +182,8 @@ class Admit(Stage[tuple[Incoming, "Future[Read]", float], Lease]):
         try:
             check_identity(identity)
         except InputError as error:
-            reason = str(error)
-            books.ledger.refuse(Loss("refused", reason, incoming.origin, raw=_raw(event)))
+            books.ledger.refuse(Loss("refused", str(error), incoming.origin, raw=_raw(event)))
+            books.turn_down(identity, str(error))
             return
         if known := self._facts.get(identity[:2]):
             event = replace(event, facts={**known, **event.facts})
@@ -172,15 +209,20 @@ class Admit(Stage[tuple[Incoming, "Future[Read]", float], Lease]):
             yield lease
 
     @property
+    def ends(self) -> dict[tuple[str, str], int | None]:
+        """Runs and sources that have ended, and how many events they had, where they told."""
+        return self._ends.content
+
+    @property
     def finished(self) -> bool:
         """Whether all that is to come has come."""
         if self._total is not None and self.admitted >= self._total:
             return True
-        if len(self.ends) < self._sources:
+        if len({source for _, source in self.ends}) < self._sources:
             return False
         if self._books.source.guarantee != "acknowledged":
             return True
-        return not any(self._books.seen.gaps(*producer, count) for producer, count in list(self.ends.items()))
+        return not any(self._books.seen.gaps(*producer, count) for producer, count in self.ends.items())
 
 
 @dataclass(frozen=True)
@@ -212,6 +254,7 @@ class Gather(Stage[Lease, Batch]):
         identity = item.event.identity
         self._books.ledger.drop(Loss("dropped", "made room for newer events", item.origin, identity))
         self._books.seen.release(identity, item.crc)
+        self._books.seen.refuse(identity)  # its number is known
 
     def work(self, item: Lease) -> Iterator[Batch]:
         for place in range(len(item.samples)):
@@ -348,6 +391,7 @@ class Commit(Stage[Lease, None]):
         consumers: Sequence[Consumer],
         progress: Progress,
         stopping: Callable[[], bool],
+        network: str,
         *,
         events: int = 100,
         part_bytes: int = 1 << 30,
@@ -356,7 +400,7 @@ class Commit(Stage[Lease, None]):
         patience_s: float = 60.0,
     ) -> None:
         self._books, self._parts, self._consumers, self._progress = books, parts, consumers, progress
-        self._stopping = stopping
+        self._stopping, self._network = stopping, network
         self._events, self._part_bytes, self._idle_s, self._most_wait_s = events, part_bytes, idle_s, most_wait_s
         self._patience_s = patience_s
         self._rows: list[tuple[Lease, EventRow]] = []
@@ -373,7 +417,7 @@ class Commit(Stage[Lease, None]):
         self._latest = time.monotonic()
         if not self._rows:
             self._first = self._latest
-        self._rows.append((item, EventRow(result, item.retried, item.crc, item.received_at)))
+        self._rows.append((item, EventRow(result, item.retried, item.crc, item.received_at, self._network)))
         self._bytes += item.size
         if len(self._rows) >= self._events or self._bytes >= self._part_bytes or self._parts is None:
             self.flush()
@@ -414,7 +458,9 @@ class Commit(Stage[Lease, None]):
                 if time.monotonic() + delay > latest or self._stopping():
                     raise
                 self._progress.note(f"{error}; tried again in {delay:.1f} s, nothing is acknowledged meanwhile")
-            time.sleep(delay)
+            again = time.monotonic() + delay
+            while time.monotonic() < again and not self._stopping():
+                time.sleep(0.1)
             delay = min(2 * delay, 5.0)
 
 

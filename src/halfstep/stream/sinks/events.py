@@ -4,7 +4,7 @@ Columns: who it is (`run`, `source`, `event`, `sequence`); what it is (`panels`,
 its peaks as lists side by side (`n_peaks`; `peak_panel`, `peak_y`, `peak_x` in pixels of a panel, `peak_intensity` in
 the wire's values), which pandas gives as arrays and polars explodes together; what was sent with it (`timestamp` if it
 was sent as a float, `timestamp_uint64` if as a whole number, `photon_energy_eV`, and `facts`, the others as JSON); what
-came of it (`retried_in_fp32`, `crc32c` of its data, `received` in seconds since 1970, `committed_with`); and the `file`
+came of it (`retried_in_fp32`, `crc32c` of its data, `received` in seconds since 1970, `network`); and the `file`
 and `row` of its image, null where it is in none.
 """
 
@@ -33,8 +33,8 @@ _VERSION = b"1"
 _CHECKSUM = b"halfstep.crc32c"
 _SEEN = [*Identity._fields, "crc32c"]
 _SHAPE = ("panels", "height", "width")
-_REPEATED = ["run", "source", "dtype", "committed_with", "file"]  # a dictionary of the others is as long as they are
-_OUTCOME = ("retried_in_fp32", "crc32c", "received", "committed_with", "file", "row")
+_REPEATED = ["run", "source", "dtype", "network", "file"]  # a dictionary of the others is as long as they are
+_OUTCOME = ("retried_in_fp32", "crc32c", "received", "network", "file", "row")
 
 
 def _present(name: str, kind: Any) -> Any:
@@ -63,7 +63,7 @@ _SCHEMA = pa.schema(
         _present("retried_in_fp32", pa.bool_()),
         _present("crc32c", pa.uint32()),
         _present("received", pa.float64()),
-        _present("committed_with", pa.string()),
+        _present("network", pa.string()),
         ("file", pa.string()),
         ("row", pa.int32()),
     ],
@@ -74,14 +74,14 @@ _SCHEMA = pa.schema(
 @dataclass(frozen=True)
 class EventRow:
     """A result, and what became of it: whether it was computed again in fp32, the CRC-32C of its data as received, when
-    that was in seconds since 1970, what the engine says it was committed with, and where its image is: `row` of the
-    data in `file`, None where it is in none."""
+    that was in seconds since 1970, which network it went through in which precision, and where its image is: `row` of
+    the data in `file`, None where it is in none."""
 
     result: Result
     retried_in_fp32: bool
     crc32c: int
     received: float
-    committed_with: str = ""
+    network: str = ""
     file: str | None = None
     row: int | None = None
 

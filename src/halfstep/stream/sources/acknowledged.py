@@ -74,12 +74,11 @@ class AcknowledgedSource(Source):
         run, source, _, sequence = identity
         self._say(State(run, source, self._engine, self._window, [], [], [(sequence, reason)]))
 
-    def answer(self, message: Message, committed: list[int], leased: list[int], refused: list[int]) -> None:
+    def answer(self, message: Message, committed: Ranges, leased: Ranges, refused: Ranges) -> None:
         run, source = message.run, message.source
-        reasons = [(number, "was refused before") for number in refused]
-        done, under_way = ranges(committed), ranges(leased)
+        reasons = [(number, "was refused before") for first, last in refused for number in range(first, last + 1)]
         answers = max((last for _, last in message.asked), default=-1)
-        state = State(run, source, self._engine, self._window, done, under_way, reasons, message.ends, answers)
+        state = State(run, source, self._engine, self._window, committed, leased, reasons, message.ends, answers)
         self._say(state)
 
     def tell(self) -> None:

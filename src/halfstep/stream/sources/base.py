@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from halfstep.stream.events import Identity, Message
+from halfstep.stream.protocol import Ranges
 
 Guarantee = Literal["acknowledged", "numbered", "unnumbered"]
 
@@ -32,6 +33,7 @@ class Source:
 
     guarantee: Guarantee = "unnumbered"
     exhausted = False  # nothing more will come
+    urls: Sequence[str] = ()  # addresses, of sockets
 
     def receive(self, timeout_s: float) -> Incoming | None:
         """The next message; None when none came for so long."""
@@ -46,7 +48,7 @@ class Source:
     def refused(self, identity: Identity, reason: str) -> None:
         """This event cannot be used, and is among the dead letters."""
 
-    def answer(self, message: Message, committed: list[int], leased: list[int], refused: list[int]) -> None:
+    def answer(self, message: Message, committed: Ranges, leased: Ranges, refused: Ranges) -> None:
         """Tell the producer that asked what became of its events; with the end of its run, that it was heard."""
 
     def close(self) -> None:

@@ -66,7 +66,7 @@ class FilesSource(Source):
         def message() -> Message:
             try:
                 data, facts = load()
-            except (SourceError, OSError, ValueError, KeyError, RuntimeError) as error:
+            except (SourceError, OSError, ValueError, KeyError, RuntimeError, EOFError, TypeError) as error:
                 raise MessageError(f"{identity.source}: event {identity.sequence}: {error}") from error
             return Message((Event(identity, data, facts),), identity.run, identity.source)
 
@@ -79,7 +79,7 @@ class FilesSource(Source):
 
     def _all(self, files: Sequence[Path]) -> Iterator[tuple[Identity, Loader]]:
         for file in files:
-            source = name_to_key(str(file))
+            source = name_to_key(str(file.resolve()))
             for number, load in self._in_file(file):
                 yield Identity("files", source, str(number), number), load
 
@@ -100,7 +100,8 @@ class FilesSource(Source):
     def _hdf5(self, file: Path) -> Iterator[Loader]:
         try:
             with h5py.File(file) as opened_file:
-                found = next((name for name in ([self._data] if self._data else _DATA) if name in opened_file), None)
+                names = [self._data] if self._data else _DATA
+                found = next((name for name in names if isinstance(opened_file.get(name), h5py.Dataset)), None)
                 shape: tuple[int, ...] = opened_file[found].shape if found is not None else ()
                 there: list[str] = []
                 opened_file.visit(there.append)
@@ -149,7 +150,7 @@ def _row(file: Path, dataset: str, row: int) -> tuple[Array, dict[str, Fact]]:
         for name, places in _FACTS.items():
             for place in places:
                 values: Any = opened_file.get(place)
-                if isinstance(values, h5py.Dataset) and values.shape == (len(images),):
+                if isinstance(values, h5py.Dataset) and values.shape == (len(images),) and values.dtype.kind in "uif":
                     facts[name] = values[row].item()
                     break
     return data[None] if data.ndim == 2 else data, facts
