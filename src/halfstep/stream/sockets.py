@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,15 @@ class Sockets:
             ) from error
         return socket
 
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Close all of them when the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     def close(self, linger_s: float = 0.0) -> None:
         """Close all of them; for `linger_s` what was sent may still go out."""
         if self._authenticator is not None:
@@ -80,7 +91,7 @@ class Sockets:
         socket.curve_publickey, socket.curve_secretkey = public, secret
         if bind:
             if curve.clients is None:
-                raise InputError("data_source.curve.clients: is not given; expected the folder of allowed certificates")
+                raise InputError("curve.clients: is not given; expected the folder of allowed certificates")
             if self._authenticator is None:
                 self._authenticator = ThreadAuthenticator(self.context)
                 self._authenticator.start()
@@ -88,7 +99,7 @@ class Sockets:
             socket.curve_server = True
         else:
             if curve.server is None:
-                raise InputError("data_source.curve.server: is not given; expected the other side's certificate")
+                raise InputError("curve.server: is not given; expected the other side's certificate")
             socket.curve_serverkey = _certificate(curve.server)[0]
 
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import zmq
 
-from halfstep.errors import HalfstepError, InputError
+from halfstep.errors import HalfstepError
 from halfstep.stream.events import Result
 from halfstep.stream.sinks.messages import crystfel_message, result_message
+from halfstep.stream.sockets import Curve, Sockets, address
 
 PUSH_URL = "tcp://127.0.0.1:5003"
 CRYSTFEL_URL = "tcp://127.0.0.1:5002"  # the address in CrystFEL's manual
 
 _HELD_MESSAGES = 5  # for each consumer, as lclstreamer's
-_LINGER_MS = 1000
+_LINGER_S = 1.0
 _ANSWER_WITHIN_S = 2.5  # indexamajig waits for 3 s
 _NOTHING_YET = b""  # it takes a message of at most 15 bytes for none, and asks again
 _LARGEST_REQUEST_BYTES = 4096
@@ -31,22 +31,6 @@ _LARGEST_REQUEST_BYTES = 4096
 
 class ConsumerError(HalfstepError):
     """A live consumer does not take what is sent to it, or what serves it has ended."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Keys of CurveZMQ as Z85 text, as `zmq.curve_keypair` makes them: our own pair, and where we connect the public
-    key of the other side. Where we bind, whoever knows our public key is let in."""
-
-    public_key: str
-    secret_key: str = field(repr=False)
-    server_key: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("public_key", "secret_key", "server_key"):
-            length = len(getattr(self, name))
-            if length != 40 and (name, length) != ("server_key", 0):
-                raise InputError(f"{name}: got {length} characters; expected the 40 of a key as Z85 text")
 
 
 class Pusher:
@@ -60,18 +44,12 @@ class Pusher:
     ) -> None:
         """Binds or connects, "tcp://127.0.0.1:*" to a free port. `url` is then the address itself. Raises InputError
         at once where that cannot be done."""
-        if curve is not None and not bind and not curve.server_key:
-            raise InputError(f"{url}: got no server_key to connect with; expected the public key of who binds there")
-        self._context = zmq.Context()
-        with _released_on_error(self._context, url):
-            self._socket = self._context.socket(zmq.PUSH)
-            self._socket.setsockopt(zmq.SNDHWM, _HELD_MESSAGES)
-            self._socket.setsockopt(zmq.SNDTIMEO, round(timeout_s * 1000))
-            self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queued for nobody is not taken
-            if curve is not None:
-                _secure(self._socket, curve, bind)
-            (self._socket.bind if bind else self._socket.connect)(url)
-        self.url = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._sockets = Sockets(curve)
+        options = {"sndhwm": _HELD_MESSAGES, "sndtimeo": round(timeout_s * 1000)}
+        with self._sockets.closed_on_error():
+            # Queued for nobody is not taken.
+            self._socket = self._sockets.open(zmq.PUSH, url, bind=bind, immediate=1, **options)
+        self.url = address(self._socket)
         self._timeout_s = timeout_s
 
     def send(self, results: Sequence[Result]) -> None:
@@ -88,7 +66,7 @@ class Pusher:
 
     def close(self) -> None:
         """Give what is under way a second to arrive, and end."""
-        self._context.destroy(linger=_LINGER_MS)
+        self._sockets.close(_LINGER_S)
 
     def __enter__(self) -> Self:
         return self
@@ -107,14 +85,13 @@ class CrystfelResponder:
 
     def __init__(self, url: str = CRYSTFEL_URL, capacity: int = 16) -> None:
         """Binds, and answers in a thread of its own. Raises InputError at once where it cannot bind."""
-        self._context = zmq.Context()
-        with _released_on_error(self._context, url):
+        self._sockets = Sockets()
+        with self._sockets.closed_on_error():
             # No REP: that answers one after the other, and with nothing to send each would wait for those before it.
-            self._socket = self._context.socket(zmq.ROUTER)
-            self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a hit for a client that has gone is kept
-            self._socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST_REQUEST_BYTES)
-            self._socket.bind(url)
-        self.url = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+            # Mandatory, so that a hit for a client that has gone is kept.
+            options = {"router_mandatory": 1, "maxmsgsize": _LARGEST_REQUEST_BYTES}
+            self._socket = self._sockets.open(zmq.ROUTER, url, bind=True, **options)
+        self.url = address(self._socket)
         self.taken = self.dropped = 0
         self._hits: deque[Result] = deque()
         self._capacity = capacity
@@ -143,7 +120,7 @@ class CrystfelResponder:
         self._closing = True
         self._ring()
         self._thread.join()
-        self._context.destroy(linger=0)
+        self._sockets.close()
         os.close(self._bell)
         os.close(self._bell_pull)
 
@@ -154,7 +131,7 @@ class CrystfelResponder:
         self.close()
 
     def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it has been rung often enough
+        with suppress(BlockingIOError):  # it has been rung often enough
             os.write(self._bell_pull, b"!")
 
     def _serve(self) -> None:
@@ -195,23 +172,3 @@ class CrystfelResponder:
                 return False
             raise
         return True
-
-
-@contextlib.contextmanager
-def _released_on_error(context: zmq.Context[Any], url: str) -> Iterator[None]:
-    """One line for an address or key that cannot be used, with nothing left open."""
-    try:
-        yield
-    except zmq.ZMQError as error:
-        context.destroy(linger=0)
-        advice = "end what listens there, or name another port" if error.errno == zmq.EADDRINUSE else "name another one"
-        raise InputError(f"{url}: cannot be used ({error.strerror}); {advice}, as tcp://127.0.0.1:5010") from error
-
-
-def _secure(socket: zmq.Socket[Any], curve: Curve, bind: bool) -> None:
-    socket.setsockopt_string(zmq.CURVE_PUBLICKEY, curve.public_key)
-    socket.setsockopt_string(zmq.CURVE_SECRETKEY, curve.secret_key)
-    if bind:
-        socket.setsockopt(zmq.CURVE_SERVER, 1)
-    else:
-        socket.setsockopt_string(zmq.CURVE_SERVERKEY, curve.server_key)

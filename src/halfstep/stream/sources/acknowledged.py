@@ -27,15 +27,12 @@ class AcknowledgedSource(Source):
         self._sockets = Sockets(curve)
         self._window = window
         self._engine = uuid.uuid4().hex
-        try:
+        with self._sockets.closed_on_error():
             options = {**DEAD_LINKS, "rcvhwm": 4}
             self._producers = [self._sockets.open(zmq.ROUTER, url, bind=bind, **options) for url in urls]
             self.urls = [address(socket) for socket in self._producers]
             self._states = self._sockets.open(zmq.PULL, "inproc://states", bind=True, rcvhwm=0)
             self._telling = self._sockets.open(zmq.PUSH, "inproc://states", bind=False, sndhwm=0)
-        except BaseException:
-            self._sockets.close()
-            raise
         self._lock = threading.Lock()  # of `_telling`, which several threads use
         self._senders: dict[tuple[str, str], tuple[zmq.Socket[bytes], bytes]] = {}
         self._poller = zmq.Poller()

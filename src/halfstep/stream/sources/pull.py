@@ -33,11 +33,8 @@ class PullSource(Source):
         self.guarantee: Guarantee = "numbered" if numbered else "unnumbered"
         self._decode = decode
         self._sockets = Sockets(curve)
-        try:
+        with self._sockets.closed_on_error():
             opened = [self._sockets.open(zmq.PULL, url, bind=bind, rcvhwm=_WAITING) for url in urls]
-        except BaseException:
-            self._sockets.close()
-            raise
         self._urls = {socket: address(socket) for socket in opened}
         self.urls = list(self._urls.values())
         self._poller = zmq.Poller()
