@@ -63,26 +63,38 @@ def hits(count: int, dtype: str = "uint16") -> Iterator[Event]:
 
 
 @pytest.mark.parametrize("format", ["npz", "hdf5"])
-def test_events_are_pushed_and_what_is_no_message_is_a_dead_letter(format: str, tmp_path: Path) -> None:
+def test_events_that_are_pushed_come_out_as_they_were(format: str, tmp_path: Path) -> None:
     source = PullSource(["tcp://127.0.0.1:*"], lambda message: FORMATS[format](message, Fields()), bind=True)
-    (url,), sent = source.urls, list(hits(30))
-    garbage = Sockets()
-    socket = garbage.open(zmq.PUSH, url, bind=False)
-    for message in (b"", b"nonsense", npz.encode(sent[:1])[:-30]):
-        socket.send(message)
-    socket.send_multipart([b"two", b"parts"])
-    first = sending(sent, url, format=format)
+    sent = list(hits(30))
+    done = sending(sent, source.urls[0], format=format)
     report = run(tmp_path / "r", source, total_events=30)
-    assert first.result(LONG_S).sent == 30
-    garbage.close()
-    assert (report.guarantee, report.balance["out"], report.balance["refused"]) == ("unnumbered", 30, 4)
-    assert not report.held
-    rows = rows_of(tmp_path / "r")
-    images = {row["timestamp"]: image for row, image in images_of(tmp_path / "r", rows)}
+    assert done.result(LONG_S).sent == 30
+    assert (report.guarantee, report.balance["out"], report.held) == ("unnumbered", 30, True)
+    images = {row["timestamp"]: image for row, image in images_of(tmp_path / "r", rows_of(tmp_path / "r"))}
     assert len(images) == 30
     for event in sent:
         assert np.array_equal(images[event.facts["timestamp"]], event.data.reshape(80, 50))
-    assert len((tmp_path / "r" / "dead_letters.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_is_no_message_is_a_dead_letter(tmp_path: Path) -> None:
+    source = PullSource(["tcp://127.0.0.1:*"], lambda message: FORMATS["npz"](message, Fields()), bind=True)
+    first, second = hits(2)
+    messages = [[b""], [npz.encode([first])], [b"nonsense"], [npz.encode([first])[:-30]], [b"two", b"parts"]]
+
+    def push() -> None:
+        sockets = Sockets()
+        socket = sockets.open(zmq.PUSH, source.urls[0], bind=False)
+        for parts in [*messages, [npz.encode([second])]]:
+            socket.send_multipart(parts)
+        sockets.close(LONG_S)
+
+    thread = threading.Thread(target=push)
+    thread.start()
+    report = run(tmp_path / "r", source, total_events=2)
+    thread.join()
+    assert (report.balance["out"], report.balance["refused"], report.held) == (2, 4, False)
+    letters = [json.loads(line) for line in (tmp_path / "r" / "dead_letters.jsonl").read_text().splitlines()]
+    assert [letter["size"] for letter in letters] == [0, 8, len(messages[3][0]), 8]
 
 
 def test_a_detector_says_when_it_ends(tmp_path: Path) -> None:
