@@ -43,6 +43,7 @@ EXAMPLES = {
     "own_training_loop.py": ["auto"],
     "navigation_loader.py": [],
     "record_and_analyze.py": ["recorded"],
+    "video_through_network.py": ["marked.mp4"],
     "train_peaknet.py": ["weights.safetensors", "--steps", "2"],
 }
 # What the blocks of a page leave behind; every page with blocks that run is here.
