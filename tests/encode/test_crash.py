@@ -97,7 +97,9 @@ def test_control_c_keeps_what_was_complete(tmp_path: Path, toy_world: Path) -> N
         shutil.copytree(toy_world / f"walk_00{i % 3}", many / f"w{i:02d}")
     command = ["encode", "-i", many, "-o", tmp_path / "s", "--size", 32, "--precision", "fp32", "--quiet"]
     errors = run_script(INTERRUPTED_RUN, *command, check=130).stderr
-    assert errors.strip().startswith("halfstep: interrupted; what was complete is kept (encode, train and sample go on")
+    assert errors.strip().startswith(
+        "halfstep: interrupted; what was complete is kept (encode, train, sample and stream go on"
+    )
     assert "\n" not in errors.strip()
     assert verify(tmp_path / "s").ok
     kept = len(DatasetStore.open(tmp_path / "s"))

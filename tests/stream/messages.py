@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
+
 import numpy as np
 
 from halfstep.stream.events import Array, Event, Identity
@@ -10,6 +13,17 @@ from halfstep.stream.formats import Fields, dectris, hdf5, npz, simplon
 STAMP = 1_700_000_000 << 32
 PATHS = {"data": "/data/data", "timestamp": "/data/timestamp", "photon_wavelength": "/data/wavelength"}
 TYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that Python holds while `work` is done again: what it imports the first time does not count."""
+    work()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def pixels(*shape: int, dtype: str = "float32", seed: int = 0) -> Array:
