@@ -100,7 +100,7 @@ def test_cbor_that_is_wrong_or_asks_for_much(message: bytes, said: str) -> None:
         refused(dectris.decode, message, said, Fields())
         refused(simplon.decode, b"m" + message, said, Fields())
 
-    assert peak_bytes(decode) < 256 << 20  # of gigabytes that are asked for
+    assert peak_bytes(decode) < 8 << 20
 
 
 @settings(max_examples=60, deadline=None)

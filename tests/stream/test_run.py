@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from halfstep import files
 from halfstep.errors import BusyError, FileError, InputError
 from halfstep.stream import (
     Event,
@@ -265,6 +267,27 @@ def test_a_part_that_cannot_be_written_ends_the_run_and_is_not_acknowledged(tmp_
     assert list((tmp_path / "r" / "cxi").iterdir()) == []
 
 
+def test_a_part_whose_folder_cannot_be_synced_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table has its name by then; left alone it would count, without the images that it names."""
+    hit = dark(1)
+    hit[0, 3, 4] = 9000
+    synced = files.fsync_path
+
+    def fail(path: Path) -> None:
+        if path.name == "events":
+            raise OSError(errno.EIO, "broken", str(path))
+        synced(path)
+
+    monkeypatch.setattr(files, "fsync_path", fail)
+    with pytest.raises(FileError, match="events"):
+        run(tmp_path / "r", messages_of([event(hit, 1)]), patience_s=0.0)
+    monkeypatch.undo()
+    assert rows_of(tmp_path / "r") == []
+    assert run(tmp_path / "r", messages_of([event(hit, 1)])).balance["out"] == 1
+    ((row, image),) = images_of(tmp_path / "r", rows_of(tmp_path / "r"))
+    assert row["sequence"] == 1 and np.array_equal(image, hit[0])
+
+
 def test_files_of_a_part_without_its_table_are_from_a_run_that_was_killed(tmp_path: Path) -> None:
     data = dark(0)
     data[0, 3, 4] = 9000
@@ -317,10 +340,10 @@ def test_when_all_must_go_on_the_oldest_are_dropped_by_name(tmp_path: Path) -> N
         ("missing.pt", "missing.pt: no such file"),
         ("missing.pt2", "missing.pt2: no such file"),
         ("nowhere:function", "expected package.module:function"),
-        ("tests.support.streaming:make_events", "make_events"),
+        ("tests.support.streaming:make_events", "expected a function without arguments"),
     ],
 )
 def test_a_network_that_cannot_be_had_is_an_error(model: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises((InputError, TypeError), match=told):
-        run(tmp_path / "r", [], model=ModelSpec(model))
-    assert not (tmp_path / "r" / "events").exists() or not rows_of(tmp_path / "r")
+    with pytest.raises(InputError, match=told):
+        run(tmp_path / "r", messages_of(make_events(3)), model=ModelSpec(model))
+    assert rows_of(tmp_path / "r") == []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,22 +62,24 @@ class Parts:
         """Write one part; when this returns it survives a crash. Returns its bytes. Raises FileError, and leaves no
         part, when a file cannot be written."""
         name = f"{self._next:06d}"
+        record = self._folder(EVENTS) / f"{name}.parquet"
         written: list[Path] = []
         try:
             if self._outputs.cxi is not None:
                 rows = self._write_cxi(rows, name, written)
             if self._outputs.masks:
                 path = self._folder("masks") / f"{name}.h5"
+                written.append(path)
                 with replacing(path) as temporary:
                     write_masks(temporary, [row.result for row in rows])
-                written.append(path)
-            record = self._folder(EVENTS) / f"{name}.parquet"
+            written.append(record)
             with replacing(record) as temporary:
                 write_events(temporary, rows)
-            written.append(record)
         except BaseException:
-            for path in written:
-                path.unlink(missing_ok=True)
+            # The record first, which may be there when its folder could not be synced: it must not outlive the rest.
+            for path in reversed(written):
+                with suppress(OSError):  # the error that led here is told; a rest is removed at the next start
+                    path.unlink(missing_ok=True)
             raise
         self._next += 1
         return sum(path.stat().st_size for path in written)
@@ -89,9 +92,9 @@ class Parts:
         if not hits:
             return list(rows)
         path = self._folder("cxi") / f"{self._outputs.prefix}_{name}.cxi"
+        written.append(path)
         with replacing(path) as temporary:
             write_cxi(temporary, [rows[place].result for place in hits], settings)
-        written.append(path)
         places = {place: row for row, place in enumerate(hits)}
         file = str(path.relative_to(self._outputs.folder))
         return [

@@ -82,9 +82,7 @@ def read(incoming: Incoming, prepare: Preparation, meter: Meter) -> Read:
             samples.append(prepare(event.data))
         except MessageError as error:
             samples.append(error)
-    crcs = [
-        google_crc32c.value(np.ascontiguousarray(event.data).reshape(-1).view(np.uint8)) for event in message.events
-    ]
+    crcs = [google_crc32c.value(_flat(event.data)) for event in message.events]
     if message.events:
         meter.took("decode", loaded - started)
         meter.took("prepare", time.perf_counter() - loaded)

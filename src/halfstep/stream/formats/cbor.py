@@ -122,12 +122,13 @@ class _Reader:
         return value
 
     def _pieces(self, major: int, depth: int) -> memoryview:
-        pieces: list[memoryview] = []
+        joined, pieces = bytearray(), 0  # joined at once: a view of each piece would take hundreds of times its bytes
         while (first := self._take(1)[0]) != 0xFF:
-            if first >> 5 != major or first & 31 == 31 or len(pieces) > _MOST_ITEMS:
+            pieces += 1
+            if first >> 5 != major or first & 31 == 31 or pieces > _MOST_ITEMS:
                 raise MessageError(f"byte {self.at - 1} is no piece of a string")
-            pieces.append(self._take(self._argument(first & 31)))
-        return memoryview(b"".join(pieces))
+            joined += self._take(self._argument(first & 31))
+        return memoryview(bytes(joined))
 
     def _array(self, size: int | None, depth: int) -> list[Any]:
         if size is None:
