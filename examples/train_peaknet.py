@@ -18,7 +18,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from halfstep.data.diffraction import diffraction_frame, truth_mask
 from halfstep.files import write_durably
 from halfstep.models import PeakNet
-from halfstep.models.peaknet import ResponseNorm
 from halfstep.stream import Preparation
 from halfstep.stream.peaks import find_peaks, match_peaks
 
@@ -61,12 +60,6 @@ def loss_of(margin: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return (entropy / (100 * (truth.sum(dim=(1, 2, 3)) + 30)).sqrt()).mean() + dice
 
 
-def without_nan(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-    """The length of a channel that is zero all over a frame has the gradient NaN: it shall be none."""
-    if inputs[0].requires_grad:
-        inputs[0].register_hook(lambda gradient: gradient.nan_to_num(0.0))
-
-
 @torch.inference_mode()
 def score(network: PeakNet, side: int, frames: int) -> str:
     """How many of the peaks it finds, and how many of those found are some, on frames that it was not trained on."""
@@ -85,9 +78,6 @@ def main(output: Path, steps: int) -> None:
     rng = np.random.default_rng(0)
     network = PeakNet(**SIZES)
     ema, average = copy.deepcopy(network), get_ema_multi_avg_fn(EMA_DECAY)
-    for module in network.modules():
-        if isinstance(module, ResponseNorm):
-            module.register_forward_pre_hook(without_nan)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -98,6 +98,16 @@ def test_half_stays_near_fp32(dtype: torch.dtype) -> None:
         assert ((found > 0) == (exact > 0)).float().mean() > 0.99
 
 
+def test_a_channel_that_is_zero_over_a_frame_has_a_gradient() -> None:
+    x = torch.randn(2, 4, 4, 3, generator=torch.Generator().manual_seed(0))
+    x[0, :, :, 1] = 0
+    x.requires_grad_()
+    (x * response(x)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert response(x)[0, :, :, 1].max() < 1e-18
+
+
 def test_a_response_is_summed_in_fp32() -> None:
     """A frame's squares are beyond fp16, and more than bf16 can add up."""
     x = torch.full((1, 128, 128, 4), 8.0)

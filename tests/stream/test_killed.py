@@ -70,6 +70,34 @@ def test_whoever_is_killed_nothing_is_lost_doubled_or_mislabeled(trial: int, wei
     running["engine"].join()
     assert running["engine"].exitcode in (0, -signal.SIGTERM)
 
+    _is_whole(folder, names)
+
+
+@pytest.mark.slow
+def test_a_driver_of_ray_that_is_killed_goes_on_where_it_was(weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    url, folder = f"ipc://{tmp_path}/socket", tmp_path / "run"
+
+    def engine() -> object:
+        process = FORKED.Process(target=run_engine, args=(folder, url, weights), kwargs={"ray": True, "lanes": 2})
+        process.start()
+        return process
+
+    running, producer = engine(), FORKED.Process(target=run_producer, args=(url, COUNT, "run of a", "a"))
+    producer.start()
+    _wait_for_parts(folder, 3, running)
+    running.kill()
+    running.join()
+    assert 0 < len(rows_of(folder)) < COUNT
+    running = engine()
+    producer.join()
+    running.join()
+    assert (producer.exitcode, running.exitcode) == (0, 0)
+    _is_whole(folder, ["a"])
+
+
+def _is_whole(folder: Path, names: list[str]) -> None:
+    """Each event of each source once, with its own image."""
     rows = rows_of(folder)
     identities = [(row["source"], row["sequence"], row["event"]) for row in rows]
     assert sorted(identities) == sorted((name, number, f"e{number}") for name in names for number in range(COUNT))

@@ -60,7 +60,9 @@ class Counting:
 
 
 @pytest.mark.slow
-def test_actors_that_die_begin_again_and_an_item_that_kills_them_is_named(tmp_path: Path) -> None:
+def test_actors_that_die_begin_again_and_an_item_that_kills_them_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("ray")
     with cluster():
         with remote_functions(Counting(), 2, gpus=False) as functions, Lanes.open(functions, "actor") as lanes:
@@ -77,3 +79,4 @@ def test_actors_that_die_begin_again_and_an_item_that_kills_them_is_named(tmp_pa
     assert (report.balance["out"], report.balance["refused"]) == (8, 1)
     assert places(tmp_path / "r") == [[float(number)] for number in range(9) if number != 4]
     assert '"e4"' in (tmp_path / "r" / "dead_letters.jsonl").read_text()
+    assert capfd.readouterr().out == ""  # what Ray says of it stands not amid what a command prints

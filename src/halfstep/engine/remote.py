@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,15 +41,22 @@ def cluster() -> Iterator[Resources]:
     here."""
     import ray
 
-    own = not ray.is_initialized()
-    if own:
+    if ray.is_initialized():
+        yield _resources()
+        return
+    with redirect_stdout(sys.stderr):  # on stdout Ray says that an actor died, amid what is read from there
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    try:
-        found = ray.cluster_resources()
-        yield Resources(int(found.get("CPU", 1)), int(found.get("GPU", 0)))
-    finally:
-        if own:
+        try:
+            yield _resources()
+        finally:
             ray.shutdown()
+
+
+def _resources() -> Resources:
+    import ray
+
+    found = ray.cluster_resources()
+    return Resources(int(found.get("CPU", 1)), int(found.get("GPU", 0)))
 
 
 @contextmanager

@@ -232,7 +232,8 @@ class ResponseNorm(nn.Module):
 def response(x: torch.Tensor) -> torch.Tensor:
     """Length of each channel of [B, H, W, C] over the mean of all: [B, 1, 1, C] of its type. Summed in fp32, because
     the sum of a frame's squares is beyond fp16 and more than bf16 can add up."""
-    lengths = x.float().square().sum(dim=(1, 2), keepdim=True).sqrt()
+    squares = x.float().square().sum(dim=(1, 2), keepdim=True)
+    lengths = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()  # the gradient of a root at zero is NaN
     return (lengths / (lengths.mean(dim=-1, keepdim=True) + EPS)).to(x.dtype)
 
 

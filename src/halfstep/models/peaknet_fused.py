@@ -21,6 +21,7 @@ from torch.nn import functional
 from halfstep.errors import InputError
 from halfstep.models.peaknet import EPS, Block, FusionBlock, Lateral, PeakNet, Separable, require_divisible
 
+_ROWS = 2048  # pixels whose squares are summed at once
 _KERNEL, _STRIDE, _PADDING = 6, 4, 1  # of the transposed convolution
 
 
@@ -97,7 +98,7 @@ class _FusedBlock(nn.Module):
         batch, channels, height, width = x.shape
         inner = functional.layer_norm(self.dwconv(x).permute(0, 2, 3, 1), (channels,), eps=EPS)
         inner = functional.gelu(self.pwconv1(inner)).flatten(1, 2)  # [B, H W, 4 C]
-        lengths = inner.float().square().sum(dim=1).sqrt()
+        lengths = _lengths(inner)
         response = lengths / (lengths.mean(dim=-1, keepdim=True) + EPS)
         weight = self.weight * (1 + self.scale * response).to(self.weight.dtype)[:, None]  # [B, C, 4 C]
         mixed = torch.baddbmm(self.bias, inner, weight.transpose(1, 2))
@@ -175,6 +176,13 @@ def _norm(norm: nn.LayerNorm) -> nn.LayerNorm:
     copy = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
     copy.load_state_dict({name: value.detach().float().clone() for name, value in norm.state_dict().items()})
     return copy
+
+
+def _lengths(x: torch.Tensor) -> torch.Tensor:
+    """Of each channel of [B, H W, C], [B, C], summed in fp32; a part at a time, because an fp32 copy of all would
+    be the largest thing that the network holds."""
+    squares = [part.float().square().sum(dim=1) for part in torch.split(x, _ROWS, dim=1)]
+    return torch.stack(squares).sum(dim=0).sqrt()
 
 
 def _normalized(x: torch.Tensor, norm: nn.LayerNorm | None = None) -> torch.Tensor:
