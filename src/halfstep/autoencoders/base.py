@@ -89,7 +89,10 @@ class Autoencoder:
     def prepared(
         self, device: str | torch.device, policy: PrecisionPolicy, *, channels_last: bool | None = None
     ) -> Autoencoder:
-        """This autoencoder on `device` in the formats of `policy` (see `prepare`); the modules are changed in place."""
+        """This autoencoder on `device` in the formats of `policy` (see `prepare`), whose islands are named as in the
+        network of the library; the modules are changed in place."""
+        if hasattr(self.encoder, "vae"):
+            policy = replace(policy, islands=tuple(f"vae.{pattern}" for pattern in policy.islands))
         encoder, decoder = (
             prepare(m.to(device).eval(), policy, channels_last=channels_last) for m in (self.encoder, self.decoder)
         )

@@ -22,11 +22,15 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
     """Apply `policy` to `module` in place and return it.
 
     *true* policies cast weights, buffers and, at each call, inputs; *mixed* policies keep fp32 weights and run the call
-    under autocast. Modules that match `policy.islands`, or that `module.keep_in_fp32` names (submodules, parameters and
-    buffers that must not be half in any policy), keep fp32 weights and run in fp32 also under autocast, and
-    return `policy.params`; where there are islands, inputs of at most one dimension (timesteps, sigmas) reach them
-    unrounded. Results are cast to `policy.output`. Modules with 2-D convolutions use channels_last where `probe`
-    measured it faster on the module's device, or as `channels_last` says.
+    under autocast. Islands keep fp32 weights and run in fp32 also under autocast: modules that match `policy.islands`,
+    and those that a network itself names. They return `policy.params`, or fp32 where the pattern ends with `+`; then
+    modules that need inputs of the type of their weights cast what they receive. Where there are islands, inputs of at
+    most one dimension (timesteps, sigmas) reach them unrounded. Results are cast to `policy.output`. Modules with 2-D
+    convolutions use channels_last where `probe` measured it faster on the module's device, or as `channels_last` says.
+
+    A network names what it wants kept in `keep_in_fp32` (submodules, parameters and buffers, in every policy), or as
+    transformers and diffusers do in `_keep_in_fp32_modules` (in fp16; diffusers in bf16 too) and
+    `_keep_in_fp32_modules_strict`. Those modules hand on fp32, as they do there.
 
     The formats are pinned: `.to(device)` moves the module, `.to(dtype)`, `.half()` and the like leave its types alone.
     They survive `deepcopy`, `pickle`, `state_dict` (same names) and `torch.compile`. `auto` is resolved for inference
@@ -36,14 +40,13 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
         child.__class__ = _ORIGINALS.get(type(child), type(child))
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     policy = resolve(policy, device, "sample")
-    islands = list(
-        {id(child): child for child in _find_islands(module, policy.islands) + _own_islands(module)}.values()
-    )
-    inside_islands = {id(child) for island in islands for child in island.modules()}
-    kept = {id(getattr(module, name)) for name in getattr(module, _KEPT, ())}
+    islands, kept = _find_kept(module, policy)
+    inside_islands = {child for island in islands for child in island.modules()}
+    nested = {child for island in islands for child in island.modules() if child is not island}
+    hands_on = {island: wide or island in nested for island, wide in islands.items()}
 
     def cast(child: nn.Module) -> TensorMap:
-        to_its_type = cast_to(torch.float32 if id(child) in inside_islands else torch_dtype(policy.params))
+        to_its_type = cast_to(torch.float32 if child in inside_islands else torch_dtype(policy.params))
         return lambda tensor: tensor if id(tensor) in kept else to_its_type(tensor)
 
     for child in module.modules():
@@ -56,11 +59,14 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
         memory_format = torch.channels_last
         for convolution in convolutions:
             convolution.to(memory_format=memory_format)  # type: ignore[call-overload]
-    for island in islands:
-        island.__class__ = _pinned_class(type(island), _Island)
-        island._halfstep_policy = policy  # type: ignore[assignment]
-    module.__class__ = _pinned_class(type(module), _Prepared)
-    module._halfstep_policy = policy  # type: ignore[assignment]
+    if any(hands_on.values()) and policy.params != "fp32":
+        for child in module.modules():
+            if child is not module and child not in inside_islands and _needs_its_type(child):
+                _pin(child, _Caster, policy)
+    for island, wide in hands_on.items():
+        _pin(island, _Island, policy)
+        island._halfstep_hands_on_fp32 = wide  # type: ignore[assignment]
+    _pin(module, _Prepared, policy)
     module._halfstep_exact_scalars = bool(islands)  # type: ignore[assignment]
     module._halfstep_memory_format = memory_format  # type: ignore[assignment]
     return module
@@ -76,20 +82,69 @@ def change_compute(module: nn.Module, policy: PrecisionPolicy) -> None:
         child._halfstep_policy = policy
 
 
-def _find_islands(module: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
-    named = dict(module.named_modules())
+def _find_kept(module: nn.Module, policy: PrecisionPolicy) -> tuple[dict[nn.Module, bool], set[int]]:
+    """The islands, each with whether it hands on fp32, and the ids of single tensors that stay fp32."""
+    islands: dict[nn.Module, bool] = {}
+    kept: set[int] = set()
+    for child in module.modules():
+        for name in getattr(child, "keep_in_fp32", ()):
+            part = getattr(child, name)
+            if isinstance(part, nn.Module):
+                islands[part] = False
+            else:
+                kept.add(id(part))
+        if patterns := _kept_by_library(child, policy):
+            for name, part in child.named_modules():
+                if part is not child and _has_part(name, patterns):
+                    islands[part] = True
+            for name, tensor in (*child.named_parameters(), *child.named_buffers()):
+                if _has_part(name, patterns):
+                    kept.add(id(tensor))
+    for island, wide in _named_islands(module, policy.islands).items():
+        islands[island] = wide or islands.get(island, False)
+    return islands, kept
+
+
+def _kept_by_library(module: nn.Module, policy: PrecisionPolicy) -> tuple[str, ...]:
+    """What a network of transformers or diffusers wants kept: parts of dotted names."""
+    names = [*(getattr(module, "_keep_in_fp32_modules_strict", None) or ())]
+    if policy.compute == "fp16" or not hasattr(module, "_keep_in_fp32_modules_strict"):
+        names += getattr(module, "_keep_in_fp32_modules", None) or ()
+    return tuple(names) if policy.compute in ("fp16", "bf16") else ()
+
+
+def _has_part(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(f".{name}.", f"*.{pattern}.*") for pattern in patterns)
+
+
+def _named_islands(module: nn.Module, patterns: tuple[str, ...]) -> dict[nn.Module, bool]:
+    named = {name: child for name, child in module.named_modules() if name}
+    found: dict[nn.Module, bool] = {}
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named if name):
+        names = [name for name in named if fnmatchcase(name, pattern.removesuffix("+"))]
+        if not names:
             near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3)
             hint = f"; near it are {', '.join(near)}" if near else ""
             raise InputError(f"precision.islands: {pattern!r} matches no module of {type(module).__name__}{hint}")
-    return [child for name, child in named.items() if name and any(fnmatchcase(name, p) for p in patterns)]
+        for name in names:
+            found[named[name]] = pattern.endswith("+") or found.get(named[name], False)
+    return found
 
 
-def _own_islands(module: nn.Module) -> list[nn.Module]:
-    """The modules that a network itself wants kept."""
-    named = [getattr(module, name) for name in getattr(module, _KEPT, ())]
-    return [child for child in named if isinstance(child, nn.Module)]
+def _needs_its_type(module: nn.Module) -> bool:
+    """Whether a module may fail on inputs of another type than its weights: torch's own, and single ones that multiply
+    by a matrix. Others, as the norms of many networks, promote by themselves, and are more exact so."""
+    if hasattr(module, "parametrizations"):
+        return True
+    own = list(module.parameters(recurse=False))
+    if type(module).__module__.startswith("torch.nn."):
+        return bool(own)
+    return not any(module.children()) and any(parameter.dim() > 1 for parameter in own)
+
+
+def _pin(module: nn.Module, behavior: type[_Pinned], policy: PrecisionPolicy) -> None:
+    module.__class__ = _pinned_class(type(module), behavior)
+    module._halfstep_policy = policy  # type: ignore[assignment]
 
 
 class _Pinned(nn.Module):
@@ -98,9 +153,7 @@ class _Pinned(nn.Module):
     _halfstep_policy: PrecisionPolicy
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        original = _ORIGINALS[type(self)]
-        behavior = _Prepared if isinstance(self, _Prepared) else _Island
-        return _new_pinned, (original, behavior), self.__dict__
+        return _new_pinned, (_ORIGINALS[type(self)], type(self).__bases__[0]), self.__dict__
 
     def _apply(self, fn: TensorMap, recurse: bool = True) -> nn.Module:
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -142,11 +195,21 @@ class _Prepared(_Pinned):
 
 
 class _Island(_Pinned):
+    _halfstep_hands_on_fp32: bool
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = (map_tensors(cast_to(torch.float32), values) for values in (args, kwargs))
         with torch.autocast(_device_type(self, args, kwargs), enabled=False):
             result = super().forward(*args, **kwargs)
+        if self._halfstep_hands_on_fp32:
+            return result
         return map_tensors(cast_to(torch_dtype(self._halfstep_policy.params)), result)
+
+
+class _Caster(_Pinned):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        to_its_type = cast_to(torch_dtype(self._halfstep_policy.params))
+        return super().forward(*map_tensors(to_its_type, args), **map_tensors(to_its_type, kwargs))
 
 
 def _device_type(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -51,7 +51,8 @@ class PrecisionPolicy:
     output:  what a prepared module returns.
     reduce:  gradient reductions between processes.
     storage: latents on disk.
-    islands: names of modules, as shell patterns, that stay in fp32 whatever the rest does.
+    islands: names of modules, as shell patterns, that stay in fp32 whatever the rest does; with a `+` at its end they
+             also return fp32, for values between modules that the half type cannot hold.
     loss_scale: None, "dynamic" or a fixed factor, for fp16 training.
 
     A policy prints as the nearest preset and what differs from it, `bf16-true,storage=fp16,islands=*norm*|head`, and
@@ -81,7 +82,7 @@ class PrecisionPolicy:
             )
         if undecided and self.compute != "auto":
             raise InputError("precision: auto chooses weights and arithmetic together; name a preset to set them")
-        if any(set(pattern) & set(",|=") or not pattern for pattern in self.islands):
+        if any(set(pattern) & set(",|=") or not pattern.removesuffix("+") for pattern in self.islands):
             raise InputError(
                 f"precision.islands: got {self.islands!r}; a pattern is not empty and has no ',', '|' or '='"
             )
