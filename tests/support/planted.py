@@ -29,13 +29,19 @@ def sdxl_like_vae(gain: float = 4e6) -> Any:
     return vae
 
 
-def t5_stack(gain: float = 3e4) -> Any:
+def t5_stack(gain: float = 3e4, width: int = 64) -> Any:
     """A T5 encoder of three layers, whose feed-forward layers hand on large values, as the large published ones do."""
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=64,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
     )
     model = T5EncoderModel(config).eval()
     with torch.no_grad():

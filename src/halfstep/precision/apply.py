@@ -37,7 +37,7 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
     on the module's device. Raises InputError when a pattern of `islands` matches no module.
     """
     for child in module.modules():  # what an earlier call made of it is undone
-        child.__class__ = _ORIGINALS.get(type(child), type(child))
+        child.__class__ = original_class(child)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     policy = resolve(policy, device, "sample")
     islands, kept = _find_kept(module, policy)
@@ -70,6 +70,11 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
     module._halfstep_exact_scalars = bool(islands)  # type: ignore[assignment]
     module._halfstep_memory_format = memory_format  # type: ignore[assignment]
     return module
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was prepared."""
+    return _ORIGINALS.get(type(module), type(module))
 
 
 def change_compute(module: nn.Module, policy: PrecisionPolicy) -> None:

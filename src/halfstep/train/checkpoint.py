@@ -54,13 +54,8 @@ def save(state: TrainState, about: About, run: Path, team: Team, facts: dict[str
     values = {
         "format": _FORMAT,
         "version": _VERSION,
-        "step": state.step,
         "updates": state.updates,
-        "policy": str(state.policy),
-        "scaler": state.scaler.state_dict(),
-        "skipped": int(state.skipped),
-        "skipped_in_row": int(state.skipped_in_row),
-        "switched_at": state.switched_at,
+        **state.scale.state_dict(),
         **facts,
     }
 
@@ -117,11 +112,7 @@ def restore(state: TrainState, saved: Saved) -> None:
         state.restore(checkpoint.ema, moments, facts["updates"], checkpoint.path)
     except (SafetensorError, OSError, InputError) as error:
         raise StoreError(f"{checkpoint.path}: damaged ({error}); {_OLDER}") from error
-    state.step, state.switched_at = facts["step"], facts["switched_at"]
-    state.skipped.fill_(facts["skipped"])
-    state.skipped_in_row.fill_(facts["skipped_in_row"])
-    if state.scaler.is_enabled() and facts["scaler"]:
-        state.scaler.load_state_dict(facts["scaler"])
+    state.scale.load_state_dict(facts)
 
 
 def remove_unfinished(run: Path) -> None:

@@ -16,17 +16,18 @@ from halfstep.errors import HalfstepError, InputError
 from halfstep.files import alone, claim, write_durably
 from halfstep.machine import open_device
 from halfstep.models import About
+from halfstep.precision import COLLAPSE, Movement
 from halfstep.progress import SILENT, Progress
 from halfstep.team import Team
 from halfstep.train.checkpoint import remove_unfinished, save
 from halfstep.train.config import TrainConfig
 from halfstep.train.data import open_data
-from halfstep.train.health import Movement, require_finite
+from halfstep.train.health import require_finite
 from halfstep.train.measured import NAME as MEASURED_NAME
 from halfstep.train.measured import against_fp32, conditions, read_measured
 from halfstep.train.meter import Logs, Meter, told
 from halfstep.train.resume import begin, facts_of
-from halfstep.train.state import COLLAPSE, TrainState
+from halfstep.train.state import TrainState
 from halfstep.train.work import StepWork
 
 MARKS = ("config.json", MEASURED_NAME)  # files that tell the folder of a run
@@ -128,7 +129,7 @@ def _run(
                 raise
             microbatches = work.begin(state.step, batch.items)
             logging = (state.step + 1) % config.log_every == 0 or state.step + 1 == last
-            movement = Movement(state) if logging else None
+            movement = Movement(state.weights, state.ema) if logging else None
             for number, microbatch in enumerate(microbatches):
                 with state.microbatch(last=number + 1 == len(microbatches)):
                     loss = work.losses(state.model, microbatch).mean() / len(microbatches)
@@ -137,7 +138,7 @@ def _run(
             state.update()
             meter.count(batch)
             progress.advance()
-            if state.may_overflow and state.step % COLLAPSE == 0 and state.collapsed:
+            if state.scale.may_overflow and state.step % COLLAPSE == 0 and state.scale.collapsed:
                 require_finite(state, work, run)
                 state.switch_to_bf16()
                 progress.note(
@@ -169,7 +170,7 @@ def _run(
         step=state.step,
         loss=newest.get("loss"),
         policy=str(state.policy),
-        skipped=int(state.skipped),
+        skipped=int(state.scale.skipped),
         samples_per_second=newest.get("samples_per_second"),
         checkpoint=str(checkpoint),
         unreadable=meter.unreadable,

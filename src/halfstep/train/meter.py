@@ -19,13 +19,11 @@ from halfstep.errors import InputError
 from halfstep.files import file_errors, write_durably
 from halfstep.machine import peak_memory_mb
 from halfstep.models import About
-from halfstep.precision import probe
+from halfstep.precision import Movement, probe
 from halfstep.train.data import Batch
-from halfstep.train.health import Movement
 from halfstep.train.state import TrainState
 from halfstep.train.work import StepWork
 
-_STALLED = 0.5  # of the updates of an average: more than this are lost to rounding
 _BACKWARD = 2  # as many operations again for the gradients of inputs, and of weights
 
 
@@ -52,7 +50,7 @@ class Meter:
 
     def count(self, batch: Batch) -> None:
         """A step with the items of `batch` is done."""
-        norm = self._state.grad_norm
+        norm = self._state.scale.grad_norm
         finite = torch.isfinite(norm)  # it is not where an update was skipped
         self._norm += torch.where(finite, norm, 0)
         self._norms += finite
@@ -69,7 +67,8 @@ class Meter:
             loss /= team.size
         value, norms = float(loss), int(self._norms)
         seconds = (time.perf_counter() - self._since) / self._steps
-        stalled_weights, stalled_ema = movement.stalled(state)
+        scale = state.scale
+        stalled = None if int(scale.skipped_in_row) else movement.stalled(state.optimizer)
         compute = state.policy.compute
         rate = self._operations / team.size / seconds
         reasons = [line for part in team.gather(lambda: self._reasons) for line in part]
@@ -82,12 +81,12 @@ class Meter:
             "lr": state.optimizer.param_groups[0]["lr"],
             "policy": str(state.policy),
             "against_fp32": against_fp32,
-            "loss_scale": state.scaler.get_scale() if state.scaler.is_enabled() else None,
-            "skipped": int(state.skipped),
-            "switched_at": state.switched_at,
+            "loss_scale": scale.factor,
+            "skipped": int(scale.skipped),
+            "switched_at": scale.switched_at,
             "unreadable": self.unreadable,
-            "stalled_weights": stalled_weights,
-            "stalled_ema": stalled_ema,
+            "stalled_weights": stalled.weights if stalled else None,
+            "stalled_ema": stalled.average if stalled else None,
             "seconds_per_step": round(seconds, 5),
             "samples_per_second": round(self._samples / seconds, 2),
             "memory_mb": round(peak_memory_mb(state.device), 1),
@@ -96,8 +95,7 @@ class Meter:
         }
         notes = [f"{line}; another item stands in for it" for line in dict.fromkeys(reasons) if line not in self._told]
         self._told.update(reasons)
-        if (stalled_ema or 0) > _STALLED:
-            notes.append(f"step {state.step}: {stalled_ema:.0%} of the average's updates are lost to rounding")
+        notes += [f"step {state.step}: {line}" for line in (stalled.lines() if stalled else [])]
         self._loss.zero_()
         self._norm.zero_()
         self._norms.zero_()

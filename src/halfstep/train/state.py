@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from halfstep.errors import InputError, some
 from halfstep.models.family import Network, StateDict
-from halfstep.precision import PrecisionPolicy, change_compute, prepare, tf32, torch_dtype
+from halfstep.precision import LossScale, PrecisionPolicy, prepare, tf32, torch_dtype
+from halfstep.precision.health import own_part
 
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
-
-COLLAPSE = 20  # updates skipped in a row: the scale has fallen by 2^20, from 65536 to below one
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,6 @@ class TrainState:
 
     def __init__(self, network: Network, policy: PrecisionPolicy, updates: Updates, device: torch.device) -> None:
         self.device, self.policy, self._rule = device, policy, updates
-        self.step = 0
-        self.switched_at: int | None = None  # the step at which fp16 was given up
         self.network = network.to(device).train()
         keep_all = policy.params != "fp32"
         full = {n: p.detach().clone() for n, p in network.named_parameters() if keep_all or not p.requires_grad}
@@ -87,13 +84,12 @@ class TrainState:
         self.optimizer = AdamW(
             self.weights.values(), lr=updates.learning_rate, weight_decay=updates.weight_decay, fused=True
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self._set_scaler()
-        self.grad_norm = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._bad_loss = torch.zeros((), dtype=torch.bool, device=device)
+        self.scale = LossScale(policy, device)
+
+    @property
+    def step(self) -> int:
+        """How many steps were made."""
+        return self.scale.steps
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -108,60 +104,26 @@ class TrainState:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add to the gradients."""
-        self._bad_loss |= ~torch.isfinite(loss.detach())
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scale.backward(loss)
 
     def update(self) -> None:
         """Move the weights by the gradients, and the average by the weights.
 
-        A gradient that is not finite moves nothing. Where fp16 may have overflowed, that update is left out and
-        counted; otherwise there will be none any more, so that the weights are still those that the failure can be
-        found with.
+        A gradient that is not finite moves nothing: see `LossScale`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self._rule.learning_rate * min(1.0, (self.step + 1) / max(1, self._rule.warmup_steps))
         for name in self._copied:
             gradient, self._own[name].grad = self._own[name].grad, None
             self.weights[name].grad = None if gradient is None else gradient.float()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(list(self.weights.values()), self._rule.clip_norm)
-        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        finite = torch.isfinite(self.grad_norm)
-        bad = self._bad_anywhere() if self.scaler.is_enabled() else ~finite
-        self.first_bad_step = torch.where((self.first_bad_step < 0) & bad, self.step, self.first_bad_step)
-        stopped = (self.first_bad_step >= 0) & (not self.may_overflow)
-        # Read by the fused kernel, which then moves nothing: as GradScaler.step does it, but for the norm of all.
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.found_inf = (~finite | stopped).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        if self.scaler.is_enabled():
-            self.skipped += ~finite
-            self.skipped_in_row = torch.where(finite, 0, self.skipped_in_row + 1)
-            scale = self.policy.loss_scale
-            self.scaler.update(scale if isinstance(scale, float) else None)
-        self._bad_loss.zero_()
+        self.scale.step(self.optimizer, self._rule.clip_norm)
         self.optimizer.zero_grad()
         self._write_copies()
         self._average(list(self.ema.values()), list(self.weights.values()), 0)
-        self.step += 1
-
-    @property
-    def may_overflow(self) -> bool:
-        """Whether fp16 under a loss scale can explain a step that is not finite."""
-        return self.scaler.is_enabled() and self.policy.compute == "fp16"
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether so many updates in a row were skipped that nothing is learned any more. Waits for the device."""
-        return self.scaler.is_enabled() and int(self.skipped_in_row) >= COLLAPSE
 
     def switch_to_bf16(self) -> None:
         """Go on with products in bf16, which need no loss scale."""
-        self.switched_at = self.step
-        self.policy = replace(self.policy, compute="bf16", loss_scale=None)
-        change_compute(self.network, self.policy)
-        self._set_scaler()
-        self.skipped_in_row.zero_()
+        self.policy = self.scale.to_bf16(self.network)
 
     def full_weights(self) -> StateDict:
         """fp32 weights by the published names, on the CPU; every process must ask, process 0 gets them."""
@@ -207,19 +169,6 @@ class TrainState:
         }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
-    def _set_scaler(self) -> None:
-        scale = self.policy.loss_scale
-        initial = scale if isinstance(scale, float) else 2.0**16
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=initial, enabled=scale is not None)
-
-    def _bad_anywhere(self) -> torch.Tensor:
-        """Whether any process's loss of this step is not finite."""
-        if dist.is_initialized():
-            everywhere = self._bad_loss.float()
-            dist.all_reduce(everywhere, dist.ReduceOp.MAX)
-            return everywhere > 0
-        return self._bad_loss
-
     def _write_copies(self) -> None:
         if not self._copied:
             return
@@ -262,12 +211,6 @@ def _like(full: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
     if isinstance(pattern, DTensor):
         return distribute_tensor(value, pattern.device_mesh, pattern.placements)
     return value.clone()
-
-
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that may be sharded."""
-    part: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part.detach()
 
 
 def _gathered(values: StateDict) -> StateDict:
