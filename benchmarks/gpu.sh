@@ -23,4 +23,7 @@ bench sample --batch 16 --updates 100 --rounds 3
 bench trajectory --rounds 2
 bench stream --rounds 5 --frames 200
 bench train --batch 32 --steps 5 --rounds 2 --no-memory
+bench simulate --rounds 10
+bench memory
+bench suite --device auto
 exit "$failed"

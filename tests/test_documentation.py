@@ -44,6 +44,7 @@ EXAMPLES = {
     "navigation_loader.py": [],
     "record_and_analyze.py": ["recorded"],
     "video_through_network.py": ["marked.mp4"],
+    "audit_networks.py": ["audits"],
     "train_peaknet.py": ["weights.safetensors", "--steps", "2"],
 }
 # What the blocks of a page leave behind; every page with blocks that run is here.
@@ -59,6 +60,7 @@ LEFT = {
         "analysis/metrics.parquet",
     ],
     "docs/guides/precision.md": [],
+    "docs/guides/audit.md": [],
     "docs/guides/stream.md": ["run/run.json", "run/events/000000.parquet", "spots/run.json", "mine/run.json"],
     "docs/formats.md": [],
 }
@@ -326,6 +328,13 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("peaks/fused half/against_plain_fp32/precision", "{:.2%}"), ("engine/share_of_its_lanes_rate", "{:.1%}"),
         ("labeling/ours_ms", "{:.2f} ms"), ("labeling/speedup", "{:.0f}x"),
     ]),
+    (INTEL, "simulate", [
+        ("networks/EqM-S~2/policies/16-true/simulated", "{:.2e}"), ("networks/T5 encoder/policies/16-true/real", "{:.2e}"),
+        ("networks/AutoencoderKL/policies/bf16-true/simulated", "{:.2e}"),
+        ("networks/PeakNet/simulated_over_fp32", "{:.2f}x"), ("networks/CDiT-S~2/simulated_over_fp32", "{:.2f}x"),
+    ]),
+    (INTEL, "memory", [("cases/0/planned", "{:.1f} MB"), ("cases/7/measured", "{:.1f} MB"), ("cases/6/off", "{:+.1%}")]),
+    (INTEL, "canary", [("same/verdicts/fine", "{}"), ("found", "{}"), ("same/verdicts_by_wall_seconds/undecided", "{}")]),
     (INTEL, "soak", [("events_per_second", "{:.0f} events"), ("growth_after_the_first_tenth", "{:.1%}")]),
     (AMD, "encode", [
         ("seconds/plain loop, fp32/median", "{:.1f} s"), ("seconds/halfstep, auto/median", "{:.1f} s"),
@@ -426,5 +435,5 @@ def test_figures_are_those_of_the_benchmarks(machine: str, name: str, figures: l
     for place, form in figures:
         value: Any = result
         for part in place.split("/"):
-            value = value[part]
+            value = value[int(part) if isinstance(value, list) else part.replace("~", "/")]
         assert form.format(value) in section, f"{place}: {form.format(value)}"

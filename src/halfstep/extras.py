@@ -13,6 +13,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "sample": _ENCODE,
     "generate": (*_ENCODE, "accelerate", "ftfy", "transformers"),
     "analyze": ("matplotlib", "plotly", "sklearn", "scipy"),
+    "audit": (*_ENCODE, "matplotlib", "transformers"),
     "eval": (*_ENCODE, "sklearn", "torchmetrics"),
     "fid": ("torch_fidelity",),
     "ray": ("ray",),

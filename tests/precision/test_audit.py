@@ -130,9 +130,10 @@ def test_rescaling_its_stream_needs_no_island_and_changes_no_bit_of_fp32() -> No
         assert relative_error(half(LATENTS[0]), expected) < 3e-3
         rescale(decoder, report.rescaling.inverse())
         assert torch.equal(decoder(LATENTS[0]), expected)
-    assert report.rescaling.eps["decoder.conv_norm_out"] == 2 * report.rescaling.weights[
-        "decoder.up_blocks.1.resnets.1.conv2"
-    ]
+    assert (
+        report.rescaling.eps["decoder.conv_norm_out"]
+        == 2 * report.rescaling.weights["decoder.up_blocks.1.resnets.1.conv2"]
+    )
     with pytest.raises(InputError, match=r"'nothing' has no weight"):
         rescale(decoder, type(report.rescaling)({"nothing": 1}))
 
@@ -207,18 +208,6 @@ def test_spread_rounding_is_said_and_not_listed() -> None:
     assert report.error > 1e-4
 
 
-def test_one_layer_that_rounds_most_is_found() -> None:
-    class Sharp(Mild):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = super().forward(x)
-            return x + 40 * (self.layers[2](x) * 1000).sin()
-
-    torch.manual_seed(0)
-    report = audit(Sharp(4), [seeded(16, 32), seeded(16, 32, seed=1)], tolerance=0.5)
-    assert report.met
-    assert "layers.2" in report.islands
-
-
 def test_a_tolerance_that_no_policy_meets_gets_the_best_there_is() -> None:
     report = audit(Mild(2), seeded(4, 32), tolerance=1e-9)
     assert not report.met
@@ -228,11 +217,11 @@ def test_a_tolerance_that_no_policy_meets_gets_the_best_there_is() -> None:
 
 def test_types_are_tried_in_turn() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
-    report = audit(net, [seeded(4, 8), seeded(4, 8, seed=1)], types=("bf16", "fp16"), tolerance=2e-3)
+    net = Mild(8)
+    report = audit(net, [seeded(4, 32), seeded(4, 32, seed=1)], types=("bf16", "fp16"), tolerance=2e-3)
     assert report.target.type == "fp16"
     assert report.met
-    assert audit(net, seeded(4, 8), target=Target("bf16"), tolerance=3e-2).policy.params == "bf16"
+    assert audit(net, seeded(4, 32), target=Target("bf16"), tolerance=3e-2).policy.params == "bf16"
 
 
 def test_values_near_the_limit_are_risks() -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
-import halfstep
-from halfstep.machine import cores, open_device
+from halfstep.bench.facts import machine
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,16 @@ def document(name: str, timings: dict[str, Timing], **facts: Any) -> dict[str, A
     }
 
 
-def machine() -> dict[str, Any]:
-    """What a figure depends on."""
-    from halfstep.precision import probe
-
-    return {
-        "device": probe(open_device("auto")).device,
-        "cores": cores(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "halfstep": halfstep.__version__,
-    }
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """So many processes that do nothing but compute."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def _rounded(value: float) -> float:

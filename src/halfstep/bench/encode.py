@@ -15,7 +15,10 @@ import numpy as np
 import torch
 
 from halfstep.autoencoders import Autoencoder, load_autoencoder, to_pixels
+from halfstep.bench.autoencoder import sd_vae_shaped
+from halfstep.bench.cases import Case
 from halfstep.bench.compare import document, in_turn, ratio
+from halfstep.bench.timing import Call
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
@@ -84,20 +87,23 @@ def bench_encode(
         return document("encode", timings, **facts)
 
 
-@torch.random.fork_rng(devices=[])
-def sd_vae_shaped(folder: Path) -> str:
-    from diffusers import AutoencoderKL
+def call_of(case: Case, scratch: Path) -> Call:
+    """Encode 32 pictures of a toy world with the built-in codec into a new store."""
+    write_toy_world(scratch / "world", walks=1, frames=_WALK)
 
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        scaling_factor=0.18215,
-    ).save_pretrained(folder)
-    return str(folder)
+    def call() -> None:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            options = EncodeOptions(
+                Path(folder) / "store",
+                precision=case.precision,
+                storage="fp16",
+                size=(case.size, case.size),
+                batch_size=_BATCH,
+                device=case.device,
+            )
+            encode([SourceConfig(path=scratch / "world")], options)
+
+    return call
 
 
 @torch.inference_mode()

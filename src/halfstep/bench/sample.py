@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from halfstep.bench.cases import Case
 from halfstep.bench.compare import document, in_turn, ratio
+from halfstep.bench.timing import Call
 from halfstep.machine import open_device
 from halfstep.models import EqM
-from halfstep.precision import prepare, settle
+from halfstep.precision import PrecisionPolicy, prepare, settle
 from halfstep.sampling import GuidedField, drive, sample_eqm
 
 _PRECISIONS = ("auto", "fp32")
@@ -49,12 +52,9 @@ def bench_sample(
         policy = settle(precision, device, "sample").policy
         policies[f"halfstep, {precision}"] = str(policy)
         network = prepare(networks[precision].to(device), policy)
-        assert isinstance(network, EqM)
 
         def run() -> None:
-            field = GuidedField(network, labels)
-            states = sample_eqm(field, noise, updates=updates, step_size=_STEP, momentum=_MOMENTUM)
-            samples[precision] = _arrived(drive(states))
+            samples[precision] = _sample(network, noise, labels, updates)
 
         return run
 
@@ -79,6 +79,22 @@ def bench_sample(
             for name, precision in names.items()
         },
     )
+
+
+def call_of(case: Case) -> Call:
+    """One sample of EqM-S/8 in eight updates."""
+    network = _network("EqM-S/8", case.size, torch.Generator().manual_seed(0))
+    prepared = prepare(network.to(case.device), PrecisionPolicy.parse(case.precision))
+    noise = torch.randn(1, *network.latent_shape, generator=torch.Generator().manual_seed(0)).to(case.device)
+    labels = torch.zeros(1, dtype=torch.long, device=case.device)
+    return lambda: _sample(prepared, noise, labels, updates=8)
+
+
+def _sample(network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, updates: int) -> torch.Tensor:
+    """As `halfstep sample` does it."""
+    assert isinstance(network, EqM)
+    field = GuidedField(network, labels)
+    return _arrived(drive(sample_eqm(field, noise, updates=updates, step_size=_STEP, momentum=_MOMENTUM)))
 
 
 def _network(model: str, size: int, generator: torch.Generator) -> EqM:

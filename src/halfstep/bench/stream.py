@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import math
 import os
 import statistics
@@ -23,10 +21,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from halfstep.bench.cases import Case
 from halfstep.bench.compare import document, in_turn, ratio
+from halfstep.bench.memory import ENVIRONMENT, peak_of, resident_mb
+from halfstep.bench.timing import Call
 from halfstep.data.diffraction import diffraction_frame
 from halfstep.engine import Lanes, lane_count
-from halfstep.machine import open_device, peak_memory_mb
+from halfstep.machine import open_device
 from halfstep.models import PeakNet
 from halfstep.precision import PrecisionPolicy, prepare, probe, settle, torch_dtype
 from halfstep.progress import SILENT, Progress
@@ -42,11 +43,10 @@ from halfstep.stream.sources.simulated import RandomSource
 
 _FORMS = ("plain fp32", "autocast", "true half", "fused fp32", "fused half")
 
+_SMALL = files("halfstep.demo") / "peaknet_small.safetensors"
 _LABELED_PIXELS, _LABELED_PEAKS = 1920, 300
 _SOAK_SHAPE = (1, 32, 32)
 _SOAK_LOOKS = 20
-
-Case = Callable[[torch.Tensor], torch.Tensor]
 
 
 def bench_stream(
@@ -94,6 +94,24 @@ def bench_stream(
     return document("stream", timings, **facts)
 
 
+def call_of(case: Case, scratch: Path) -> Call:
+    """Send 16 frames through the engine with the trained small network, in memory, into a new run's folder."""
+    frames = _counts(16, case.size)
+
+    def call() -> None:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder, as_file(_SMALL) as weights:
+            options = StreamOptions(
+                ModelSpec(str(weights)),
+                precision=case.precision,
+                batch_size=4,
+                preparation=Preparation(size=(case.size, case.size)),
+                device=case.device,
+            )
+            StreamEngine(_FromMemory(frames), options, Outputs(Path(folder) / "run", CxiSettings())).run()
+
+    return call
+
+
 def bench_soak(events: int, progress: Progress = SILENT) -> dict[str, Any]:
     """`events` small events through the engine with a network that does nearly nothing: the rate, and what memory does
     after the first tenth."""
@@ -111,7 +129,7 @@ def bench_soak(events: int, progress: Progress = SILENT) -> dict[str, Any]:
 
             def advance(self, units: int = 1, *, written: int = 0) -> None:
                 if (self.done + units) // step > self.done // step:
-                    resident.append(_resident_mb())
+                    resident.append(resident_mb())
                 self.done += units
                 progress.advance(units)
 
@@ -198,6 +216,12 @@ class _FromMemory(Source):
         return Incoming(event.data.nbytes, lambda: Message((event,), "r", "s"), b"", "memory")
 
 
+def _counts(events: int, size: int) -> list[Array]:
+    """Frames of background alone."""
+    rng = np.random.default_rng(0)
+    return [rng.poisson(30, (1, size, size)).astype(np.uint16) for _ in range(events)]
+
+
 def _engine(size: int, events: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """The engine on frames as they come against the same batches through the same lanes."""
     with tempfile.TemporaryDirectory(prefix="halfstep-bench-") as scratch:
@@ -206,8 +230,7 @@ def _engine(size: int, events: int, rounds: int, device: torch.device) -> dict[s
         torch.save(PeakNet().state_dict(), weights)
         spec, batch = ModelSpec(str(weights)), 4
         policy = settle("auto", device, "sample").policy
-        rng = np.random.default_rng(0)
-        data = [rng.poisson(30, (1, size, size)).astype(np.uint16) for _ in range(events)]
+        data = _counts(events, size)
         options = StreamOptions(
             spec, precision=str(policy), batch_size=batch, preparation=Preparation(size=(size, size))
         )
@@ -281,7 +304,7 @@ def _by_label(mask: Array) -> Array:
 @torch.inference_mode()
 def _peaks_found(frames: int, device: torch.device, half: str) -> dict[str, Any]:
     """Of the trained small model on frames that it has not seen."""
-    with as_file(files("halfstep.demo") / "peaknet_small.safetensors") as path:
+    with as_file(_SMALL) as path:
         network = PeakNet.load(path)
     preparation = Preparation()
     found: dict[str, list[Array]] = {}
@@ -313,10 +336,9 @@ def _agreement(found: list[Array], truth: list[Array]) -> dict[str, float]:
 
 
 def _peak_memory(form: str, size: int) -> float:
-    """MB of weights and of what computing one frame holds, in a fresh process; the median of three. Each large buffer
-    is a mapping of its own there (mallopt(3)): what the C library keeps of buffers that were freed is not counted."""
+    """MB of weights and of what computing one frame holds, in a fresh process; the median of three."""
     script = f"from halfstep.bench.stream import print_own_peak; print_own_peak({form!r}, {size})"
-    env, peaks = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, []
+    env, peaks = {**os.environ, **ENVIRONMENT}, []
     for _ in range(3):
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
         peaks.append(float(result.stdout))
@@ -332,21 +354,5 @@ def print_own_peak(form: str, size: int) -> None:
     network = _form(form, PeakNet().eval(), device, _half(device))
     x = torch.randn(1, 1, size, size, device=device)
     network(x[..., :64, :64])  # what libraries set up on their first call is not the network's
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not to be used again unseen
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 1e6
-        network(x)
-        peak = peak_memory_mb(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
-        before = _resident_mb()
-        network(x)
-        peak = peak_memory_mb(device)
-    sys.stdout.write(f"{_weight_bytes(network) / 1e6 + peak - before:.1f}\n")
-
-
-def _resident_mb() -> float:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) * 1024 / 1e6
+    peak = peak_of(partial(network, x), device)
+    sys.stdout.write(f"{_weight_bytes(network) / 1e6 + peak.peak_mb - peak.held_mb:.1f}\n")

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from halfstep.autoencoders import load_autoencoder, to_pixels
+from halfstep.bench.autoencoder import sd_vae_shaped
+from halfstep.bench.cases import Case
 from halfstep.bench.compare import document, in_turn, ratio
-from halfstep.bench.encode import sd_vae_shaped
+from halfstep.bench.timing import Call
 from halfstep.config import validate
 from halfstep.data.pictures import load_fitted
 from halfstep.data.sources import SourceConfig
@@ -85,6 +87,28 @@ def bench_train(
         if memory:
             facts["peak_memory_mb"] = {name: _peak(folder, model, size, batch, name) for name in cases}
         return document("train", timings, **facts)
+
+
+def call_of(case: Case, scratch: Path) -> Call:
+    """Train a small EqM for ten steps on a store of latents of the built-in codec, with the checkpoint at the end."""
+    write_toy_world(scratch / "world", walks=1, frames=16)
+    latents = EncodeOptions(scratch / "latents", precision="fp32", storage="fp16", size=(case.size, case.size))
+    encode([SourceConfig(path=scratch / "world")], latents)
+    values = {
+        "model": {"network": "EqM", "hidden_size": 64, "depth": 4, "num_heads": 4},
+        "data_path": str(scratch / "latents"),
+        "global_batch_size": 8,
+        "num_workers": 0,
+        "precision": case.precision,
+        "device": case.device,
+        "steps": 10,
+    }
+
+    def call() -> None:
+        with tempfile.TemporaryDirectory(dir=scratch) as results:
+            train(validate({**values, "results_dir": results}, TrainConfig, "bench"))
+
+    return call
 
 
 _PLAIN = {"plain, fp32, encoder in the loop": True, "plain, fp32, latents": False}

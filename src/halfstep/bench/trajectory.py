@@ -5,12 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +20,7 @@ import zarr
 from pcodec import ChunkConfig, standalone
 from zarr.codecs import BloscCodec
 
-from halfstep.bench.compare import Timing, document, in_turn
+from halfstep.bench.compare import Timing, busy_processes, document, in_turn
 from halfstep.errors import InputError
 from halfstep.machine import cores, open_device
 from halfstep.sampling import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder, drive
@@ -164,7 +161,7 @@ def bench_recorder(*, rounds: int, steps: int = 24) -> dict[str, Any]:
         cases: dict[str, Callable[[], float | None]] = {"off": partial(run, "off"), "on": partial(run, "on")}
         timings = in_turn(cases, rounds)
         with_finish = float(np.median(finished["on"])) / float(np.median(finished["off"]))
-        with _busy_processes(cores()):
+        with busy_processes(cores()):
             beside = in_turn(cases, rounds)
     return {
         "steps": steps,
@@ -176,18 +173,6 @@ def bench_recorder(*, rounds: int, steps: int = 24) -> dict[str, Any]:
         "seconds_beside_others": {case: asdict(timing) for case, timing in beside.items()},
         "same_samples": bool(torch.equal(samples["off"], samples["on"])),
     }
-
-
-@contextmanager
-def _busy_processes(count: int) -> Iterator[None]:
-    """So many processes that do nothing but compute."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
 
 
 @dataclass(frozen=True)

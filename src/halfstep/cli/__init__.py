@@ -14,11 +14,13 @@ from typer.exceptions import TyperException
 
 from halfstep.cli import (
     analyze,
+    audit,
     bench,
     demo,
     encode,
     evaluate,
     generate,
+    memory,
     probe,
     sample,
     store,
@@ -49,6 +51,8 @@ app.command()(generate.generate)
 app.command()(analyze.analyze)
 app.add_typer(stream.app, name="stream")
 app.command()(probe.probe)
+app.command()(audit.audit)
+app.command()(memory.memory)
 app.command("toy-world")(toy_world.toy_world)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")

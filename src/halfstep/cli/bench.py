@@ -1,15 +1,19 @@
-"""halfstep bench encode | read | trajectory | train | sample | precision | statistics"""
+"""halfstep bench encode | read | trajectory | train | sample | precision | stream | suite | compare | report | canary |
+memory | simulate | statistics"""
 
 from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 app = typer.Typer(help="Measure halfstep against what people use today, in turn in one run.", no_args_is_help=True)
 
+_Tolerance = Annotated[
+    float, typer.Option(min=0.01, max=1.0, metavar="SHARE", help="How much slower counts as slower.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -144,6 +148,171 @@ def stream(
 
 
 @app.command()
+def suite(
+    models: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Once each, all by default: EqM-S/2, encode, ...")
+    ] = None,
+    sizes: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="PIXELS", help="On a side; the models' own by default.")
+    ] = None,
+    precisions: Annotated[
+        list[str] | None, typer.Option(metavar="POLICY", help="Held against fp32; by default what auto chooses.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    tolerance: _Tolerance = 0.05,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON here.")] = None,
+    json: _Json = False,
+) -> None:
+    """Measure models and verbs in fp32 and in half: exit code 1 when half is slower, 3 when that is undecided."""
+    from halfstep.bench.suite import bench_suite
+    from halfstep.cli.progress import Bar
+    from halfstep.errors import InputError
+    from halfstep.files import write_durably
+
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise InputError(f"--output: got {output}; expected a file in a folder that is there")
+    with Bar("measuring", "cases", hidden=json) as progress:
+        result = bench_suite(
+            models=models or (),
+            sizes=sizes or (),
+            precisions=precisions or (),
+            device=device,
+            tolerance=tolerance,
+            progress=progress,
+        )
+    if output is not None:
+        write_durably(output, (json_module.dumps(result, indent=1) + "\n").encode())
+    _judge(result, json)
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[BEFORE.json AFTER.json]", help="Two suites.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="REV", help="A revision of the checkout here, against the working tree.")
+    ] = None,
+    models: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="With --against: as in suite, at their smallest size.")
+    ] = None,
+    precisions: Annotated[
+        list[str] | None, typer.Option(metavar="POLICY", help="With --against: beside fp32; what auto is by default.")
+    ] = None,
+    tolerance: _Tolerance = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Compare files of different machines or versions.")] = False,
+    json: _Json = False,
+) -> None:
+    """Compare another revision with the working tree, in turn: exit code 1 when it became slower, 3 when that is
+    undecided, 2 when nothing was measured. Two files of suites can only warn."""
+    from halfstep.errors import InputError
+
+    if (against is None) == (not files) or (files and len(files) != 2):
+        raise InputError("bench compare: takes two files of suites, or --against REV")
+    if against is not None:
+        from halfstep.bench.revisions import compare_revision
+        from halfstep.cli.progress import Bar
+
+        with Bar("comparing", "cases", hidden=json) as progress:
+            result = compare_revision(
+                against,
+                root=Path.cwd(),
+                models=models or (),
+                precisions=precisions or (),
+                tolerance=tolerance,
+                progress=progress,
+            )
+        _judge(result, json)
+    assert files is not None
+    if models or precisions:
+        raise InputError("bench compare: --models and --precisions go with --against; files have the cases they have")
+    from halfstep.bench.results import compare_files
+
+    found = compare_files(files[0], files[1], tolerance=tolerance, force=force)
+    if json:
+        typer.echo(json_module.dumps(found, indent=1))
+        return
+    for name, ratio in found["ratios"].items():
+        typer.echo(f"{name}: {ratio:.3f} times")
+    for place, names in (files[0], found["only_before"]), (files[1], found["only_after"]):
+        for name in names:
+            typer.echo(f"{name}: only in {place}")
+    for line in found["warnings"]:
+        typer.echo(f"warning: {line}", err=True)
+    if found["warnings"]:
+        typer.echo("two runs at two times prove nothing; `halfstep bench compare --against REV` can", err=True)
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON of suite, compare or canary.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="A .html or .md; else Markdown here.")
+    ] = None,
+) -> None:
+    """One page of what benchmarks found: tables, plots, switches, verdicts and the canary."""
+    from halfstep.bench.report import write_report
+
+    if (text := write_report(files, output)) is not None:
+        typer.echo(text, nl=False)
+
+
+@app.command()
+def canary(
+    trials: Annotated[int, typer.Option(min=2, help="Of a kernel with itself; half as many with a slower one.")] = 200,
+    json: _Json = False,
+) -> None:
+    """Try the gate on this machine made busy: how often is the same called slower, and 10% more work found?"""
+    from halfstep.bench.canary import bench_canary
+    from halfstep.cli.progress import Bar
+
+    with Bar("comparing", "trials", hidden=json) as progress:
+        result = bench_canary(trials=trials, progress=progress)
+    if json:
+        typer.echo(json_module.dumps(result, indent=1))
+        return
+    for name, facts in (("the same", result["same"]), ("10% more work", result["ten_percent_more"])):
+        found = ", ".join(f"{count} {verdict}" for verdict, count in facts["verdicts"].items())
+        by_wall = ", ".join(f"{count} {verdict}" for verdict, count in facts["verdicts_by_wall_seconds"].items())
+        typer.echo(f"{name}: {found} of {facts['trials']}; by wall seconds {by_wall}")
+
+
+@app.command()
+def simulate(rounds: Annotated[int, typer.Option(min=1)] = 5, json: _Json = False) -> None:
+    """Hold simulated half arithmetic against the device's own, in five networks, and say what simulating costs."""
+    from halfstep.bench.simulate import bench_simulate
+    from halfstep.cli.progress import Bar
+
+    with Bar("simulating", "networks", hidden=json) as progress:
+        result = bench_simulate(rounds=rounds, progress=progress)
+    if json:
+        typer.echo(json_module.dumps(result, indent=1))
+        return
+    for name, facts in result["networks"].items():
+        typer.echo(f"{name}: a simulated pass takes {facts['simulated_over_fp32']:.2f} times one in fp32")
+        for policy, errors in facts["policies"].items():
+            typer.echo(
+                f"  {policy:10} error {errors['simulated']:.2e} simulated, {errors['real']:.2e} on this device "
+                f"({errors['real_over_simulated']:.2f} times)"
+            )
+
+
+@app.command()
+def memory(json: _Json = False) -> None:
+    """Hold the memory that is planned without weights against what fresh processes take, in ten cases."""
+    from halfstep.bench.footprint import bench_memory
+    from halfstep.cli.progress import Bar
+
+    with Bar("measuring", "cases", hidden=json) as progress:
+        result = bench_memory(progress=progress)
+    if json:
+        typer.echo(json_module.dumps(result, indent=1))
+        return
+    for row in result["cases"]:
+        typer.echo(
+            f"{row['name']:42} planned {row['planned']:7.1f} MB, measured {row['measured']:7.1f} ({row['off']:+.1%})"
+        )
+
+
+@app.command()
 def statistics(
     sets: Annotated[int, typer.Option(min=10, help="Simulated sets of runs for each design and change.")] = 300,
     json: _Json = False,
@@ -164,6 +333,17 @@ def statistics(
             )
             for name, share in shares["below_alpha"].items():
                 typer.echo(f"  {name:20} p < 0.05 in {share:6.1%}, found in {shares['found'][name]:6.1%}")
+
+
+def _judge(result: dict[str, Any], json: bool) -> NoReturn:
+    """Print what was compared, and exit as the verdict says."""
+    from halfstep.bench.gate import EXIT_CODES
+    from halfstep.bench.report import as_markdown
+
+    typer.echo(json_module.dumps(result, indent=1) if json else as_markdown({result["benchmark"]: result}).rstrip())
+    for name, why in {**result.get("absent", {}), **result["failed"]}.items():
+        typer.echo(f"halfstep: {name}: not measured: {why}", err=True)
+    raise typer.Exit(EXIT_CODES[result["verdict"]])
 
 
 def _print(result: dict[str, Any], json: bool) -> None:

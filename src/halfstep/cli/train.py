@@ -57,6 +57,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps instead.")] = None,
     global_batch_size: Annotated[int | None, typer.Option(min=1, help="Items to a step, of all processes.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Fit a step into 8GB, say: same batch, more recomputed, more micro-batches."),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     global_seed: Annotated[int | None, typer.Option(min=0)] = None,
     ckpt: Annotated[
@@ -109,6 +113,7 @@ def train(
         "epochs": epochs,
         "steps": steps,
         "global_batch_size": global_batch_size,
+        "memory": memory,
         "lr": lr,
         "global_seed": global_seed,
         "ckpt": None if ckpt is None else str(ckpt),

@@ -63,7 +63,10 @@ class HostCopy:
         self._held = True
 
     def wait(self) -> torch.Tensor:
-        """The tensor, once the copy has arrived; it is in the buffer, so it is lost with the release."""
+        """The tensor, once the copy has arrived; it is in the buffer, so it is lost with the release. Raises
+        RuntimeError after that: the buffer may hold another's values by then."""
+        if not self._held:
+            raise RuntimeError("HostCopy: its buffer was given back; wait for the copy before it is released")
         self._buffer.wait()
         return self._host
 

@@ -5,9 +5,7 @@ Axes: B samples, C channels, H W pixels.
 
 from __future__ import annotations
 
-import importlib
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +19,10 @@ from halfstep.engine import Checked, Gate, Ring
 from halfstep.errors import InputError
 from halfstep.files import sha256_of
 from halfstep.models import PeakNet
+from halfstep.opening import TORCH_FILES, open_model
 from halfstep.precision import PrecisionPolicy, prepare, torch_dtype
 from halfstep.stream.events import Array
 from halfstep.stream.graphs import Graphed
-
-_EXPORTED, _SCRIPTED = (".pt2",), (".ts", ".torchscript")
 
 
 @dataclass(frozen=True)
@@ -57,58 +54,21 @@ def load_network(spec: ModelSpec) -> nn.Module:
     """The network in fp32, for inference; PeakNet in its fused form. Raises InputError when it cannot be had: there are
     no random weights."""
     path = Path(spec.model)
-    if not path.exists() and ":" in spec.model:
-        return _from_function(spec.model)
-    if path.suffix in (*_EXPORTED, *_SCRIPTED):
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; expected a network of torch.export or TorchScript")
-        try:
-            if path.suffix in _EXPORTED:
-                exported: nn.Module = torch.export.load(path).module()
-                return exported
-            return _Scripted(torch.jit.load(path, map_location="cpu").eval())  # type: ignore[no-untyped-call]
-        except (RuntimeError, ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path}: cannot be read as a network ({reason}); save it again") from error
+    if path.suffix in TORCH_FILES or (not path.exists() and ":" in spec.model):
+        return open_model(spec.model).module
     return PeakNet.load(path, **spec.config).fused()
 
 
 def multiple_of(spec: ModelSpec) -> int:
     """By what the sides of its samples must be divisible; others' networks take what comes."""
-    is_peaknet = ":" not in spec.model and Path(spec.model).suffix not in (*_EXPORTED, *_SCRIPTED)
+    is_peaknet = ":" not in spec.model and Path(spec.model).suffix not in TORCH_FILES
     return 32 if is_peaknet else 1
-
-
-class _Scripted(nn.Module):
-    """A network of TorchScript, whose own class cannot be another one."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, samples: torch.Tensor) -> Any:
-        return self.network(samples)
 
 
 def network_name(spec: ModelSpec) -> str:
     """What to call a network for good: a file's name with the start of its SHA-256, or the function's."""
     path = Path(spec.model)
     return f"{path.name} {sha256_of(path)[:16]}" if path.is_file() else spec.model
-
-
-def _from_function(name: str) -> nn.Module:
-    module_name, _, function_name = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"model: {name}: {error}; expected package.module:function that can be imported") from error
-    try:
-        made = function()
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise InputError(f"model: {name}: failed ({error}); expected a function without arguments") from error
-    if not isinstance(made, nn.Module):
-        raise InputError(f"model: {name}: returned {type(made).__name__}; expected a torch module")
-    return made.eval()
 
 
 class Inference:

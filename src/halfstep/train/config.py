@@ -18,7 +18,8 @@ from halfstep.train.state import Updates
 # Settings that a run may change when it goes on; all others are part of what it is.
 MAY_CHANGE = frozenset(
     {"epochs", "steps", "num_workers", "log_every", "ckpt_every", "compile", "tensorboard", "wandb", "results_dir"}
-    | {"run_name", "activation_budget", "batch_size", "global_batch_size", "fsdp", "precision", "device"}
+    | {"run_name", "activation_budget", "memory", "batch_size", "global_batch_size", "fsdp", "precision"}
+    | {"device"}
 )
 # Where data lies: it may lie elsewhere when a run goes on, as long as it is the same data.
 PLACES = frozenset({"data_path", "latent_folder", "data_folder", "train", "test"})
@@ -46,8 +47,9 @@ class TrainConfig(Config):
     `dispersive_weight` adds the dispersive loss. CDiT: `datasets` in place of data_path, each with its folder and
     split; an item of a walk has `goals_per_obs` samples. batch_size: a process's items to a step, or
     `global_batch_size` those of all. gradient_accumulation_steps: micro-batches of a step, whose gradients are summed
-    in the type of the weights. activation_budget: the share of blocks that keep their activations. ckpt: weights to
-    start from. fsdp: shard the weights over the processes.
+    in the type of the weights. activation_budget: the share of blocks that keep their activations. memory: a size such
+    as 8GB, into which a step is made to fit by the two before, from what they are. ckpt: weights to start from. fsdp:
+    shard the weights over the processes.
     """
 
     model: str | NetworkSizes
@@ -82,6 +84,7 @@ class TrainConfig(Config):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     grad_clip_val: NotNegative | None = None
     activation_budget: Share = 1.0
+    memory: str | None = None
     compile: bool = False
     fsdp: bool = False
     global_seed: Annotated[int, Field(ge=0)] = 0

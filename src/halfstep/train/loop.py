@@ -25,6 +25,7 @@ from halfstep.train.data import open_data
 from halfstep.train.health import require_finite
 from halfstep.train.measured import NAME as MEASURED_NAME
 from halfstep.train.measured import against_fp32, conditions, read_measured
+from halfstep.train.memory import fitted
 from halfstep.train.meter import Logs, Meter, told
 from halfstep.train.resume import begin, facts_of
 from halfstep.train.state import TrainState
@@ -70,6 +71,9 @@ def train(config: TrainConfig, progress: Progress = SILENT) -> TrainReport:
         team.on_leader(lambda: stack.enter_context(alone(config.folder)))
         team.on_leader(lambda: remove_unfinished(config.folder))
         data = open_data(config, team.size)
+        if config.memory is not None:
+            config, line = fitted(config, data, device, team.size)
+            progress.note(line)
         state, about = begin(config, data, device, team, progress)
         if data.encoder is not None:
             progress.note(

@@ -34,6 +34,7 @@ CURES = ("islands", "rescale")
 _ROUNDS = 8  # of finding what a policy has no room for and adding islands
 _MOST_FORWARDS = 80
 _RISK_BITS = 2
+_SPREAD = 0.4  # of the modules: where the error is cured by no fewer, they are not listed as islands
 _SPARE = 0.7  # of the tolerance that an audit uses up where it has the choice: other inputs have other errors
 
 
@@ -115,8 +116,8 @@ def audit(
     `prepare`. The arithmetic is simulated, so that the device is not needed; the module is as it was afterwards.
 
     Raises InputError for weights that are not fp32, weights or inputs that are not finite or on two devices, a module
-    whose outputs have no floating-point tensor or differ from pass to pass (dropout, random numbers of its own), and an
-    unknown type.
+    whose outputs have no floating-point tensor, are all zero, or differ from pass to pass (dropout, random numbers of
+    its own), and an unknown type.
     """
     target = Target.parse(target) if isinstance(target, str) else target
     if not 0 < tolerance < float("inf"):
@@ -232,6 +233,10 @@ class _Audit:
         first = self._expectation(call)
         if not first:
             raise InputError("audit: the module returns no floating-point tensor; there is nothing to be exact about")
+        if not any(tensor.any() for tensor in first):
+            raise InputError(
+                "audit: the module returns only zeros in fp32, as a network before its training does; load its weights"
+            )
         self.forwards += 1
         with torch.no_grad():
             second = floats_of(call.on(self.module))
@@ -308,9 +313,11 @@ class _Audit:
             step = (low + high) // 2
             if step == low:
                 break
-        if high > len(ranked) / 2 and high > 4:
-            return islands, error, spread, f"rounding is spread: {high} of {len(ranked)} modules would have to be fp32"
-        return with_first(high), self.error(with_first(high), self.calls), spread, ""
+        of = f"{high} of {len(ranked)} modules"
+        if high > _SPREAD * len(ranked) and high > 4:
+            return islands, error, spread, f"rounding is spread: {of} would have to be fp32"
+        note = f"rounding is spread, over {of}" if high > _SPREAD / 2 * len(ranked) and high > 4 else ""
+        return with_first(high), self.error(with_first(high), self.calls), spread, note
 
     def _pruned(self, islands: Islands) -> Islands:
         """Without the islands that can be done without, also when values are twice as large."""
@@ -372,7 +379,8 @@ class _Audit:
             found = f"the tolerance of {self.tolerance:g} is not met, the error is {error:.2g} {where}"
             return f"{found}: {note}" if note else found
         kept = "no island" if not islands else f"{len(islands)} island" + "s" * (len(islands) > 1)
-        return f"{kind} with {kept} is within {self.tolerance:g}: the error is {error:.2g} {where} (simulated)"
+        held = f"{kind} with {kept} is within {self.tolerance:g}: the error is {error:.2g} {where} (simulated)"
+        return f"{held}; {note}" if note else held
 
 
 def _number(value: Any) -> Any:
