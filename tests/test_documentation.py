@@ -329,12 +329,17 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("labeling/ours_ms", "{:.2f} ms"), ("labeling/speedup", "{:.0f}x"),
     ]),
     (INTEL, "simulate", [
-        ("networks/EqM-S~2/policies/16-true/simulated", "{:.2e}"), ("networks/T5 encoder/policies/16-true/real", "{:.2e}"),
+        ("networks/EqM-S~2/policies/16-true/simulated", "{:.2e}"),
+        ("networks/T5 encoder/policies/16-true/real", "{:.2e}"),
         ("networks/AutoencoderKL/policies/bf16-true/simulated", "{:.2e}"),
         ("networks/PeakNet/simulated_over_fp32", "{:.2f}x"), ("networks/CDiT-S~2/simulated_over_fp32", "{:.2f}x"),
     ]),
-    (INTEL, "memory", [("cases/0/planned", "{:.1f} MB"), ("cases/7/measured", "{:.1f} MB"), ("cases/6/off", "{:+.1%}")]),
-    (INTEL, "canary", [("same/verdicts/fine", "{}"), ("found", "{}"), ("same/verdicts_by_wall_seconds/undecided", "{}")]),
+    (INTEL, "memory", [
+        ("cases/0/planned", "{:.1f} MB"), ("cases/7/measured", "{:.1f} MB"), ("cases/6/off", "{:+.1%}"),
+    ]),
+    (INTEL, "canary", [
+        ("same/verdicts/fine", "{}"), ("found", "{}"), ("same/verdicts_by_wall_seconds/undecided", "{}"),
+    ]),
     (INTEL, "soak", [("events_per_second", "{:.0f} events"), ("growth_after_the_first_tenth", "{:.1%}")]),
     (AMD, "encode", [
         ("seconds/plain loop, fp32/median", "{:.1f} s"), ("seconds/halfstep, auto/median", "{:.1f} s"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -34,7 +37,8 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
 
     The formats are pinned: `.to(device)` moves the module, `.to(dtype)`, `.half()` and the like leave its types alone.
     They survive `deepcopy`, `pickle`, `state_dict` (same names) and `torch.compile`. `auto` is resolved for inference
-    on the module's device. Raises InputError when a pattern of `islands` matches no module.
+    on the module's device. Weights that an island shares with modules that are half are its own afterwards. Raises
+    InputError when a pattern of `islands` matches no module.
     """
     for child in module.modules():  # what an earlier call made of it is undone
         child.__class__ = original_class(child)
@@ -44,6 +48,9 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
     inside_islands = {child for island in islands for child in island.modules()}
     nested = {child for island in islands for child in island.modules() if child is not island}
     hands_on = {island: wide or island in nested for island, wide in islands.items()}
+
+    if policy.params != "fp32":
+        _untie(module, inside_islands)
 
     def cast(child: nn.Module) -> TensorMap:
         to_its_type = cast_to(torch.float32 if child in inside_islands else torch_dtype(policy.params))
@@ -68,6 +75,9 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
         island._halfstep_hands_on_fp32 = wide  # type: ignore[assignment]
     _pin(module, _Prepared, policy)
     module._halfstep_exact_scalars = bool(islands)  # type: ignore[assignment]
+    module._halfstep_plain_attention = policy.compute in ("fp16", "bf16") and any(  # type: ignore[assignment]
+        isinstance(child, nn.MultiheadAttention) for child in module.modules()
+    )
     module._halfstep_memory_format = memory_format  # type: ignore[assignment]
     return module
 
@@ -123,7 +133,7 @@ def _has_part(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _named_islands(module: nn.Module, patterns: tuple[str, ...]) -> dict[nn.Module, bool]:
-    named = {name: child for name, child in module.named_modules() if name}
+    named = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
     found: dict[nn.Module, bool] = {}
     for pattern in patterns:
         names = [name for name in named if fnmatchcase(name, pattern.removesuffix("+"))]
@@ -131,9 +141,27 @@ def _named_islands(module: nn.Module, patterns: tuple[str, ...]) -> dict[nn.Modu
             near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3)
             hint = f"; near it are {', '.join(near)}" if near else ""
             raise InputError(f"precision.islands: {pattern!r} matches no module of {type(module).__name__}{hint}")
-        for name in names:
-            found[named[name]] = pattern.endswith("+") or found.get(named[name], False)
+        for child in (part for name in names for part in _called(named[name])):
+            found[child] = pattern.endswith("+") or found.get(child, False)
     return found
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """A module, or what a list of modules holds, which is not called itself."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        for child in module.children():
+            yield from _called(child)
+    else:
+        yield module
+
+
+def _untie(module: nn.Module, inside_islands: set[nn.Module]) -> None:
+    """Give islands weights of their own where modules outside share them: one tensor has one type."""
+    outside = {id(p) for child in module.modules() if child not in inside_islands for p in child._parameters.values()}
+    for child in inside_islands:
+        for name, parameter in child._parameters.items():
+            if parameter is not None and id(parameter) in outside:
+                child._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 def _needs_its_type(module: nn.Module) -> bool:
@@ -170,6 +198,7 @@ class _Pinned(nn.Module):
 
 class _Prepared(_Pinned):
     _halfstep_exact_scalars: bool
+    _halfstep_plain_attention: bool
     _halfstep_memory_format: torch.memory_format
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,19 +213,49 @@ class _Prepared(_Pinned):
             return tensor.to(dtype)
 
         args, kwargs = map_tensors(enter, args), map_tensors(enter, kwargs)
-        device_type = _device_type(self, args, kwargs)
+        with plain_attention() if self._halfstep_plain_attention else nullcontext():
+            result = self._in_its_types(args, kwargs)
+        return map_tensors(cast_to(output_dtype), result)
+
+    def _in_its_types(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        policy, device_type = self._halfstep_policy, _device_type(self, args, kwargs)
         if policy.is_mixed:
             # The cache keeps a half copy of every weight beside the fp32 one for the length of the call. Training needs
             # those copies for the backward pass anyway; inference would only pay for them.
             half = torch_dtype(policy.compute)
             with torch.autocast(device_type, half, cache_enabled=torch.is_grad_enabled()):
-                result = super().forward(*args, **kwargs)
-        elif device_type == "cuda" and policy.params == "fp32":
+                return super().forward(*args, **kwargs)
+        if device_type == "cuda" and policy.params == "fp32":
             with tf32(policy.compute == "tf32"):
-                result = super().forward(*args, **kwargs)
-        else:
-            result = super().forward(*args, **kwargs)
-        return map_tensors(cast_to(output_dtype), result)
+                return super().forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+class _PlainAttention:
+    """How many calls in all threads want torch's fused attention off."""
+
+    lock = threading.Lock()
+    calls = 0
+    before = True
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Without torch's fused attention and encoder layers within the block: they leave out the modules within them,
+    and so the types that these have."""
+    state = _PlainAttention
+    with state.lock:
+        if state.calls == 0:
+            state.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        state.calls += 1
+    try:
+        yield
+    finally:
+        with state.lock:
+            state.calls -= 1
+            if state.calls == 0:
+                torch.backends.mha.set_fastpath_enabled(state.before)
 
 
 class _Island(_Pinned):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -29,17 +30,21 @@ def map_tensors(fn: TensorMap, tree: Any) -> Any:
     pass lists on to be filled in place."""
     if isinstance(tree, torch.Tensor):
         return fn(tree)
-    if type(tree) in (tuple, list):
+    if isinstance(tree, (tuple, list)):
         mapped = [map_tensors(fn, item) for item in tree]
-        return tree if all(a is b for a, b in zip(mapped, tree, strict=True)) else type(tree)(mapped)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(fn, item) for item in tree))
+        if all(a is b for a, b in zip(mapped, tree, strict=True)):
+            return tree
+        return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
     if isinstance(tree, dict):
         mapped_items = {key: map_tensors(fn, item) for key, item in tree.items()}
         if all(mapped_items[key] is tree[key] for key in tree):
             return tree
         # The libraries' model outputs are dicts and dataclasses at once, made from keywords.
-        return type(tree)(**mapped_items) if is_dataclass(tree) else type(tree)(mapped_items)
+        if is_dataclass(tree):
+            return type(tree)(**mapped_items)
+        if isinstance(tree, defaultdict):
+            return defaultdict(tree.default_factory, mapped_items)
+        return type(tree)(mapped_items)
     if is_dataclass(tree) and not isinstance(tree, type):
         return replace(tree, **{f.name: map_tensors(fn, getattr(tree, f.name)) for f in fields(tree) if f.init})
     return tree

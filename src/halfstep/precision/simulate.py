@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import nn
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep.errors import InputError
@@ -62,11 +63,13 @@ class MixedTypesError(RuntimeError):
 
 
 class UnrepresentableError(RuntimeError):
-    """A value to fill in that the type cannot hold. given: the arguments of the operation."""
+    """A value to fill in that the type cannot hold."""
 
-    def __init__(self, text: str, given: Sequence[Any]) -> None:
-        super().__init__(text)
-        self.given = given
+
+def is_about_types(error: Exception) -> bool:
+    """Whether operands were of two types: our own error, or that of operations without values."""
+    words = ("same dtype", "should be the same", "expected scalar type", "to have the same dtype")
+    return isinstance(error, MixedTypesError) or any(part in str(error) for part in words)
 
 
 class HalfTensor(torch.Tensor):
@@ -109,8 +112,15 @@ class Rounded(NamedTuple):
     dtype: torch.dtype
 
 
-# What looks at an operation (its function, arguments and results) and says what its results hold instead.
-Observer = Callable[[Any, Sequence[Any], Sequence[Rounded]], Sequence[torch.Tensor]]
+class Observer(Protocol):
+    """Looks at an operation (its function, arguments and results) and says what its results hold instead. Where one
+    heals, values are filled in and operands of two types (`mixed`) multiplied that a device would refuse."""
+
+    heals: bool
+
+    def __call__(self, func: Any, given: Sequence[Any], results: Sequence[Rounded]) -> Sequence[torch.Tensor]: ...
+
+    def mixed(self, func: Any, given: Sequence[Any]) -> None: ...
 
 
 class Arithmetic:
@@ -135,10 +145,14 @@ class Arithmetic:
             return rule.special(call)
         if rule.is_opaque:
             self.opaque.add(str(func))
-        if rule.checks_fill:
+        if rule.checks_fill and not (self._observer is not None and self._observer.heals):
             _require_representable(func, call)
         if rule.product is not None:
-            _require_one_type(func, call)
+            if (names := _types_of(call)) and self._observer is not None and self._observer.heals:
+                self._observer.mixed(func, call.given)
+                return func(*call.args, **call.kwargs)
+            if names:
+                raise MixedTypesError(f"{func}: expected operands of one type, got {' and '.join(names)}")
             if self._splits:
                 result: Any = rule.product(*call.args, **call.kwargs, round_to=call.half)
             else:
@@ -148,6 +162,9 @@ class Arithmetic:
         if not rule.returns_tensors:
             return result
         if rule.mutates:
+            if rule.changes_shape:
+                with no_dispatch():  # of what is seen, as the operation has done with what is held
+                    func(*args, **kwargs)
             self._round_in_place(func, call)
             return _back(result, call)
         results = (result,) if isinstance(result, torch.Tensor) else _flat(result)
@@ -249,8 +266,10 @@ class _Rule:
     """What is to be known of an operation: whether its results need no rounding, whether it writes to arguments, and
     how a product is split."""
 
+    is_composite: bool
     is_simple_view: bool
     is_exact: bool
+    changes_shape: bool
     mutates: bool
     returns_tensors: bool
     is_opaque: bool
@@ -280,6 +299,8 @@ def _rule_of(func: Any) -> _Rule:
     name = func.overloadpacket.__name__
     mutates = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
     rule = _Rule(
+        is_composite=torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
+        changes_shape=torch.Tag.inplace_view in func.tags,
         is_simple_view=func.is_view
         and func not in _SPECIAL
         and [str(a.type) for a in schema.arguments].count("Tensor") == 1
@@ -316,7 +337,9 @@ def _result_types(
     given = {name: "meta" if name == "device" and value is not None else meta(value) for name, value in kwargs.items()}
     try:
         types = [_type_of(tensor) for tensor in _flat(func(*(meta(value) for value in args), **given))]
-    except NotImplementedError:
+    except RuntimeError as error:  # has no form without values, or looks at them
+        if is_about_types(error):
+            raise
         types = [call.half if _type_of(tensor) is torch.float32 else None for tensor in results]
     return tuple(dtype if dtype in HALF_TYPES else None for dtype in types)
 
@@ -354,12 +377,11 @@ def _back(result: Any, call: _Call) -> Any:
     return _rebuilt(result, iter([given(tensor) for tensor in _flat(result)]))
 
 
-def _require_one_type(func: Any, call: _Call) -> None:
-    """Products of fp32 and half values are errors on all devices, though not where only shapes are looked at."""
+def _types_of(call: _Call) -> list[str]:
+    """The types of a product's operands where there are several: an error on all devices, though not where only shapes
+    are looked at."""
     types = {value.dtype for value in call.given if isinstance(value, torch.Tensor) and value.is_floating_point()}
-    if len(types) > 1:
-        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
-        raise MixedTypesError(f"{func}: expected operands of one type, got {names}")
+    return sorted(str(dtype).removeprefix("torch.") for dtype in types) if len(types) > 1 else []
 
 
 def _require_representable(func: Any, call: _Call) -> None:
@@ -369,7 +391,7 @@ def _require_representable(func: Any, call: _Call) -> None:
                 continue
             name = str(call.half).removeprefix("torch.")
             text = f"{func}: value {value:g} cannot be converted to type {name} without overflow"
-            raise UnrepresentableError(text, call.given)
+            raise UnrepresentableError(text)
 
 
 def _view_as_type(call: _Call) -> Any:
@@ -442,6 +464,9 @@ class Simulated(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._run = arithmetic.run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (_RULES.get(func) or _rule_of(func)).is_composite:  # in inference mode nothing else takes it apart
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         return self._run(func, args, kwargs or {})
 
 
@@ -473,11 +498,12 @@ class SimulatedRun:
                 with place.watched():
                     return self.module(*args, **kwargs)
             except RuntimeError as error:
-                label = f"module {place.module or type(self.module).__name__}"
+                failed = place.of(error)
+                label = f"module {failed or type(self.module).__name__}"
                 if not _reads_memory(error) or label in self.arithmetic.opaque:
                     raise
                 self.arithmetic.opaque.add(label)
-                child = next(module for module, name in place.names.items() if name == place.module)
+                child = next(module for module, name in place.names.items() if name == failed)
                 _make_opaque(child, self.policy, is_root=child is self.module)
 
     @property
@@ -560,14 +586,18 @@ def simulate(
         raise InputError(f"simulate: policy {policy} computes in {half}, the target in {target.type}; name one type")
     require_fp32(module)
     arithmetic = Arithmetic(target.accumulation, observer)
-    with _as_it_was(module), Simulated(arithmetic):
-        with _new_parameters():
+    with as_it_was(module), Simulated(arithmetic):
+        with _new_parameters(module):
             prepare(module, policy, channels_last=False)
         yield SimulatedRun(module, policy, target, arithmetic)
 
 
 def require_fp32(module: nn.Module) -> None:
-    """Raise InputError unless all floating-point weights and buffers are fp32."""
+    """Raise InputError unless all floating-point weights and buffers are fp32, and the module is not of TorchScript,
+    whose classes cannot be others."""
+    for name, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise InputError(f"{name or type(child).__name__}: is of TorchScript; expected the module it was made from")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -575,21 +605,30 @@ def require_fp32(module: nn.Module) -> None:
 
 
 @contextmanager
-def _new_parameters() -> Iterator[None]:
-    """Conversions make new parameters: the values of the module's own would be lost otherwise."""
+def _new_parameters(module: nn.Module) -> Iterator[None]:
+    """Within the block conversions make new parameters, because the module's own would lose their values. Behind it
+    what was shared is shared again, and nothing is the module's own memory."""
+    slots = [(child, name, p) for child in module.modules() for name, p in child._parameters.items() if p is not None]
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)
+    made: dict[tuple[int, torch.dtype], Any] = {}
+    for child, name, own in slots:
+        new: Any = child._parameters[name]
+        if not isinstance(new, HalfTensor) and new.data_ptr() == own.data_ptr():
+            new = nn.Parameter(own.detach().clone(), own.requires_grad)
+        child._parameters[name] = made.setdefault((id(own), new.dtype), new)
 
 
 @contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
+def as_it_was(module: nn.Module) -> Iterator[None]:
     """Puts back classes, weights, buffers, gradients and attributes of all submodules."""
     children = list(module.modules())
-    kept = [(c, c.__class__, dict(c.__dict__), dict(c._parameters), dict(c._buffers)) for c in children]
+    tables = ("_parameters", "_buffers", "_modules")
+    kept = [(c, c.__class__, dict(c.__dict__), {name: dict(getattr(c, name)) for name in tables}) for c in children]
     values = [(buffer, buffer.clone()) for child in children for buffer in child.buffers(recurse=False)]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     for parameter, _ in gradients:
@@ -597,14 +636,13 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for child, cls, attributes, parameters, buffers in kept:
+        for child, cls, attributes, contents in kept:
             child.__class__ = cls
             child.__dict__.clear()
             child.__dict__.update(attributes)
-            child._parameters.clear()
-            child._parameters.update(parameters)
-            child._buffers.clear()
-            child._buffers.update(buffers)
+            for name, content in contents.items():
+                getattr(child, name).clear()
+                getattr(child, name).update(content)
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)

@@ -29,6 +29,12 @@ class Place:
         }
         self.leaves = {name for child, name in self.names.items() if not any(child.children())}
         self.stack: list[str] = []
+        self._error: BaseException | None = None
+        self._failed = ""
+
+    def of(self, error: BaseException) -> str:
+        """The innermost module that an error came from."""
+        return self._failed if error is self._error else ""
 
     @property
     def module(self) -> str:
@@ -53,11 +59,14 @@ class Place:
 
         def leave(module: nn.Module, args: Any, result: Any) -> None:
             if (name := self.names.get(module)) is not None:
-                if left is not None:
+                error = sys.exc_info()[1]
+                if error is not None and error is not self._error:  # the innermost is left first
+                    self._error, self._failed = error, name
+                if left is not None and result is not None:
                     left(name, result)
                 self.stack.pop()
 
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
         self.stack.clear()
         try:
             yield

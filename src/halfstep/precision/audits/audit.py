@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from halfstep.errors import InputError
+from halfstep.precision.apply import original_class, plain_attention
 from halfstep.precision.audits.calls import Call, calls_of, floats_of, relative_error, require_sound
 from halfstep.precision.audits.cure import Islands, cured, is_inside, without_inner
 from halfstep.precision.audits.rescale import Rescaling, find_rescaling, rescaled
@@ -21,18 +23,18 @@ from halfstep.precision.audits.trace import (
     OVERFLOW,
     READS,
     Event,
-    is_about_types,
-    stressed,
+    Stressed,
     trace,
     weight_events,
 )
 from halfstep.precision.policy import PrecisionPolicy, torch_dtype
-from halfstep.precision.simulate import Target, UnrepresentableError, require_fp32, simulate
+from halfstep.precision.simulate import Target, as_it_was, require_fp32, simulate
 from halfstep.precision.watch import Place
 
 CURES = ("islands", "rescale")
 _ROUNDS = 8  # of finding what a policy has no room for and adding islands
 _MOST_FORWARDS = 80
+_MADE_FROM = 3  # calls; what more there are verifies
 _RISK_BITS = 2
 _SPREAD = 0.4  # of the modules: where the error is cured by no fewer, they are not listed as islands
 _SPARE = 0.7  # of the tolerance that an audit uses up where it has the choice: other inputs have other errors
@@ -123,19 +125,22 @@ def audit(
     if not 0 < tolerance < float("inf"):
         raise InputError(f"audit: got tolerance {tolerance}; expected a positive number, such as 1e-2")
     calls = calls_of(inputs)
-    others = calls_of(held_out) if held_out is not None else []
-    if not others and len(calls) > 1:
-        calls, others = calls[:-1], calls[-1:]
+    others = calls_of(held_out) if held_out is not None else calls[1:][-1:]
+    calls = calls[: max(1, len(calls) - len(others))] if held_out is None else calls
+    calls, others = calls[:_MADE_FROM], [*calls[_MADE_FROM:], *others]
     if cure not in CURES:
         raise InputError(f"audit: got cure {cure!r}; expected {' or '.join(CURES)}")
     require_fp32(module)
     require_sound(module, [*calls, *others])
+    if original_class(module) is not type(module):
+        raise InputError(f"audit: the module is prepared for {module._halfstep_policy}; audit it as it was before")
     reports = []
-    for name in types or (target.type,):
-        state = _Audit(module, calls, others, tolerance, replace(target, type=name))
-        reports.append(state.run_rescaled(prune) if cure == "rescale" else state.run(prune))
-        if reports[-1].met:
-            break
+    with as_it_was(module), plain_attention():
+        for name in types or (target.type,):
+            state = _Audit(module, calls, others, tolerance, replace(target, type=name))
+            reports.append(state.run_rescaled(prune) if cure == "rescale" else state.run(prune))
+            if reports[-1].met:
+                break
     return min(reports, key=lambda report: (not report.met, report.error))
 
 
@@ -173,10 +178,12 @@ class _Audit:
             islands, error, spread, note = self._for_rounding(islands, error)
         if prune and error <= self.tolerance:
             islands = self._pruned(islands)
-        verified = self.error(islands, self.held_out) if self.held_out else self.error(islands, self.calls)
-        if self.held_out and verified > self.tolerance and error <= self.tolerance:
-            islands = self._without_room(self.held_out, islands)
-            verified = self.error(islands, self.held_out)
+        error = self.error(islands, self.calls)
+        if self.held_out and error <= self.tolerance < self.error(islands, self.held_out):
+            islands = self._without_room(self.held_out, islands)  # made from them too, so that nothing is held out
+            self.calls, self.held_out = [*self.calls, *self.held_out], []
+            error = self.error(islands, self.calls)
+        verified = max(error, self.error(islands, self.held_out))
         if spread is None:
             spread = self._contributions()
         return self._report(islands, verified, spread, note)
@@ -197,22 +204,25 @@ class _Audit:
         if "" in islands:
             return PrecisionPolicy(reason="all of it must be fp32")
         half = self.target.type
-        patterns = tuple(name + "+" * hands_on for name, hands_on in sorted(islands.items()))
+        odd = [name for name in islands if set(name) & set(",|=") or name.endswith("+")]
+        if odd:
+            raise InputError(f"audit: {odd[0]!r} cannot be named in a policy; rename it, without ',', '|', '=' and '+'")
+        patterns = tuple(glob.escape(name) + "+" * hands_on for name, hands_on in sorted(islands.items()))
         return PrecisionPolicy(params=half, compute=half, storage=half, islands=patterns)
 
     def _measured(self, islands: Islands, call: Call, stress: bool) -> float:
         self.forwards += 1
-        observer = stressed(HEADROOM, torch_dtype(self.target.type)) if stress else None
+        observer = Stressed(torch.finfo(torch_dtype(self.target.type)).max / HEADROOM) if stress else None
         policy = self.policy(islands)
         target = self.target if policy.compute != "fp32" else None
         try:
             with simulate(self.module, policy, target, observer=observer) as run, torch.no_grad():
                 found = floats_of(call.on(run))
                 self.opaque.update(run.opaque)
-        except RuntimeError as error:
-            if not isinstance(error, UnrepresentableError) and not is_about_types(error):
-                raise
-            return float("inf")  # the device would raise it too
+        except InputError:
+            raise
+        except Exception:  # noqa: BLE001 - of the module's own code, which ran in fp32: a trace says what
+            return float("inf")
         return relative_error(found, self._expectation(call))
 
     def _expectation(self, call: Call) -> list[torch.Tensor]:
@@ -221,7 +231,7 @@ class _Audit:
             try:
                 with torch.no_grad():
                     self._expected[id(call)] = floats_of(call.on(self.module))
-            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            except Exception as error:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise InputError(f"audit: the module cannot be called with the inputs in fp32 ({reason})") from error
         return self._expected[id(call)]
@@ -230,7 +240,17 @@ class _Audit:
         call = self.calls[0]
         if id(call) in self._expected:
             return
+        for other in (*self.calls, *self.held_out):
+            self._expectation(other)
         first = self._expectation(call)
+        if any(
+            t.isnan().any() or (t.numel() and not t.isfinite().any())
+            for found in self._expected.values()
+            for t in found
+        ):
+            raise InputError(
+                "audit: the module returns NaN, or nothing finite, in fp32; there is nothing to compare with"
+            )
         if not first:
             raise InputError("audit: the module returns no floating-point tensor; there is nothing to be exact about")
         if not any(tensor.any() for tensor in first):
@@ -264,14 +284,15 @@ class _Audit:
                 found = trace(self.module, call, self.policy(before), self.target, self.place)
                 wanted, cures = cured(found, before, self.place)
                 for event, names in zip(found.events, cures, strict=True):
-                    self._note(event, names)
+                    if event.kind != MIXED or not before:  # what islands that were tried brought about is no finding
+                        self._note(event, names)
                 islands = without_inner({n: islands.get(n, False) or wide for n, wide in (islands | wanted).items()})
             if islands == before:
                 break
         return islands
 
     def _note(self, event: Event, cures: set[str]) -> None:
-        if event.kind == MIXED or (event.kind == READS and not cures):
+        if event.kind == READS and not cures:
             return
         key = (event.kind, event.module, event.operation, event.line)
         if key not in self.events or self.events[key].local_error < event.local_error:
@@ -326,7 +347,7 @@ class _Audit:
         first = [e for e in self.events.values() if e.kind == LOST]
         likely = {name for key in self.events for name in self.cures[key] if self.events[key] in first}
         for name in sorted(islands, key=lambda n: (n not in likely, n)):
-            if self.forwards >= _MOST_FORWARDS - 2 * len(self.calls):
+            if self.forwards >= _MOST_FORWARDS - 2 * len(self.calls) - len(self.held_out) - 2:
                 break
             fewer = {other: wide for other, wide in islands.items() if other != name}
             if self.error(fewer, self.calls, stress=stress) <= goal:
@@ -338,9 +359,9 @@ class _Audit:
         met = error <= self.tolerance
         findings = []
         for key, event in self.events.items():
-            cures = [name for name in self.cures[key] if is_inside(name, islands)]
+            cures = [island for island in islands if any(is_inside(name, {island}) for name in self.cures[key])]
             cure = min(cures, default="")
-            harms = [value for name in self.cures[key] if (value := self._harm(islands, name)) is not None]
+            harms = [value for island in cures if (value := self._harm(islands, island)) is not None]
             findings.append(Finding(event, cure, max(harms, default=None) if cures or harms else 0.0))
         findings.sort(key=lambda f: (-(f.harm if f.harm is not None else 0.0), -f.event.local_error))
         self.forwards += 1
@@ -380,7 +401,7 @@ class _Audit:
             return f"{found}: {note}" if note else found
         kept = "no island" if not islands else f"{len(islands)} island" + "s" * (len(islands) > 1)
         held = f"{kind} with {kept} is within {self.tolerance:g}: the error is {error:.2g} {where} (simulated)"
-        return f"{held}; {note}" if note else held
+        return f"{held}; {note}" if note.startswith("rounding is spread, over") else held
 
 
 def _number(value: Any) -> Any:

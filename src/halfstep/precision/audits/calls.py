@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from halfstep.errors import InputError
+from halfstep.precision.cast import map_tensors
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def on(self, function: Any) -> Any:
-        return function(*self.args, **self.kwargs)
+        """Call it with copies, which it may write to."""
+        return function(*map_tensors(torch.clone, self.args), **map_tensors(torch.clone, dict(self.kwargs)))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By a name for messages."""
@@ -92,6 +94,8 @@ def require_sound(module: nn.Module, calls: Sequence[Call]) -> None:
         for name, tensor in call.tensors().items():
             if device is not None and tensor.device != device:
                 raise InputError(f"{name}: is on {tensor.device}, the module on {device}; move one to the other")
+            if not tensor.numel():
+                raise InputError(f"{name}: is empty, {list(tensor.shape)}; expected values")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise InputError(f"{name}: is not finite; expected finite inputs")
             if tensor.dtype in (torch.float16, torch.bfloat16):

@@ -34,7 +34,9 @@ def cured(trace: Trace, islands: Mapping[str, bool], place: Place) -> tuple[Isla
             cures.append(set())
             continue
         leaf = trace.followers.get(number)
-        if event.kind not in (MIXED, WEIGHTS) and leaf is not None and not islands.get(leaf, False):
+        if event.kind == MIXED and islands and event.module:
+            leaf = None  # what an island handed on: its partners become fp32 together
+        if event.kind != WEIGHTS and leaf is not None and not islands.get(leaf, False):
             cures.append({add(leaf, hands_on=True)})
         else:
             cures.append({add(event.module, hands_on=event.module in trace.unfit_results)})

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from halfstep.errors import InputError
 from halfstep.precision.audits.calls import calls_of, floats_of, tensors_of
 from halfstep.precision.policy import torch_dtype
-from halfstep.precision.simulate import moves_values, require_fp32
+from halfstep.precision.simulate import as_it_was, moves_values, require_fp32
 
 _LOWEST, _HIGHEST = -150, 129  # exponents of fp32
 _SPARE_BITS = 3  # between the largest gradient and the limit: losses begin high, and grow at times
@@ -55,13 +55,15 @@ def audit_gradients(
         raise InputError("audit: no parameter requires a gradient; there is nothing to train")
     largest: dict[str, float | None] = dict.fromkeys(parameters)
     for call in calls_of(inputs):
-        with counts:
+        with as_it_was(module), counts, torch.enable_grad():
             output = call.on(module)
         for tensor in tensors_of(output):
             counts.tap(tensor)
         value = loss(output) if loss is not None else mean_square(output)
         if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.isfinite():
             raise InputError(f"audit: the loss is {value!r}; expected a finite scalar")
+        if not value.requires_grad:
+            raise InputError("audit: no gradient leads from the loss to the parameters (torch.no_grad in the module?)")
         found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, found, strict=True):
             if gradient is not None:

@@ -29,6 +29,8 @@ WORDS = {
     "lost": "is lost",
     "weights": "weights do not fit",
     "reads": "reads what does not fit",
+    "two types": "multiplies two types",
+    "fails": "fails in half",
 }
 
 _STYLE = """

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from halfstep.errors import InputError
 from halfstep.precision.audits.calls import Call, tensors_of
 from halfstep.precision.audits.trace import largest_of
+from halfstep.precision.cast import map_tensors
 from halfstep.precision.policy import torch_dtype
 from halfstep.precision.simulate import Target, moves_values
 from halfstep.precision.watch import Place
@@ -74,13 +75,15 @@ def rescale(module: nn.Module, rescaling: Rescaling) -> None:
 @contextmanager
 def rescaled(module: nn.Module, rescaling: Rescaling) -> Iterator[None]:
     """Rescaled within the block; the same bits as before behind it."""
-    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    kept = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
     rescale(module, rescaling)
     try:
         yield
     finally:
         rescale(module, rescaling.inverse())
-        module.load_state_dict(kept)
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
 
 
 def find_rescaling(module: nn.Module, calls: Sequence[Call], target: Target, place: Place) -> tuple[Rescaling, str]:
@@ -117,15 +120,14 @@ class _Streams(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._entered: list[int] = []
 
     def follow(self, call: Call) -> None:
-        for tensor in call.tensors().values():
-            self._pin(tensor)
-        for tensor in (*self._module.parameters(), *self._module.buffers()):
+        args, kwargs = map_tensors(torch.clone, call.args), map_tensors(torch.clone, dict(call.kwargs))
+        for tensor in (*tensors_of((args, kwargs)), *self._module.parameters(), *self._module.buffers()):
             self._pin(tensor)
         with torch.no_grad(), self._place.watched(self._enters, self._leaves), self:
-            output = call.on(self._module)
+            output = self._module(*args, **kwargs)
         for tensor in tensors_of(output):
             self._pin(tensor)
-        for tensor in (*call.tensors().values(), *self._module.parameters(), *self._module.buffers()):
+        for tensor in (*self._module.parameters(), *self._module.buffers()):
             del tensor._halfstep_number  # type: ignore[attr-defined]
 
     def rescaling(self, limit: float) -> Rescaling:
@@ -189,6 +191,9 @@ class _Streams(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._rounds(made)
         if isinstance(self._modules[name], _NORMS):
             self._pin(*made)
+            if self._modules[name].eps is None:  # the type's own, which nothing can rescale
+                self._unite(0, given)
+                return
             if name in self._norms:
                 self._unite(self._norms[name], given)
             self._norms[name] = given
@@ -200,6 +205,8 @@ class _Streams(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._linear[name] = given, out
 
     def _join(self, *tensors: torch.Tensor) -> None:
+        if not tensors:
+            return
         self._unite(*(self._number(tensor) for tensor in tensors))
         self._rounds(tensors)
 

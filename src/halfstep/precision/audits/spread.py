@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep.precision.audits.calls import Call, tensors_of
 from halfstep.precision.audits.trace import follows_operands, largest_of, local_error, name_of, returns_statistics
+from halfstep.precision.cast import map_tensors
 from halfstep.precision.policy import torch_dtype
 from halfstep.precision.simulate import Target, moves_values
 from halfstep.precision.watch import Place, source_line
@@ -62,22 +63,35 @@ def contributions(
 ) -> Contributions:
     """Of `call` in the module's own fp32. Without `probes` only the ranges are found."""
     taps = _Taps(place, torch_dtype(target.type))
-    inputs = [t for t in call.tensors().values() if t.is_floating_point()]
+    leaves: list[torch.Tensor] = []
+    passed: list[torch.Tensor] = []
+
+    def enter(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        leaves.append(tensor.detach().clone().requires_grad_())
+        passed.append(leaves[-1].clone())  # what the module may write to
+        return passed[-1]
+
     parameters = [p for p in module.parameters() if p.is_floating_point()]
-    kept = [(tensor, tensor.requires_grad) for tensor in (*inputs, *parameters)]
+    kept = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
-        for tensor, _ in kept:
-            tensor.requires_grad_()
-        for tensor in inputs:
-            taps.enters(tensor)
-        with place.watched(), torch.enable_grad(), taps:
-            output = call.on(module)
-        outputs = [t for t in tensors_of(output) if t.is_floating_point()]
-        if any(tensor.requires_grad for tensor in outputs):
-            taps.probe([tensor for tensor in outputs if tensor.requires_grad], parameters, inputs)
+        for parameter in parameters:
+            parameter.requires_grad_()
+        with torch.enable_grad():
+            args, kwargs = map_tensors(enter, call.args), map_tensors(enter, dict(call.kwargs))
+            taps.inputs = {id(tensor): "" for tensor in passed}
+            with place.watched(), taps:
+                output = module(*args, **kwargs)
+        outputs = [t for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
+        if outputs:
+            owners = {id(p): name for child, name in place.names.items() for p in child.parameters(recurse=False)}
+            owned = [(p, owners[id(p)]) for p in parameters]
+            entered = [(leaf, taps.inputs[id(tensor)]) for leaf, tensor in zip(leaves, passed, strict=True)]
+            taps.probe(outputs, [*owned, *entered])
     finally:
-        for tensor, wanted in kept:
-            tensor.requires_grad_(wanted)
+        for parameter, wanted in kept:
+            parameter.requires_grad_(wanted)
     return taps.result()
 
 
@@ -91,20 +105,16 @@ class _Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._errors: list[torch.Tensor | None] = []
         self._reached: dict[int, float] = defaultdict(float)
         self._owners: dict[str, float] = defaultdict(float)
-        self._entered: dict[int, str] = {}
+        self.inputs: dict[int, str] = {}
         self._order = 0
         self._probed = False
-
-    def enters(self, tensor: torch.Tensor) -> None:
-        """An input, whose rounding belongs to whatever uses it first."""
-        tensor._halfstep_input = True  # type: ignore[attr-defined]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         sources = tensors_of((args, kwargs or {}))
         for tensor in sources:
             self._tap(tensor)
-            if getattr(tensor, "_halfstep_input", False):
-                self._entered.setdefault(id(tensor), self._place.module)
+            if self.inputs.get(id(tensor)) == "":  # an input's rounding belongs to whatever uses it first
+                self.inputs[id(tensor)] = self._place.module
         result = func(*args, **(kwargs or {}))
         leaf = self._place.leaf
         if leaf is not None:
@@ -121,28 +131,22 @@ class _Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._look(name, tensor, maker)
         return result
 
-    def probe(
-        self,
-        outputs: Sequence[torch.Tensor],
-        parameters: Sequence[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
-    ) -> None:
-        """Backward passes from random combinations of the outputs."""
+    def probe(self, outputs: Sequence[torch.Tensor], owned: Sequence[tuple[torch.Tensor, str]]) -> None:
+        """Backward passes from random combinations of the outputs. `owned`: weights and inputs, each with the module
+        that its rounding belongs to."""
         generator = torch.Generator(outputs[0].device).manual_seed(0)
         scale = sum(float(tensor.detach().double().square().sum()) for tensor in outputs) ** 0.5
         if not 0 < scale < float("inf"):
             return
         for tensor in outputs:
             self._tap(tensor)
-        owners = {id(p): name for child, name in self._place.names.items() for p in child.parameters(recurse=False)}
         self._probed = True
-        wanted = [*parameters, *inputs]
+        wanted = [tensor for tensor, _ in owned]
         for _ in range(PROBES):
             directions = [torch.randn(t.shape, generator=generator, device=t.device) / scale for t in outputs]
             gradients = torch.autograd.grad(outputs, wanted, directions, retain_graph=True, allow_unused=True)
-            for tensor, gradient in zip(wanted, gradients, strict=True):
+            for (tensor, owner), gradient in zip(owned, gradients, strict=True):
                 if gradient is not None:
-                    owner = owners.get(id(tensor), self._entered.get(id(tensor), ""))
                     self._owners[owner] += self._share(gradient, self._rounding(tensor.detach()))
 
     def result(self) -> Contributions:

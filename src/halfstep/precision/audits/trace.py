@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfstep.errors import InputError
 from halfstep.precision.audits.calls import Call, tensors_of
 from halfstep.precision.policy import PrecisionPolicy, torch_dtype
 from halfstep.precision.simulate import (
     HalfTensor,
-    MixedTypesError,
     Rounded,
     Target,
-    UnrepresentableError,
+    is_about_types,
     simulate,
 )
 from halfstep.precision.watch import Place, source_line
 
 OVERFLOW, NOT_FINITE, LOST, WEIGHTS = "overflow", "not finite", "lost", "weights"
-READS, MIXED = "reads", "two types"
+READS, MIXED, FAILS = "reads", "two types", "fails"
 HEADROOM = 2.0  # other inputs have other extremes: a value within one bit of the limit counts as beyond it
 _SAMPLE = 4096  # numbers looked at for a local error
 _LOST = 2.0  # units of the type's precision by which a rounded tensor is off at most, unless its values underflow
@@ -46,6 +46,10 @@ _FOLLOWING = frozenset({
 })  # fmt: skip
 
 
+# These look at shape and type alone.
+_BLIND = frozenset(
+    {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+)
 _STATISTICS = frozenset({"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit"})
 
 
@@ -72,8 +76,9 @@ class Event:
     kind: overflow (a value beyond the type is born of finite ones), not finite (another NaN or infinity is, as 0/0),
     lost (the result is smaller than the type resolves), weights (they overflow or are lost when they are cast), reads
     (the first operation of a module on values that do not fit, which are born elsewhere), two types (a product of fp32
-    and half values). module: where, operation and line: which. producers: the modules that made its inputs last.
-    largest: absolute value that fp32 has there; local_error: relative, of the rounding alone.
+    and half values), fails (code of the module raises an error that it does not raise in fp32). module: where,
+    operation and line: which. producers: the modules that made its inputs last. largest: absolute value that fp32 has
+    there; local_error: relative, of the rounding alone.
     """
 
     kind: str
@@ -113,24 +118,28 @@ def trace(
         with place.watched(left=recorder.left), torch.no_grad():
             try:
                 call.on(run)
-            except UnrepresentableError as error:
-                recorder.cannot_fill(error)
-            except RuntimeError as error:
-                if not is_about_types(error):
-                    raise
-                event = Event(MIXED, place.module, "product", source_line(error), (), 0.0, 0.0)
+            except InputError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the module's own code, which ran in fp32
+                kind = MIXED if is_about_types(error) else FAILS
+                operation = type(error).__name__
+                event = Event(kind, place.of(error), operation, source_line(error), (), 0.0, 0.0)
                 recorder.found.events.append(event)
     return recorder.found
 
 
-def stressed(limit_bits: float, dtype: torch.dtype) -> Any:
+@dataclass(frozen=True)
+class Stressed:
     """An observer that takes a type's largest values away, so that what survives has room to spare."""
-    limit = torch.finfo(dtype).max / limit_bits
 
-    def observe(_: Any, __: Sequence[Any], results: Sequence[Rounded]) -> list[torch.Tensor]:
-        return [_beyond(entry, limit) for entry in results]
+    limit: float
+    heals = False
 
-    return observe
+    def mixed(self, func: Any, given: Sequence[Any]) -> None:
+        raise AssertionError("a device would have refused it")
+
+    def __call__(self, func: Any, given: Sequence[Any], results: Sequence[Rounded]) -> list[torch.Tensor]:
+        return [_beyond(entry, self.limit) for entry in results]
 
 
 def _beyond(entry: Rounded, limit: float) -> torch.Tensor:
@@ -143,6 +152,8 @@ def _beyond(entry: Rounded, limit: float) -> torch.Tensor:
 
 class _Recorder:
     """Observes every rounding of a pass."""
+
+    heals = True
 
     def __init__(self, place: Place, dtype: torch.dtype, headroom: float) -> None:
         self.found = Trace()
@@ -166,7 +177,7 @@ class _Recorder:
             maker = _latest(halves)
         unfit_input = any(_mark(held).unfit for held in halves)
         module = self._place.module
-        reads = leaf is not None or not follows_operands(name)
+        reads = name not in _BLIND and (leaf is not None or not follows_operands(name))
         if unfit_input and reads and not func.is_view and module not in self.found.unfit_inputs:
             self.found.unfit_inputs.add(module)
             largest = max(largest_of(held) for held in halves if _mark(held).unfit)
@@ -187,12 +198,13 @@ class _Recorder:
         if any(isinstance(t, HalfTensor) and _mark(t.held).unfit for t in tensors_of(result)):
             self.found.unfit_results.add(name)
 
-    def cannot_fill(self, error: UnrepresentableError) -> None:
-        """A value that the type cannot hold should have been filled in, and the pass ended there."""
-        halves = [t.held for value in error.given for t in tensors_of(value) if isinstance(t, HalfTensor)]
-        largest = max(abs(float(v)) for v in error.given if isinstance(v, (int, float)))
+    def mixed(self, func: Any, given: Sequence[Any]) -> None:
+        """A product has operands of two types."""
+        halves = [t.held for value in given for t in tensors_of(value) if isinstance(t, HalfTensor)]
         maker = _latest(halves)
-        self._event(OVERFLOW, "masked_fill", halves, largest, 1.0, maker, source_line(error))
+        if maker is not None:
+            self.found.followers[len(self.found.events)] = maker[1]
+        self._event(MIXED, name_of(func), halves, 0.0, 0.0, None)
 
     def _looked_at(
         self,
@@ -237,14 +249,12 @@ class _Recorder:
         largest: float,
         error: float,
         maker: Any,
-        line: str = "",
     ) -> None:
         made_by = sorted({maker for held in halves if (maker := _mark(held).maker) is not None}, reverse=True)
         producers = tuple(dict.fromkeys(leaf for _, leaf in made_by))
-        if kind != READS and self._place.leaf is None and follows_operands(name):
+        if kind not in (READS, MIXED) and self._place.leaf is None and follows_operands(name):
             self.found.followers[len(self.found.events)] = maker[1] if maker else None
-        line = line or source_line()
-        self.found.events.append(Event(kind, self._place.module, name, line, producers, largest, error))
+        self.found.events.append(Event(kind, self._place.module, name, source_line(), producers, largest, error))
 
     def _marked(self, value: torch.Tensor, exact: torch.Tensor, maker: Any, unfit: bool) -> torch.Tensor:
         value._halfstep_mark = _Mark(exact if exact is not value else None, maker, unfit)  # type: ignore[attr-defined]
@@ -336,11 +346,3 @@ def local_error(exact: torch.Tensor, held: torch.Tensor) -> float:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     return largest_of(tensor) < float("inf")
-
-
-def is_about_types(error: RuntimeError) -> bool:
-    """Whether operands were of two types: our own error, or that of operations without values."""
-    text = str(error)
-    return isinstance(error, MixedTypesError) or any(
-        words in text for words in ("same dtype", "should be the same", "expected scalar type")
-    )
