@@ -13,7 +13,7 @@ from halfstep.bench.cases import SUITE, WORKLOADS, Case, Workload
 from halfstep.bench.gate import LOOKS
 from halfstep.bench.race import Side, alone
 from halfstep.bench.suite import groups_of
-from tests.bench.packages import SLOWER, worktrees, write_package, write_repository
+from tests.bench.packages import MODELS, SLOWER, worktrees, write_package, write_repository
 from tests.support.cli import HALFSTEP, run_cli
 
 
@@ -124,7 +124,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_worktree_and_no_process(tmp_path: Path) -> None:
-    write_repository(tmp_path)
+    endless = MODELS.replace("return self.layer(x)", "import time; time.sleep(600)")
+    write_repository(tmp_path, models=endless)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     words = ["bench", "compare", "--against", "HEAD", "--models", "PeakNet-small", "--precisions", "fp32"]
