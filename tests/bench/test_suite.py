@@ -124,13 +124,20 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_worktree_and_no_process(tmp_path: Path) -> None:
-    endless = MODELS.replace("return self.layer(x)", "import time; time.sleep(600)")
+    endless = MODELS.replace("return self.layer(x)", "import time; time.sleep(60)")
     write_repository(tmp_path, models=endless)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     words = ["bench", "compare", "--against", "HEAD", "--models", "PeakNet-small", "--precisions", "fp32"]
     env = {**os.environ, "TMPDIR": str(scratch)}
-    process = subprocess.Popen([*HALFSTEP, *words], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*HALFSTEP, *words],
+        cwd=tmp_path,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's is ignored
+    )
     while not (begun := children(process.pid)):  # a worker was started
         assert process.poll() is None
         time.sleep(0.05)
