@@ -18,6 +18,7 @@ from halfstep.analyze.runs import AnalyzedRun
 from halfstep.analyze.stats import ALPHA, GroupTest, OmnibusTest
 from halfstep.analyze.storage import StorageComparison
 from halfstep.analyze.words import by_pair, findings, number, p_value, size, two_numbers
+from halfstep.page import STYLE, page
 
 _MOST_TESTS = 60  # rows of the table of pairs
 _MANY_COLUMNS = 9  # of a table; more are set smaller
@@ -33,18 +34,13 @@ _DEFINITIONS = {
     "five runs on, where it is more than rounding.",
 }
 
-_STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fff; margin: 0 auto; max-width: 1100px;
-       padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.8rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
-p, li { max-width: 50rem; } .soft { color: #5d6778; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; margin: .6rem 0; }
-th, td { text-align: right; padding: .3rem .45rem; border-bottom: 1px solid #e3e8f0; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 600; color: #5d6778; }
-td { white-space: nowrap; } td.left { white-space: normal; min-width: 8rem; }
-td.left, th.left { text-align: left; } abbr { text-decoration: underline dotted; cursor: help; }
-small { color: #5d6778; } table.many { font-size: .78rem; } table.many th, table.many td { padding: .25rem .3rem; }
-table.many td.left { min-width: 6rem; } tr.found td { background: #fdf3ec; }
+_STYLE = f"""{STYLE}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
+td {{ white-space: nowrap; }} td.left {{ white-space: normal; min-width: 8rem; }}
+abbr {{ text-decoration: underline dotted; cursor: help; }}
+small {{ color: #5d6778; }} table.many {{ font-size: .78rem; }}
+table.many th, table.many td {{ padding: .25rem .3rem; }}
+table.many td.left {{ min-width: 6rem; }} tr.found td {{ background: #fdf3ec; }}
 """
 
 
@@ -97,10 +93,7 @@ def render_report(analysis: Analysis, title: str, storage: Sequence[StorageCompa
     if analysis.problems:
         items = "".join(f"<li>{html.escape(line)}</li>" for line in analysis.problems)
         parts.append(f"<h2>Problems</h2><ul>{items}</ul>")
-    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    head += "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-    script = f"<script>{get_plotlyjs()}</script>"
-    return f"<!doctype html><html lang='en'><head>{head}{script}</head><body>{''.join(parts)}</body></html>\n"
+    return page(title, "".join(parts), _STYLE, head=f"<script>{get_plotlyjs()}</script>")
 
 
 def _means(analysis: Analysis) -> str:

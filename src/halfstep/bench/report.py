@@ -13,21 +13,16 @@ from typing import Any
 from halfstep.bench.results import read_result
 from halfstep.errors import InputError
 from halfstep.files import write_durably
+from halfstep.page import STYLE, page
 
 KINDS = ("suite", "compare", "canary")
 
 Result = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 
-_STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fff; margin: 0 auto; max-width: 1100px;
-       padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.8rem; margin: 0 0 .3rem; } h2 { font-size: 1.3rem; margin: 2.6rem 0 .4rem; }
-h3 { font-size: 1.05rem; margin: 1.6rem 0 .3rem; } p, li { max-width: 50rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; margin: .6rem 0; }
-th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid #e3e8f0; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 600; color: #5d6778; }
-img { max-width: 100%; }
+_STYLE = f"""{STYLE}
+h3 {{ font-size: 1.05rem; margin: 1.6rem 0 .3rem; }} img {{ max-width: 100%; }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
 """
 
 
@@ -66,9 +61,7 @@ def as_html(results: Mapping[str, Result]) -> str:
             parts.append(
                 f"<h3>{html.escape(title)}</h3><div class='wide'><table>{_tags('th', head)}{cells}</table></div>"
             )
-    meta = f"<meta charset='utf-8'><title>Benchmarks</title><style>{_STYLE}</style>"
-    meta += "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-    return f"<!doctype html><html lang='en'><head>{meta}</head><body>{''.join(parts)}</body></html>\n"
+    return page("Benchmarks", "".join(parts), _STYLE)
 
 
 def _lines(result: Result) -> list[str]:

@@ -15,6 +15,7 @@ from halfstep.data.base import Array
 from halfstep.demo.learn import Curve, Learned
 from halfstep.demo.run import DemoResult
 from halfstep.files import write_durably
+from halfstep.page import page
 
 _INK, _SOFT, _ACCENT, _MUTED = "#1d2430", "#5d6778", "#2f6fed", "#c3ccda"
 
@@ -75,10 +76,7 @@ def write_report(result: DemoResult, path: Path) -> None:
         f"<pre>{html.escape(result.policy.explain())}</pre>",
         _probe_table(result),
     ]
-    page = "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>halfstep demo</title>"
-    page += f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{_STYLE}</style></head><body>"
-    page += "\n".join(sections) + "</body></html>\n"
-    write_durably(path, page.encode())
+    write_durably(path, page("halfstep demo", "\n".join(sections), _STYLE).encode())
 
 
 def _pictures(result: DemoResult) -> str:

@@ -11,6 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from halfstep.page import STYLE, page
 from halfstep.precision.audits.audit import AuditReport, Finding
 from halfstep.precision.audits.cure import is_inside
 from halfstep.precision.audits.gradients import GradientReport
@@ -33,20 +34,11 @@ WORDS = {
     "fails": "fails in half",
 }
 
-_STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fff; margin: 0 auto; max-width: 1100px;
-       padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.8rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
-p, li { max-width: 50rem; } .soft { color: #5d6778; } .wide { overflow-x: auto; }
-.verdict { font-size: 1.15rem; padding: .7rem 1rem; border-left: 5px solid #009E73; background: #f2faf6; }
-.verdict.not { border-color: #D55E00; background: #fdf3ec; }
-pre { background: #f5f7fa; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; white-space: pre-wrap;
-      overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; margin: .6rem 0; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #e3e8f0; vertical-align: top; }
-th { font-weight: 600; color: #5d6778; } td.left, th.left { text-align: left; }
-td { white-space: nowrap; } td.left { white-space: normal; }
-svg { width: 100%; height: auto; } code { font-size: .92em; }
+_STYLE = f"""{STYLE}
+.verdict {{ font-size: 1.15rem; padding: .7rem 1rem; border-left: 5px solid #009E73; background: #f2faf6; }}
+.verdict.not {{ border-color: #D55E00; background: #fdf3ec; }}
+pre {{ background: #f5f7fa; padding: .8rem 1rem; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+td {{ white-space: nowrap; }} td.left {{ white-space: normal; }} svg {{ width: 100%; height: auto; }}
 """
 
 
@@ -88,12 +80,7 @@ def render_page(report: AuditReport, name: str, gradients: GradientReport | None
         ]
     if gradients is not None:
         parts += _gradients(gradients, kind)
-    body = "\n".join(parts)
-    return (
-        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{_text(name)}: {kind}</title>"
-        f"<meta name='viewport' content='width=device-width'><style>{_STYLE}</style></head><body>\n{body}\n"
-        "</body></html>\n"
-    )
+    return page(f"{name}: {kind}", "\n".join(parts), _STYLE)
 
 
 def usage(report: AuditReport) -> str:
