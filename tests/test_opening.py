@@ -16,15 +16,9 @@ from halfstep.errors import InputError
 from halfstep.models import CDiT, EqM, PeakNet
 from halfstep.models.weights import About
 from halfstep.opening import example_inputs, open_model, read_inputs
+from tests.support.streaming import SIZES
 
 SMALL = {"input_size": (8, 8), "patch_size": 2, "hidden_size": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
-PEAKNET = {
-    "backbone_hidden_sizes": (8, 8, 16, 16),
-    "backbone_depths": (1, 1, 1, 1),
-    "bifpn_num_blocks": 1,
-    "bifpn_num_features": 16,
-    "seg_out_channels": 32,
-}
 
 FACTORIES = """
 import torch
@@ -130,7 +124,7 @@ def test_checkpoint_is_opened_with_its_weights_or_their_average(tmp_path: Path) 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_weights_of_peaknet(tmp_path: Path, suffix: str) -> None:
-    network = PeakNet(**PEAKNET).eval()
+    network = PeakNet(**SIZES).eval()
     path = tmp_path / f"peaks{suffix}"
     torch.save(network.state_dict(), path) if suffix == ".pt" else save_file(network.state_dict(), path)
     opened = open_model(str(path))
@@ -179,7 +173,7 @@ def test_pipeline_names_its_models(small_wan_pipeline: Path) -> None:
 
 
 def test_without_weights_all_is_shapes(folder: Path, small_vae: Path, text_encoder: Path) -> None:
-    torch.save(PeakNet(**PEAKNET).state_dict(), folder / "peaks.pt")
+    torch.save(PeakNet(**SIZES).state_dict(), folder / "peaks.pt")
     network = EqM(**SMALL)
     save_file(network.state_dict(), folder / "eqm.safetensors", About("EqM", network.config).to_metadata())
     names = ["EqM-S/8", "peaks.pt", "eqm.safetensors", "opening_factories:plain", str(small_vae), str(text_encoder)]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from halfstep.errors import InputError
 from halfstep.precision import AuditReport, PrecisionPolicy, Target, audit, audit_gradients, prepare, rescale, simulate
-from tests.support.planted import relative_error, sdxl_like_vae, t5_stack
+from tests.support.planted import Decoder, relative_error, sdxl_like_vae, t5_stack
 from tests.support.planted_nets import KINDS, PlantedNet, planted_net
 
 TOLERANCE = 1e-2
@@ -87,16 +87,6 @@ def test_a_policy_that_was_found_by_simulation_holds_in_real_fp16(seed: int) -> 
     half = prepare(copy.deepcopy(planted.net), PrecisionPolicy.parse(str(report.policy)))
     errors = [relative_error(half(planted.inputs(n)), planted.net(planted.inputs(n))) for n in range(10, 14)]
     assert max(errors) <= TOLERANCE
-
-
-class Decoder(nn.Module):
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.decoder = vae.decoder
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        pixels: torch.Tensor = self.decoder(latents)
-        return pixels
 
 
 LATENTS = [seeded(1, 4, 8, 8, seed=number) for number in range(3)]
@@ -184,11 +174,13 @@ class Mild(nn.Module):
 
 
 def test_nothing_is_fp32_where_nothing_is_wrong() -> None:
-    report = audit(Mild(), [seeded(4, 32), seeded(4, 32, seed=1)])
+    torch.manual_seed(0)
+    mild, inputs = Mild(), [seeded(4, 32), seeded(4, 32, seed=1)]
+    report = audit(mild, inputs)
     assert report.policy == PrecisionPolicy.parse("16-true")
     assert not report.findings
     assert "no island" in report.verdict
-    assert report.error == pytest.approx(error_on(Mild(), report.policy, seeded(4, 32)), rel=10)
+    assert report.error == pytest.approx(max(error_on(mild, report.policy, x) for x in inputs), rel=1e-6)
 
 
 def test_contributions_add_up_to_the_error() -> None:
@@ -204,10 +196,12 @@ def test_contributions_add_up_to_the_error() -> None:
 
 
 def test_spread_rounding_is_said_and_not_listed() -> None:
-    report = audit(Mild(12), [seeded(16, 32), seeded(16, 32, seed=1)], tolerance=1e-4)
+    torch.manual_seed(0)
+    report = audit(Mild(12), [seeded(16, 32), seeded(16, 32, seed=1)], tolerance=3e-4)
     assert not report.met
-    assert "rounding is spread" in report.verdict or "no set of islands" in report.verdict
-    assert report.error > 1e-4
+    assert "rounding is spread" in report.verdict
+    assert report.islands == []
+    assert report.error > 3e-4
 
 
 def test_a_tolerance_that_no_policy_meets_gets_the_best_there_is() -> None:
@@ -343,8 +337,7 @@ def test_gradients_and_the_scale_to_start_from() -> None:
     assert shares == sorted(shares, reverse=True)
     assert report.lost[1.0] > 0.9
     assert report.lost[min(k for k in report.lost if k >= report.scale)] < 0.01
-    assert report.largest * report.scale <= 65504 / 4
-    assert report.largest * report.scale * 32 > 65504 / 16 or report.scale == 2.0**24
+    assert 2**12 <= report.largest * report.scale < 2**13  # three bits below the limit of 2^16
     assert audit_gradients(net, x, small, type="bf16").scale == 1
     with pytest.raises(InputError, match="expected a finite scalar"):
         audit_gradients(net, x, lambda output: output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from halfstep.autoencoders import load_autoencoder
 from halfstep.errors import InputError
 from halfstep.models import EqM
 from halfstep.precision import PrecisionPolicy, prepare
-from tests.support.planted import leaves_beyond, relative_error, sdxl_like_vae, t5_stack
+from tests.support.planted import Decoder, leaves_beyond, relative_error, sdxl_like_vae, t5_stack
 
 FP16_MAX = 65504.0
 IDS = torch.arange(24).reshape(2, 12)
@@ -23,16 +22,6 @@ IDS = torch.arange(24).reshape(2, 12)
 
 def prepared(module: nn.Module, policy: str) -> Any:
     return prepare(copy.deepcopy(module), PrecisionPolicy.parse(policy), channels_last=False)
-
-
-class Decoder(nn.Module):
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.decoder = vae.decoder
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        pixels: torch.Tensor = self.decoder(latents)
-        return pixels
 
 
 @torch.no_grad()
@@ -48,7 +37,7 @@ def test_a_stream_beyond_fp16_is_cured_only_by_islands_that_hand_on_fp32() -> No
     half = prepared(decoder, wide)
     assert relative_error(half(latents), expected) < 3e-3
     assert half.decoder.mid_block.resnets[0].conv1.weight.dtype is torch.float16
-    again = pickle.loads(pickle.dumps(half))
+    again = copy.deepcopy(half)  # by __reduce_ex__, as pickle
     assert torch.equal(again(latents), half(latents))
     assert again.half().decoder.mid_block.resnets[0].conv2.weight.dtype is torch.float32
 

@@ -39,19 +39,13 @@ from halfstep.train.loop import train
 from halfstep.train.memory import mean_square, plan, step_footprint
 from halfstep.train.state import TrainState, Updates
 from tests.support.cli import run_cli
+from tests.support.streaming import SIZES
 from tests.support.training import config
 
 CPU = torch.device("cpu")
 FP32 = PrecisionPolicy()
 EQM = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
 CDIT = {"input_size": 8, "context_size": 2, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2}
-PEAKNET = {
-    "backbone_hidden_sizes": (8, 8, 16, 16),
-    "backbone_depths": (1, 1, 1, 1),
-    "bifpn_num_blocks": 1,
-    "bifpn_num_features": 16,
-    "seg_out_channels": 32,
-}
 
 
 def eqm() -> tuple[Network, tuple[torch.Tensor, ...]]:
@@ -64,7 +58,7 @@ def cdit() -> tuple[Network, tuple[torch.Tensor, ...]]:
 
 
 def peaknet() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    return PeakNet(**PEAKNET), (torch.zeros(1, 1, 64, 64),)
+    return PeakNet(**SIZES), (torch.zeros(1, 1, 64, 64),)
 
 
 def tied() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from halfstep.errors import InputError
 from halfstep.models import FAMILIES, PeakNet
 from halfstep.precision import PrecisionPolicy, Target, prepare, simulate, torch_dtype
-from halfstep.precision.simulate import HalfTensor
+from halfstep.precision.arithmetic import HalfTensor
 from tests.support.planted import relative_error, sdxl_like_vae, t5_stack
 
 EPS = {"16-true": 2.0**-11, "bf16-true": 2.0**-8}
@@ -305,14 +305,14 @@ def test_sums_in_parts_lose_what_cancels() -> None:
 
 
 def test_the_insides_of_extensions_are_named() -> None:
-    library = torch.library.Library("halfstep_tests", "FRAGMENT")
-    library.define("doubled(Tensor x) -> Tensor")
-    library.impl("doubled", lambda x: x * 2 + 1e-9, "CompositeExplicitAutograd")
-    module = Of(lambda x, w: torch.ops.halfstep_tests.doubled(x @ w))
+    """An operation of torch's build with oneDNN, of whose steps nothing is known, as of an extension's."""
+    fused = torch.ops.mkldnn._linear_pointwise
+    module = Of(lambda x, w: fused(x, w, None, "relu", [], ""))
     with torch.no_grad(), simulate(module, "16-true") as run:
         found = run(seeded(4, 8))
-    assert run.opaque == ("halfstep_tests.doubled.default",)
+    assert run.opaque == ("mkldnn._linear_pointwise.default",)
     assert torch.equal(found, found.half().float())
+    assert relative_error(found, torch.relu(seeded(4, 8) @ module.weight.T)) < 2e-3
 
 
 def test_products_of_two_types_fail_as_they_do_on_a_device() -> None:

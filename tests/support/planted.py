@@ -50,6 +50,18 @@ def t5_stack(gain: float = 3e4, width: int = 64) -> Any:
     return model
 
 
+class Decoder(nn.Module):
+    """The decoder of an autoencoder alone."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self.decoder(latents)
+        return pixels
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 

@@ -20,9 +20,10 @@ from halfstep.bench.memory import ENVIRONMENT, peak_of
 from halfstep.errors import HalfstepError
 from halfstep.opening import Inputs, open_model
 from halfstep.precision import PrecisionPolicy, prepare
+from halfstep.precision.audits.gradients import mean_square
 from halfstep.precision.memory import with_batch
 from halfstep.progress import SILENT, Progress
-from halfstep.train.memory import as_network, mean_square, plan
+from halfstep.train.memory import as_network, plan
 from halfstep.train.state import TrainState, Updates
 
 _CPU = torch.device("cpu")

@@ -19,6 +19,7 @@ from halfstep.bench.compare import document, in_turn
 from halfstep.machine import open_device
 from halfstep.models import CDiT, EqM, PeakNet
 from halfstep.precision import prepare, simulate
+from halfstep.precision.audits.calls import floats_of, relative_error
 from halfstep.progress import SILENT, Progress
 
 POLICIES = ("16-true", "bf16-true")
@@ -83,11 +84,11 @@ def _filled(network: nn.Module) -> nn.Module:
 
 
 def _errors(module: nn.Module, inputs: tuple[torch.Tensor, ...], policy: str) -> dict[str, float]:
-    exact = _tensor(module(*inputs))
+    exact = floats_of(module(*inputs))
     with simulate(module, policy) as run:
-        simulated = _apart(_tensor(run(*inputs)), exact)
+        simulated = relative_error(floats_of(run(*inputs)), exact)
     prepared = prepare(copy.deepcopy(module), run.policy, channels_last=False)
-    real = _apart(_tensor(prepared(*inputs)), exact)
+    real = relative_error(floats_of(prepared(*inputs)), exact)
     return {"simulated": _rounded(simulated), "real": _rounded(real), "real_over_simulated": round(real / simulated, 3)}
 
 
@@ -101,16 +102,6 @@ def _seconds(module: nn.Module, inputs: tuple[torch.Tensor, ...], policy: str | 
         start = time.process_time()
         run(*inputs)
         return time.process_time() - start
-
-
-def _tensor(output: Any) -> torch.Tensor:
-    while not isinstance(output, torch.Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
-
-
-def _apart(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
 def _rounded(value: float) -> float:

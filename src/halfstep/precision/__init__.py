@@ -1,6 +1,7 @@
 """Choose a precision in one place, measure whether the device has it, apply it to a module."""
 
 from halfstep.precision.apply import change_compute, prepare
+from halfstep.precision.arithmetic import Target
 from halfstep.precision.audits import AuditReport, GradientReport, Rescaling, audit, audit_gradients, rescale
 from halfstep.precision.cast import cast, cast_to, map_tensors
 from halfstep.precision.choose import Settled, choose, resolve, settle
@@ -8,7 +9,7 @@ from halfstep.precision.health import Movement, Stalled, check_autocast, check_s
 from halfstep.precision.policy import PRESETS, STORAGE_TYPES, PrecisionPolicy, torch_dtype
 from halfstep.precision.probe import ProbeResult, TypeReport, probe, tf32
 from halfstep.precision.scaling import COLLAPSE, LossScale
-from halfstep.precision.simulate import SimulatedRun, Target, simulate
+from halfstep.precision.simulate import SimulatedRun, simulate
 
 __all__ = [
     "COLLAPSE",

@@ -11,6 +11,8 @@ import torch
 
 from halfstep.precision.policy import torch_dtype
 
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
 TensorMap = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -46,5 +48,19 @@ def map_tensors(fn: TensorMap, tree: Any) -> Any:
             return defaultdict(tree.default_factory, mapped_items)
         return type(tree)(mapped_items)
     if is_dataclass(tree) and not isinstance(tree, type):
-        return replace(tree, **{f.name: map_tensors(fn, getattr(tree, f.name)) for f in fields(tree) if f.init})
+        before = {f.name: getattr(tree, f.name) for f in fields(tree) if f.init}
+        after = {name: map_tensors(fn, value) for name, value in before.items()}
+        return tree if all(after[name] is value for name, value in before.items()) else replace(tree, **after)
     return tree
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """All tensors of a tree, as `map_tensors` goes through it."""
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(keep, tree)
+    return found

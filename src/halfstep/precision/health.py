@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep.errors import InputError
 from halfstep.precision.apply import _find_kept, _Island, _Prepared
+from halfstep.precision.cast import HALF_TYPES
 from halfstep.precision.policy import torch_dtype
 from halfstep.precision.scaling import LossScale
 
 _TENSORS, _NUMBERS = 16, 4096  # looked at of all weights: enough to tell shares of one percent
 _APART = 1e-3  # relative; an average that is nearer to the weights than this has arrived
 _STALLED = 0.5  # of the updates: more than this are lost to rounding
-_HALF_TYPES = (torch.bfloat16, torch.float16)
 _CAST_OPERATIONS = (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)  # the latter under inference_mode
 
 
@@ -208,7 +208,7 @@ class _Casts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _CAST_OPERATIONS and result.dtype in _HALF_TYPES:
+        if func in _CAST_OPERATIONS and result.dtype in HALF_TYPES:
             source = args[0]
             if source.is_leaf and source.requires_grad:
                 storage = StorageWeakRef(result.untyped_storage())  # type: ignore[no-untyped-call]

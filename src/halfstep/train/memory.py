@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from halfstep.errors import InputError
 from halfstep.models.family import Network
 from halfstep.precision import PrecisionPolicy, settle
+from halfstep.precision.audits.gradients import mean_square
 from halfstep.precision.memory import (
     Footprint,
     forward_footprint,
@@ -173,12 +174,3 @@ class _Whole(Network):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
-
-
-def mean_square(outputs: Any) -> torch.Tensor:
-    """Of the numbers among the outputs that have a gradient, each tensor's added up: what stands for a loss, fp32.
-    Raises InputError when there are none."""
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if not tensors:
-        raise InputError("model: none of its outputs has a gradient; it cannot be trained")
-    return torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()

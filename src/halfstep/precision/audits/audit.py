@@ -12,6 +12,7 @@ from torch import nn
 
 from halfstep.errors import InputError
 from halfstep.precision.apply import original_class, plain_attention
+from halfstep.precision.arithmetic import Target
 from halfstep.precision.audits.calls import Call, calls_of, floats_of, relative_error, require_sound
 from halfstep.precision.audits.cure import Islands, cured, is_inside, without_inner
 from halfstep.precision.audits.rescale import Rescaling, find_rescaling, rescaled
@@ -28,7 +29,7 @@ from halfstep.precision.audits.trace import (
     weight_events,
 )
 from halfstep.precision.policy import PrecisionPolicy, torch_dtype
-from halfstep.precision.simulate import Target, as_it_was, require_fp32, simulate
+from halfstep.precision.simulate import as_it_was, require_fp32, simulate
 from halfstep.precision.watch import Place
 
 CURES = ("islands", "rescale")
@@ -125,9 +126,8 @@ def audit(
     if not 0 < tolerance < float("inf"):
         raise InputError(f"audit: got tolerance {tolerance}; expected a positive number, such as 1e-2")
     calls = calls_of(inputs)
-    others = calls_of(held_out) if held_out is not None else calls[1:][-1:]
-    calls = calls[: max(1, len(calls) - len(others))] if held_out is None else calls
-    calls, others = calls[:_MADE_FROM], [*calls[_MADE_FROM:], *others]
+    count = min(_MADE_FROM, len(calls) if held_out is not None else max(1, len(calls) - 1))
+    calls, others = calls[:count], [*calls[count:], *([] if held_out is None else calls_of(held_out))]
     if cure not in CURES:
         raise InputError(f"audit: got cure {cure!r}; expected {' or '.join(CURES)}")
     require_fp32(module)
@@ -159,6 +159,7 @@ class _Audit:
         self.cures: dict[tuple[str, str, str, str], set[str]] = {}
         self._expected: dict[int, list[torch.Tensor]] = {}
         self._known: dict[tuple[Any, ...], float] = {}
+        self._failure = ""  # of the module's own code in half, the newest
 
     def run_rescaled(self, prune: bool) -> AuditReport:
         self._require_repeatable()
@@ -219,9 +220,10 @@ class _Audit:
             with simulate(self.module, policy, target, observer=observer) as run, torch.no_grad():
                 found = floats_of(call.on(run))
                 self.opaque.update(run.opaque)
-        except InputError:
+        except (InputError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # noqa: BLE001 - of the module's own code, which ran in fp32: a trace says what
+        except Exception as error:  # noqa: BLE001 - of the module's own code, which ran in fp32
+            self._failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return float("inf")
         return relative_error(found, self._expectation(call))
 
@@ -243,11 +245,8 @@ class _Audit:
         for other in (*self.calls, *self.held_out):
             self._expectation(other)
         first = self._expectation(call)
-        if any(
-            t.isnan().any() or (t.numel() and not t.isfinite().any())
-            for found in self._expected.values()
-            for t in found
-        ):
+        outputs = [tensor for found in self._expected.values() for tensor in found if tensor.numel()]
+        if any(tensor.isnan().any() or not tensor.isfinite().any() for tensor in outputs):
             raise InputError(
                 "audit: the module returns NaN, or nothing finite, in fp32; there is nothing to compare with"
             )
@@ -332,8 +331,6 @@ class _Audit:
             else:
                 low = step
             step = (low + high) // 2
-            if step == low:
-                break
         of = f"{high} of {len(ranked)} modules"
         if high > _SPREAD * len(ranked) and high > 4:
             return islands, error, spread, f"rounding is spread: {of} would have to be fp32"
@@ -344,8 +341,7 @@ class _Audit:
         """Without the islands that can be done without, also when values are twice as large."""
         stress = self.error(islands, self.calls, stress=True) <= self.tolerance
         goal = max(_SPARE * self.tolerance, self.error(islands, self.calls, stress=stress))
-        first = [e for e in self.events.values() if e.kind == LOST]
-        likely = {name for key in self.events for name in self.cures[key] if self.events[key] in first}
+        likely = {name for key, event in self.events.items() if event.kind == LOST for name in self.cures[key]}
         for name in sorted(islands, key=lambda n: (n not in likely, n)):
             if self.forwards >= _MOST_FORWARDS - 2 * len(self.calls) - len(self.held_out) - 2:
                 break
@@ -398,10 +394,11 @@ class _Audit:
             return f"{kind} has no room for it: all of it must be fp32"
         if not met:
             found = f"the tolerance of {self.tolerance:g} is not met, the error is {error:.2g} {where}"
-            return f"{found}: {note}" if note else found
+            why = note or (self._failure if error == float("inf") else "")
+            return f"{found}: {why}" if why else found
         kept = "no island" if not islands else f"{len(islands)} island" + "s" * (len(islands) > 1)
         held = f"{kind} with {kept} is within {self.tolerance:g}: the error is {error:.2g} {where} (simulated)"
-        return f"{held}; {note}" if note.startswith("rounding is spread, over") else held
+        return f"{held}; {note}" if note else held
 
 
 def _number(value: Any) -> Any:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from halfstep.errors import InputError
-from halfstep.precision.cast import map_tensors
+from halfstep.precision.cast import HALF_TYPES, map_tensors, tensors_of
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,6 @@ def calls_of(inputs: Any) -> list[Call]:
     if isinstance(inputs, Mapping):
         return [Call(kwargs=dict(inputs))]
     return [Call(inputs if isinstance(inputs, tuple) else (inputs,))]
-
-
-def tensors_of(tree: Any) -> list[torch.Tensor]:
-    """All tensors in a tree of tuples, lists, dicts and the libraries' model outputs."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, Mapping):
-        return [tensor for value in tree.values() for tensor in tensors_of(value)]
-    if isinstance(tree, (tuple, list)):
-        return [tensor for value in tree for tensor in tensors_of(value)]
-    if hasattr(tree, "__dataclass_fields__"):
-        return [tensor for name in tree.__dataclass_fields__ for tensor in tensors_of(getattr(tree, name))]
-    return [tensor for tensor in pytree.tree_leaves(tree) if isinstance(tensor, torch.Tensor)]
 
 
 def floats_of(output: Any) -> list[torch.Tensor]:
@@ -98,5 +84,5 @@ def require_sound(module: nn.Module, calls: Sequence[Call]) -> None:
                 raise InputError(f"{name}: is empty, {list(tensor.shape)}; expected values")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise InputError(f"{name}: is not finite; expected finite inputs")
-            if tensor.dtype in (torch.float16, torch.bfloat16):
+            if tensor.dtype in HALF_TYPES:
                 raise InputError(f"{name}: is {str(tensor.dtype).removeprefix('torch.')}; expected fp32 inputs")

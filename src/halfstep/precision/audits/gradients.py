@@ -17,9 +17,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep.errors import InputError
-from halfstep.precision.audits.calls import calls_of, floats_of, tensors_of
+from halfstep.precision.arithmetic import moves_values
+from halfstep.precision.audits.calls import calls_of
+from halfstep.precision.cast import tensors_of
 from halfstep.precision.policy import torch_dtype
-from halfstep.precision.simulate import as_it_was, moves_values, require_fp32
+from halfstep.precision.simulate import as_it_was, require_fp32
 
 _LOWEST, _HIGHEST = -150, 129  # exponents of fp32
 _SPARE_BITS = 3  # between the largest gradient and the limit: losses begin high, and grow at times
@@ -69,15 +71,15 @@ def audit_gradients(
             if gradient is not None:
                 counts.add(gradient)
                 largest[name] = max(largest[name] or 0.0, float(gradient.abs().max()))
-    scales = [2.0**k for k in range(0, 33, 2)]
     top = counts.highest
     if top is None:
         raise InputError("audit: all gradients are zero; there is nothing to scale")
     # The largest number is below 2^top.
     start = max(0, _exponent(info.max) - top - _SPARE_BITS) if type == "fp16" else 0
+    scales = [2.0**k for k in range(0, max(18, start + 3), 2)]
     smallest = _exponent(info.smallest_normal * info.eps)
     return GradientReport(
-        scale=2.0 ** min(start, 24),
+        scale=2.0**start,
         largest=counts.largest,
         lost={scale: counts.share_below(smallest - 1, scale) for scale in scales},
         overflows=tuple(scale for scale in scales if counts.largest * scale > info.max),
@@ -90,12 +92,13 @@ def _exponent(value: float) -> int:
     return math.frexp(value)[1]
 
 
-def mean_square(output: Any) -> torch.Tensor:
-    """Of all floating-point numbers of an output."""
-    values = floats_of(output)
-    if not values:
-        raise InputError("audit: the module returns no floating-point tensor; there is nothing to train")
-    return torch.stack([value.square().mean() for value in values]).mean()
+def mean_square(outputs: Any) -> torch.Tensor:
+    """Of the numbers among the outputs that have a gradient, each tensor's added up: what stands for a loss, fp32.
+    Raises InputError when there are none."""
+    tensors = [tensor for tensor in tensors_of(outputs) if tensor.requires_grad]
+    if not tensors:
+        raise InputError("model: none of its outputs has a gradient; it cannot be trained")
+    return torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
 
 
 class _Exponents(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfstep.errors import InputError
-from halfstep.precision.audits.calls import Call, tensors_of
+from halfstep.precision.arithmetic import Target, moves_values
+from halfstep.precision.audits.calls import Call
 from halfstep.precision.audits.trace import largest_of
-from halfstep.precision.cast import map_tensors
+from halfstep.precision.cast import map_tensors, tensors_of
 from halfstep.precision.policy import torch_dtype
-from halfstep.precision.simulate import Target, moves_values
 from halfstep.precision.watch import Place
 
 _LINEAR = (

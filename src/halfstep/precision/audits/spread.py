@@ -8,7 +8,6 @@ roundings are independent, so contributions add in squares.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halfstep.precision.audits.calls import Call, tensors_of
+from halfstep.precision.arithmetic import Target, moves_values
+from halfstep.precision.audits.calls import Call
 from halfstep.precision.audits.trace import follows_operands, largest_of, local_error, name_of, returns_statistics
-from halfstep.precision.cast import map_tensors
+from halfstep.precision.cast import map_tensors, tensors_of
 from halfstep.precision.policy import torch_dtype
-from halfstep.precision.simulate import Target, moves_values
 from halfstep.precision.watch import Place, source_line
 
 PROBES = 8
@@ -51,11 +50,6 @@ class Contributions:
 
     ranges: tuple[Range, ...]
     units: dict[str, float]
-
-    @property
-    def error(self) -> float:
-        """What they predict for the module without islands."""
-        return math.sqrt(sum(self.units.values()))
 
 
 def contributions(

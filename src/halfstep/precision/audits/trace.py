@@ -14,15 +14,11 @@ import torch
 from torch import nn
 
 from halfstep.errors import InputError
-from halfstep.precision.audits.calls import Call, tensors_of
+from halfstep.precision.arithmetic import HalfTensor, Rounded, Target, is_about_types
+from halfstep.precision.audits.calls import Call
+from halfstep.precision.cast import HALF_TYPES, tensors_of
 from halfstep.precision.policy import PrecisionPolicy, torch_dtype
-from halfstep.precision.simulate import (
-    HalfTensor,
-    Rounded,
-    Target,
-    is_about_types,
-    simulate,
-)
+from halfstep.precision.simulate import simulate
 from halfstep.precision.watch import Place, source_line
 
 OVERFLOW, NOT_FINITE, LOST, WEIGHTS = "overflow", "not finite", "lost", "weights"
@@ -92,13 +88,12 @@ class Event:
 
 @dataclass
 class Trace:
-    """What a pass found: events in their order, modules whose results do not fit, modules whose operations got values
-    that do not fit, and for operations in containers the cure."""
+    """What a pass found: events in their order, modules whose results do not fit, and by the number of an event the
+    leaf that its operand comes from, where that decides the type."""
 
     events: list[Event] = field(default_factory=list)
     unfit_results: set[str] = field(default_factory=set)
-    unfit_inputs: set[str] = field(default_factory=set)
-    followers: dict[int, str | None] = field(default_factory=dict)  # event to the leaf that its operand comes from
+    followers: dict[int, str | None] = field(default_factory=dict)
 
 
 def trace(
@@ -118,7 +113,7 @@ def trace(
         with place.watched(left=recorder.left), torch.no_grad():
             try:
                 call.on(run)
-            except InputError:
+            except (InputError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # noqa: BLE001 - the module's own code, which ran in fp32
                 kind = MIXED if is_about_types(error) else FAILS
@@ -133,10 +128,7 @@ class Stressed:
     """An observer that takes a type's largest values away, so that what survives has room to spare."""
 
     limit: float
-    heals = False
-
-    def mixed(self, func: Any, given: Sequence[Any]) -> None:
-        raise AssertionError("a device would have refused it")
+    mixed = None
 
     def __call__(self, func: Any, given: Sequence[Any], results: Sequence[Rounded]) -> list[torch.Tensor]:
         return [_beyond(entry, self.limit) for entry in results]
@@ -153,11 +145,10 @@ def _beyond(entry: Rounded, limit: float) -> torch.Tensor:
 class _Recorder:
     """Observes every rounding of a pass."""
 
-    heals = True
-
     def __init__(self, place: Place, dtype: torch.dtype, headroom: float) -> None:
         self.found = Trace()
         self.running = False
+        self._readers: set[str] = set()
         self._place = place
         self._limit = torch.finfo(dtype).max / headroom
         self._eps = torch.finfo(dtype).eps
@@ -165,7 +156,7 @@ class _Recorder:
 
     def __call__(self, func: Any, given: Sequence[Any], results: Sequence[Rounded]) -> list[torch.Tensor]:
         if not self.running:  # weights are cast before the pass
-            return [self._marked(entry.exact, entry.exact, None, False) for entry in results]
+            return [_marked(entry.exact, entry.exact, None, False) for entry in results]
         name = name_of(func)
         sources = [tensor for value in given for tensor in tensors_of(value)]
         halves = [tensor.held for tensor in sources if isinstance(tensor, HalfTensor)]
@@ -178,18 +169,18 @@ class _Recorder:
         unfit_input = any(_mark(held).unfit for held in halves)
         module = self._place.module
         reads = name not in _BLIND and (leaf is not None or not follows_operands(name))
-        if unfit_input and reads and not func.is_view and module not in self.found.unfit_inputs:
-            self.found.unfit_inputs.add(module)
+        if unfit_input and reads and not func.is_view and module not in self._readers:
+            self._readers.add(module)
             largest = max(largest_of(held) for held in halves if _mark(held).unfit)
             self._event(READS, name, halves, largest, 1.0, None)
         values = []
         for number, entry in enumerate(results):
             if number and returns_statistics(name):
-                values.append(self._marked(entry.exact, entry.exact, maker, False))
+                values.append(_marked(entry.exact, entry.exact, maker, False))
                 continue
             if entry.exact is entry.held:  # moved, not computed
                 exact = _moved(func, given, entry) if func.is_view else entry.exact
-                values.append(self._marked(entry.held, exact, maker, unfit_input))
+                values.append(_marked(entry.held, exact, maker, unfit_input))
                 continue
             values.append(self._looked_at(func, name, given, halves, entry, maker, unfit_input))
         return values
@@ -220,26 +211,26 @@ class _Recorder:
         exact, held = entry.exact, entry.held
         largest = largest_of(exact)
         if largest != largest or largest == float("inf"):
-            healed = _again(func, given) if not any(not _is_finite(h) for h in halves) else None
+            healed = _again(func, given) if all(map(_is_finite, halves)) else None
             if healed is None or healed.shape != exact.shape or not _is_finite(healed):
                 finite = exact[exact.isfinite()]
                 if largest_of(finite) <= self._limit:
-                    return self._marked(held, exact, maker, False)  # infinite in fp32 too, as in masks
+                    return _marked(held, exact, maker, False)  # infinite in fp32 too, as in masks
                 largest = largest_of(finite)
             else:
                 if not inherited:
                     self._event(NOT_FINITE, name, halves, largest_of(healed), 1.0, maker)
-                return self._marked(healed, healed, maker, True)
+                return _marked(healed, healed, maker, True)
         if largest > self._limit:
             if not inherited:
                 self._event(OVERFLOW, name, halves, largest, local_error(exact, held), maker)
-            return self._marked(exact, exact, maker, True)
+            return _marked(exact, exact, maker, True)
         error = local_error(exact, held)
         if error > _LOST * self._eps:
             if not inherited:
                 self._event(LOST, name, halves, largest, error, maker)
-            return self._marked(exact, exact, maker, True)
-        return self._marked(held, exact, maker, False)
+            return _marked(exact, exact, maker, True)
+        return _marked(held, exact, maker, False)
 
     def _event(
         self,
@@ -255,10 +246,6 @@ class _Recorder:
         if kind not in (READS, MIXED) and self._place.leaf is None and follows_operands(name):
             self.found.followers[len(self.found.events)] = maker[1] if maker else None
         self.found.events.append(Event(kind, self._place.module, name, source_line(), producers, largest, error))
-
-    def _marked(self, value: torch.Tensor, exact: torch.Tensor, maker: Any, unfit: bool) -> torch.Tensor:
-        value._halfstep_mark = _Mark(exact if exact is not value else None, maker, unfit)  # type: ignore[attr-defined]
-        return value
 
 
 @dataclass(frozen=True)
@@ -279,6 +266,11 @@ def _mark(held: torch.Tensor) -> _Mark:
     return mark
 
 
+def _marked(value: torch.Tensor, exact: torch.Tensor, maker: tuple[int, str] | None, unfit: bool) -> torch.Tensor:
+    value._halfstep_mark = _Mark(exact if exact is not value else None, maker, unfit)  # type: ignore[attr-defined]
+    return value
+
+
 def _latest(halves: Sequence[torch.Tensor]) -> tuple[int, str] | None:
     """Who made one of them last."""
     return max((maker for held in halves if (maker := _mark(held).maker) is not None), default=None)
@@ -290,7 +282,7 @@ def _exact(value: Any) -> Any:
         return value.held if exact is None else exact
     if isinstance(value, (list, tuple)):
         return [_exact(item) for item in value]
-    return torch.float32 if value in (torch.float16, torch.bfloat16) else value
+    return torch.float32 if value in HALF_TYPES else value
 
 
 def _moved(func: Any, given: Sequence[Any], entry: Rounded) -> torch.Tensor:
