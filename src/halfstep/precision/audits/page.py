@@ -49,7 +49,7 @@ def render_page(report: AuditReport, name: str, gradients: GradientReport | None
         f"<h1>Which numbers of {_text(name)} may be {kind}</h1>",
         f"<p class='verdict{'' if report.met else ' not'}'>{_text(report.verdict)}.</p>",
         f"<p class='soft'>The arithmetic was simulated ({_text(str(report.target))}), in {report.forwards} passes; it "
-        "is verified on the device when it ran there.</p>",
+        "is verified only once it ran on the device.</p>",
         "<h2>Use it</h2>",
         f"<pre>{_text(usage(report))}</pre>",
         "<h2>What the type has no room for</h2>",
