@@ -337,6 +337,11 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
     (INTEL, "memory", [
         ("cases/0/planned", "{:.1f} MB"), ("cases/7/measured", "{:.1f} MB"), ("cases/6/off", "{:+.1%}"),
     ]),
+    (INTEL, "suite", [
+        ("rows/0/p50_ms", "{:.1f} ms"), ("rows/3/p50_ms", "bf16-true, {:.1f} ms"), ("rows/3/against/ratio", "| {:.2f} |"),
+        ("rows/11/against/ratio", "| {:.2f} |"), ("rows/15/p50_ms", "| sample at 64 | {:.1f} ms | fp32 |"),
+        ("rows/8/p50_ms", "{:.1f} ms"),
+    ]),
     (INTEL, "canary", [
         ("same/verdicts/fine", "{}"), ("found", "{}"), ("same/verdicts_by_wall_seconds/undecided", "{}"),
     ]),

@@ -4,15 +4,18 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from halfstep.bench.cases import SUITE, WORKLOADS, Case, Workload
+from halfstep.bench.cases import SUITE, WORKLOADS, Case
 from halfstep.bench.gate import LOOKS
 from halfstep.bench.race import Side, alone
 from halfstep.bench.suite import groups_of
+from halfstep.precision import PrecisionPolicy, Trial
 from tests.bench.packages import MODELS, SLOWER, worktrees, write_package, write_repository
 from tests.support.cli import HALFSTEP, run_cli
 
@@ -20,7 +23,7 @@ from tests.support.cli import HALFSTEP, run_cli
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A suite of the kernel, which starts in no time and computes the same in every precision."""
-    slow = Workload("sample", (30, 20), WORKLOADS["kernel"].make)
+    slow = replace(WORKLOADS["kernel"], sizes=(30, 20))
     monkeypatch.setattr("halfstep.bench.suite.SUITE", {"kernel": slow, "nothing": slow})
 
 
@@ -36,6 +39,16 @@ def test_groups_are_what_is_asked_for() -> None:
     (group,) = groups_of(["train"], [48], ["fp32"], "cpu")[0]
     assert group.baseline == Case("train", 48, "fp32", "cpu") and group.others == ()
     assert len(groups_of([], [64], ["fp32"], "cpu")[0]) == len(SUITE)
+
+
+def test_auto_is_what_the_workload_itself_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast = PrecisionPolicy(storage="fp16"), PrecisionPolicy.parse("bf16-true,storage=fp16")
+    for faster, policy in ((0.9, slow), (2.0, fast)):
+        monkeypatch.setattr(sys.modules["halfstep.precision.choose"], "choose", lambda device, task: fast)
+        monkeypatch.setattr(Trial, "speedup", lambda trial, policy, faster=faster: faster)
+        for workload in ("CDiT-S/2", "AutoencoderKL-small", "encode", "sample", "train", "stream"):
+            (group,) = groups_of([workload], [64], [], "cpu")[0]
+            assert [case.precision for case in group.others] == ([str(policy)] if policy == fast else [])
 
 
 def test_what_is_not_known_is_named_with_the_nearest() -> None:
@@ -82,8 +95,7 @@ def test_what_there_is_nothing_to_compare_with_is_measured_too() -> None:
 
 @pytest.mark.slow
 def test_a_slower_working_tree_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = Workload("sample", (100,), WORKLOADS["kernel"].make)
-    monkeypatch.setattr("halfstep.bench.suite.SUITE", {"kernel": kernel, "EqM-S/2": SUITE["EqM-S/2"]})
+    monkeypatch.setattr("halfstep.bench.suite.SUITE", {"kernel": WORKLOADS["kernel"], "EqM-S/2": SUITE["EqM-S/2"]})
     write_repository(tmp_path)
     write_package(tmp_path / "src", init=SLOWER)
     words = ["bench", "compare", "--against", "HEAD", "--precisions", "fp32", "--json"]

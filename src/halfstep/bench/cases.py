@@ -6,9 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfstep.bench.timing import Call
+
+if TYPE_CHECKING:
+    from halfstep.autoencoders import Autoencoder
+    from halfstep.precision import PrecisionPolicy
 
 
 @dataclass(frozen=True)
@@ -29,56 +33,77 @@ class Case:
         """All that is set up once, in the folder `scratch` where it needs files; the call that is measured."""
         return WORKLOADS[self.workload].make(self, scratch)
 
+    def chosen(self, scratch: Path) -> PrecisionPolicy:
+        """What the workload runs in here where it is asked for this case's precision, which may be `auto`."""
+        return WORKLOADS[self.workload].chosen(self, scratch)
+
 
 @dataclass(frozen=True)
 class Workload:
-    """`task`: which `auto` decides for; `sizes`: those of a suite."""
+    """`task`: which `auto` decides for; `sizes`: those of a suite. `make` and `chosen`: see Case."""
 
     task: str
     sizes: tuple[int, ...]
     make: Callable[[Case, Path], Call]
+    chosen: Callable[[Case, Path], PrecisionPolicy]
 
 
-def _forward(case: Case, network: Any, *inputs: Any) -> Call:
-    """One forward pass as a prepared module runs."""
-    import torch
+def _network(task: str, sizes: tuple[int, ...], build: Callable[[int], tuple[Any, ...]]) -> Workload:
+    """One forward pass as a prepared module runs; `build`: from the size to the network and its inputs."""
 
-    from halfstep.precision import PrecisionPolicy, prepare
+    def make(case: Case, scratch: Path) -> Call:
+        import torch
 
-    prepared = prepare(network.eval().to(case.device), PrecisionPolicy.parse(case.precision))
-    placed = [value.to(case.device) for value in inputs]
+        from halfstep.precision import PrecisionPolicy, prepare
 
-    @torch.inference_mode()
-    def call() -> None:
-        prepared(*placed)
+        network, *inputs = build(case.size)
+        prepared = prepare(network.eval().to(case.device), PrecisionPolicy.parse(case.precision))
+        placed = [value.to(case.device) for value in inputs]
 
-    return call
+        @torch.inference_mode()
+        def call() -> None:
+            prepared(*placed)
+
+        return call
+
+    def chosen(case: Case, scratch: Path) -> PrecisionPolicy:
+        import torch
+
+        from halfstep.precision import network_trial, settle
+
+        network, *inputs = build(case.size)
+        device = torch.device(case.device)
+        return settle(
+            case.precision, device, task, trial=lambda: network_trial(network, tuple(inputs), 1, device)
+        ).policy
+
+    return Workload(task, sizes, make, chosen)
 
 
-def _eqm(case: Case, scratch: Path) -> Call:
+def _eqm(size: int) -> tuple[Any, ...]:
     import torch
 
     from halfstep.models import EqM
 
     torch.manual_seed(0)
-    side = case.size // 8
+    side = size // 8
     network = EqM.named("EqM-S/2", side, 1000)
-    return _forward(case, network, torch.randn(1, 4, side, side), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    return network, torch.randn(1, 4, side, side), torch.ones(1), torch.zeros(1, dtype=torch.long)
 
 
-def _cdit(case: Case, scratch: Path) -> Call:
+def _cdit(size: int) -> tuple[Any, ...]:
     import torch
 
     from halfstep.models import CDiT
 
     torch.manual_seed(0)
-    side, context = case.size // 8, 2
+    side, context = size // 8, 2
     network = CDiT.named("CDiT-S/2", side, context)
     frame, frames = torch.randn(1, 4, side, side), torch.randn(1, context, 4, side, side)
-    return _forward(case, network, frame, torch.ones(1), torch.zeros(1, 3), frames, torch.ones(1))
+    return network, frame, torch.ones(1), torch.zeros(1, 3), frames, torch.ones(1)
 
 
-def _peaknet(case: Case, scratch: Path) -> Call:
+def _peaknet(size: int) -> tuple[Any, ...]:
     import torch
 
     from halfstep.models import PeakNet
@@ -91,20 +116,36 @@ def _peaknet(case: Case, scratch: Path) -> Call:
         bifpn_num_features=32,
         seg_out_channels=32,
     )
-    return _forward(case, network, torch.randn(1, 1, case.size, case.size))
+    return network, torch.randn(1, 1, size, size)
+
+
+def _small_vae(scratch: Path) -> Autoencoder:
+    from halfstep.autoencoders import load_autoencoder
+    from halfstep.bench.autoencoder import sd_vae_shaped
+
+    return load_autoencoder(sd_vae_shaped(scratch / "vae", channels=(32, 64, 64, 64)))
 
 
 def _autoencoder(case: Case, scratch: Path) -> Call:
     import torch
 
-    from halfstep.autoencoders import load_autoencoder
-    from halfstep.bench.autoencoder import sd_vae_shaped
     from halfstep.precision import PrecisionPolicy
 
-    folder = sd_vae_shaped(scratch / "vae", channels=(32, 64, 64, 64))
-    autoencoder = load_autoencoder(folder).prepared(case.device, PrecisionPolicy.parse(case.precision))
+    autoencoder = _small_vae(scratch).prepared(case.device, PrecisionPolicy.parse(case.precision))
     pixels = torch.randn(1, 3, case.size, case.size, generator=torch.Generator().manual_seed(0)).to(case.device)
     return lambda: autoencoder.encode(pixels)
+
+
+def _autoencoder_chosen(case: Case, scratch: Path) -> PrecisionPolicy:
+    import torch
+
+    from halfstep.precision import network_trial, settle
+
+    encoder, device = _small_vae(scratch).encoder, torch.device(case.device)
+    pixels = (torch.empty(1, 3, case.size, case.size),)
+    return settle(
+        case.precision, device, "encode", trial=lambda: network_trial(encoder, pixels, 1, device, lane=True)
+    ).policy
 
 
 def _encode(case: Case, scratch: Path) -> Call:
@@ -113,10 +154,22 @@ def _encode(case: Case, scratch: Path) -> Call:
     return call_of(case, scratch)
 
 
+def _encode_chosen(case: Case, scratch: Path) -> PrecisionPolicy:
+    from halfstep.bench.encode import chosen
+
+    return chosen(case, scratch)
+
+
 def _sample(case: Case, scratch: Path) -> Call:
     from halfstep.bench.sample import call_of
 
     return call_of(case)
+
+
+def _sample_chosen(case: Case, scratch: Path) -> PrecisionPolicy:
+    from halfstep.bench.sample import chosen
+
+    return chosen(case)
 
 
 def _train(case: Case, scratch: Path) -> Call:
@@ -125,10 +178,28 @@ def _train(case: Case, scratch: Path) -> Call:
     return call_of(case, scratch)
 
 
+def _train_chosen(case: Case, scratch: Path) -> PrecisionPolicy:
+    from halfstep.bench.train import chosen
+
+    return chosen(case, scratch)
+
+
 def _stream(case: Case, scratch: Path) -> Call:
     from halfstep.bench.stream import call_of
 
     return call_of(case, scratch)
+
+
+def _stream_chosen(case: Case, scratch: Path) -> PrecisionPolicy:
+    from halfstep.bench.stream import chosen
+
+    return chosen(case, scratch)
+
+
+def _by_probe(case: Case, scratch: Path) -> PrecisionPolicy:
+    from halfstep.precision import settle
+
+    return settle(case.precision, case.device, "sample").policy
 
 
 def _kernel(case: Case, scratch: Path) -> Call:
@@ -145,13 +216,13 @@ def _kernel(case: Case, scratch: Path) -> Call:
 
 
 SUITE = {
-    "EqM-S/2": Workload("sample", (128, 256), _eqm),
-    "CDiT-S/2": Workload("sample", (128, 256), _cdit),
-    "PeakNet-small": Workload("sample", (128, 256), _peaknet),
-    "AutoencoderKL-small": Workload("encode", (64, 128), _autoencoder),
-    "encode": Workload("encode", (64,), _encode),
-    "sample": Workload("sample", (64,), _sample),
-    "train": Workload("train", (32,), _train),
-    "stream": Workload("sample", (128,), _stream),
+    "EqM-S/2": _network("sample", (128, 256), _eqm),
+    "CDiT-S/2": _network("sample", (128, 256), _cdit),
+    "PeakNet-small": _network("sample", (128, 256), _peaknet),
+    "AutoencoderKL-small": Workload("encode", (64, 128), _autoencoder, _autoencoder_chosen),
+    "encode": Workload("encode", (64,), _encode, _encode_chosen),
+    "sample": Workload("sample", (64,), _sample, _sample_chosen),
+    "train": Workload("train", (32,), _train, _train_chosen),
+    "stream": Workload("sample", (128,), _stream, _stream_chosen),
 }
-WORKLOADS = {**SUITE, "kernel": Workload("sample", (100,), _kernel)}
+WORKLOADS = {**SUITE, "kernel": Workload("sample", (100,), _kernel, _by_probe)}

@@ -93,17 +93,26 @@ def call_of(case: Case, scratch: Path) -> Call:
 
     def call() -> None:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            options = EncodeOptions(
-                Path(folder) / "store",
-                precision=case.precision,
-                storage="fp16",
-                size=(case.size, case.size),
-                batch_size=_BATCH,
-                device=case.device,
-            )
-            encode([SourceConfig(path=scratch / "world")], options)
+            encode([SourceConfig(path=scratch / "world")], _options(case, Path(folder)))
 
     return call
+
+
+def chosen(case: Case, scratch: Path) -> PrecisionPolicy:
+    """What `call_of` encodes in."""
+    write_toy_world(scratch / "world", walks=1, frames=1)
+    return prepare_run([SourceConfig(path=scratch / "world")], _options(case, scratch), TeamCrew())[0].policy
+
+
+def _options(case: Case, folder: Path) -> EncodeOptions:
+    return EncodeOptions(
+        folder / "store",
+        precision=case.precision,
+        storage="fp16",
+        size=(case.size, case.size),
+        batch_size=_BATCH,
+        device=case.device,
+    )
 
 
 @torch.inference_mode()

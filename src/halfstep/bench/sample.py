@@ -12,8 +12,8 @@ from halfstep.bench.cases import Case
 from halfstep.bench.compare import document, in_turn, ratio
 from halfstep.bench.timing import Call
 from halfstep.machine import open_device
-from halfstep.models import EqM
-from halfstep.precision import PrecisionPolicy, prepare, settle
+from halfstep.models import FAMILIES, EqM
+from halfstep.precision import PrecisionPolicy, network_trial, prepare, settle
 from halfstep.sampling import GuidedField, drive, sample_eqm
 
 _PRECISIONS = ("auto", "fp32")
@@ -88,6 +88,13 @@ def call_of(case: Case) -> Call:
     noise = torch.randn(1, *network.latent_shape, generator=torch.Generator().manual_seed(0)).to(case.device)
     labels = torch.zeros(1, dtype=torch.long, device=case.device)
     return lambda: _sample(prepared, noise, labels, updates=8)
+
+
+def chosen(case: Case) -> PrecisionPolicy:
+    """What the network of `call_of` runs in."""
+    network, device = EqM.named("EqM-S/8", case.size // 8, 1000), torch.device(case.device)
+    example = FAMILIES["EqM"].example(network)
+    return settle(case.precision, device, "sample", trial=lambda: network_trial(network, example, 1, device)).policy
 
 
 def _sample(network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, updates: int) -> torch.Tensor:

@@ -100,16 +100,26 @@ def call_of(case: Case, scratch: Path) -> Call:
 
     def call() -> None:
         with tempfile.TemporaryDirectory(dir=scratch) as folder, as_file(_SMALL) as weights:
-            options = StreamOptions(
-                ModelSpec(str(weights)),
-                precision=case.precision,
-                batch_size=4,
-                preparation=Preparation(size=(case.size, case.size)),
-                device=case.device,
-            )
-            StreamEngine(_FromMemory(frames), options, Outputs(Path(folder) / "run", CxiSettings())).run()
+            outputs = Outputs(Path(folder) / "run", CxiSettings())
+            StreamEngine(_FromMemory(frames), _options(case, weights), outputs).run()
 
     return call
+
+
+def chosen(case: Case, scratch: Path) -> PrecisionPolicy:
+    """What `call_of` computes in."""
+    with as_file(_SMALL) as weights:
+        return StreamEngine(_FromMemory(_counts(1, case.size)), _options(case, weights)).policy
+
+
+def _options(case: Case, weights: Path) -> StreamOptions:
+    return StreamOptions(
+        ModelSpec(str(weights)),
+        precision=case.precision,
+        batch_size=4,
+        preparation=Preparation(size=(case.size, case.size)),
+        device=case.device,
+    )
 
 
 def bench_soak(events: int, progress: Progress = SILENT) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from halfstep.bench.timing import BLOCK_S
 from halfstep.bench.worker import WorkerError
 from halfstep.errors import InputError
 from halfstep.machine import open_device
-from halfstep.precision import PRESETS, Settled, settle
+from halfstep.precision import PRESETS, PrecisionPolicy, Settled, settle
 from halfstep.progress import SILENT, Progress
 
 FORMAT = 1  # of the documents of suites and comparisons
@@ -98,17 +101,38 @@ def groups_of(
         if name not in SUITE:
             raise InputError(f"--models: got {name!r}; expected one of {', '.join(SUITE)}{_nearest(name, SUITE)}")
     groups, notes = [], []
-    for name in models or SUITE:
-        policies: dict[str, None] = {}
-        for precision in precisions or ("fp32", "auto"):
-            policy, said = _settle(precision, target, SUITE[name].task)
-            notes += [line for line in said if line not in notes]
-            if (policy.params, policy.compute) != ("fp32", "fp32"):
-                policies[str(policy)] = None
-        for size in sizes or SUITE[name].sizes:
-            others = tuple(Case(name, size, policy, place) for policy in policies)
-            groups.append(Group(Case(name, size, "fp32", place), others))
+    with _one_thread(target):
+        for name in models or SUITE:
+            for precision in precisions:
+                said = _settle(precision, target, SUITE[name].task).notes
+                notes += [line for line in said if line not in notes]
+            for size in sizes or SUITE[name].sizes:
+                wanted = [Case(name, size, precision, place) for precision in precisions or ("fp32", "auto")]
+                policies = dict.fromkeys(map(_chosen, wanted))
+                others = [str(policy) for policy in policies if (policy.params, policy.compute) != ("fp32", "fp32")]
+                group = tuple(Case(name, size, policy, place) for policy in others)
+                groups.append(Group(Case(name, size, "fp32", place), group))
     return groups, notes
+
+
+def _chosen(case: Case) -> PrecisionPolicy:
+    policy = PrecisionPolicy.parse(case.precision)
+    if not policy.is_auto:
+        return policy
+    with tempfile.TemporaryDirectory(prefix="halfstep-bench-") as scratch:
+        return case.chosen(Path(scratch))
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """As in the processes that measure on a CPU."""
+    before = torch.get_num_threads()
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _settle(precision: str, device: torch.device, task: str) -> Settled:

@@ -35,8 +35,10 @@ from halfstep.progress import Progress
 from halfstep.spec import PixelSpec
 from halfstep.store.dataset import DatasetStore
 from halfstep.train.config import TrainConfig
+from halfstep.train.data import open_data
 from halfstep.train.loop import train
 from halfstep.train.meter import forward_operations
+from halfstep.train.resume import would_begin
 
 _DECAY, _RATE = 0.9999, 1e-4
 _PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16-true")
@@ -91,10 +93,26 @@ def bench_train(
 
 def call_of(case: Case, scratch: Path) -> Call:
     """Train a small EqM for ten steps on a store of latents of the built-in codec, with the checkpoint at the end."""
+    values = _small_run(case, scratch)
+
+    def call() -> None:
+        with tempfile.TemporaryDirectory(dir=scratch) as results:
+            train(validate({**values, "results_dir": results}, TrainConfig, "bench"))
+
+    return call
+
+
+def chosen(case: Case, scratch: Path) -> PrecisionPolicy:
+    """What `call_of` trains in."""
+    config = validate({**_small_run(case, scratch), "results_dir": str(scratch)}, TrainConfig, "bench")
+    return would_begin(config, open_data(config, 1), torch.device(case.device))[1].policy
+
+
+def _small_run(case: Case, scratch: Path) -> dict[str, Any]:
     write_toy_world(scratch / "world", walks=1, frames=16)
     latents = EncodeOptions(scratch / "latents", precision="fp32", storage="fp16", size=(case.size, case.size))
     encode([SourceConfig(path=scratch / "world")], latents)
-    values = {
+    return {
         "model": {"network": "EqM", "hidden_size": 64, "depth": 4, "num_heads": 4},
         "data_path": str(scratch / "latents"),
         "global_batch_size": 8,
@@ -103,12 +121,6 @@ def call_of(case: Case, scratch: Path) -> Call:
         "device": case.device,
         "steps": 10,
     }
-
-    def call() -> None:
-        with tempfile.TemporaryDirectory(dir=scratch) as results:
-            train(validate({**values, "results_dir": results}, TrainConfig, "bench"))
-
-    return call
 
 
 _PLAIN = {"plain, fp32, encoder in the loop": True, "plain, fp32, latents": False}

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from halfstep.autoencoders import Autoencoder, load_autoencoder
 from halfstep.data.base import FrameSequence, digest
 from halfstep.data.guarded import Guarded
@@ -16,7 +18,7 @@ from halfstep.data.pt_tree import imported_spec
 from halfstep.data.sources import Source
 from halfstep.encode.clips import LastClip
 from halfstep.errors import InputError
-from halfstep.precision import PrecisionPolicy, Settled, probe
+from halfstep.precision import PrecisionPolicy, Settled, Trial, network_trial, probe
 from halfstep.precision import settle as settle_precision
 from halfstep.spec import Crop, LatentSpec, PixelSpec
 from halfstep.store.manifest import Manifest
@@ -132,11 +134,13 @@ def settle(
         settled = Settled(PrecisionPolicy(storage=kept if asked.storage == "auto" else asked.storage))
         spec = imported_spec(sources[0].latent_shape())
     else:
-        settled = settle_precision(asked, device, "encode", existing.policy if existing else None)
         pixels = _pixels(options, kinds, existing)
         tiled = max(pixels.width, pixels.height) > _TILE_ABOVE
         autoencoder = load_autoencoder(identifier, options.revision, tiled=tiled)
         spec = replace(autoencoder.spec, pixels=_fit_to(autoencoder.spec, pixels, options, kinds, existing))
+        settled = settle_precision(
+            asked, device, "encode", existing.policy if existing else None, lambda: _trial(autoencoder, spec, device)
+        )
         if options.moments and not autoencoder.variational:
             raise InputError(f"--moments: {identifier} has no variance; leave it out, or use a variational autoencoder")
         # Another memory format rounds differently, so one process decides for all and a store keeps it.
@@ -160,6 +164,14 @@ def settle(
         last_clip=last_clip,
     )
     return job, autoencoder
+
+
+def _trial(autoencoder: Autoencoder, spec: LatentSpec, device: str) -> Trial | None:
+    """Of one picture or clip; larger batches are hardly faster."""
+    assert spec.pixels is not None
+    time = () if spec.temporal_factor == 1 else (spec.pixels.clip_length,)
+    pixels = torch.empty(1, 3, *time, spec.pixels.height, spec.pixels.width)
+    return network_trial(autoencoder.encoder, (pixels,), 1, torch.device(device), lane=True)
 
 
 def _require_plain_import(options: EncodeOptions, kinds: set[Kind]) -> None:

@@ -15,7 +15,7 @@ from halfstep.data.frames import FrameReader, open_latents, windows
 from halfstep.errors import InputError, NumericsError
 from halfstep.machine import open_device
 from halfstep.models import EqM, read_checkpoint
-from halfstep.precision import prepare, settle
+from halfstep.precision import network_trial, prepare, settle
 from halfstep.progress import SILENT, Progress
 from halfstep.sampling import energy_score
 from halfstep.spec import LatentSpec
@@ -57,7 +57,8 @@ def compare_energies(
     if not isinstance(network, EqM):
         raise InputError(f"{ckpt}: is of a CDiT; an EqM trained with an energy has one")
     place = open_device(device)
-    policy, notes = settle(precision, place, "sample")
+    example = checkpoint.about.family.example(network)
+    policy, notes = settle(precision, place, "sample", trial=lambda: network_trial(network, example, _BATCH, place))
     for line in notes:
         progress.note(line)
     prepare(network.to(place), policy)

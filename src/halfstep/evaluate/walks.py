@@ -25,7 +25,7 @@ from halfstep.evaluate.pictures import PictureMetrics
 from halfstep.evaluate.planning import cross_entropy_method
 from halfstep.machine import open_device
 from halfstep.models import CDiT, read_checkpoint
-from halfstep.precision import PrecisionPolicy, prepare, settle
+from halfstep.precision import PrecisionPolicy, network_trial, prepare, settle
 from halfstep.progress import SILENT, Progress
 from halfstep.sampling import Prediction, SamplerState, drive, rollout, sample_cdit
 from halfstep.sampling.cdit import make_scheduler
@@ -265,7 +265,10 @@ def _open(options: WalkOptions, progress: Progress) -> tuple[_World, str]:
     order = np.random.default_rng(options.seed).permutation(len(found))
     starts = [found[place] for place in order[: options.walks]]
     device = open_device(options.device)
-    policy, notes = settle(options.precision, device, "sample")
+    example, batch = checkpoint.about.family.example(network), min(options.batch_size, len(starts))
+    policy, notes = settle(
+        options.precision, device, "sample", trial=lambda: network_trial(network, example, batch, device)
+    )
     for line in notes:
         progress.note(line)
     prepare(network.to(device), policy)

@@ -10,6 +10,7 @@ from halfstep.precision.policy import PRESETS, STORAGE_TYPES, PrecisionPolicy, t
 from halfstep.precision.probe import ProbeResult, TypeReport, probe, tf32
 from halfstep.precision.scaling import COLLAPSE, LossScale
 from halfstep.precision.simulate import SimulatedRun, simulate
+from halfstep.precision.trial import Trial, network_trial
 
 __all__ = [
     "COLLAPSE",
@@ -26,6 +27,7 @@ __all__ = [
     "SimulatedRun",
     "Stalled",
     "Target",
+    "Trial",
     "TypeReport",
     "audit",
     "audit_gradients",
@@ -38,6 +40,7 @@ __all__ = [
     "choose",
     "find_failure",
     "map_tensors",
+    "network_trial",
     "prepare",
     "probe",
     "rescale",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from halfstep.errors import InputError
 from halfstep.precision.policy import PRESETS, PrecisionPolicy
 from halfstep.precision.probe import TASKS, probe
+
+if TYPE_CHECKING:
+    from halfstep.precision.trial import Trial
 
 _WORTHWHILE = 1.1  # below this a half type costs accuracy and buys nothing that a rerun would still see
 
@@ -53,18 +57,23 @@ def resolve(policy: PrecisionPolicy, device: str | torch.device, task: str) -> P
 
 
 def settle(
-    asked: str | PrecisionPolicy, device: str | torch.device, task: str, kept: str | PrecisionPolicy | None = None
+    asked: str | PrecisionPolicy,
+    device: str | torch.device,
+    task: str,
+    kept: str | PrecisionPolicy | None = None,
+    trial: Callable[[], Trial | None] | None = None,
 ) -> Settled:
     """The policy for `task` on `device`, decided in this one place for every verb.
 
     `asked`: as `PrecisionPolicy.parse` reads it. For `auto` that is `kept`, which earlier work in the same folder was
-    done in, and without such the measured choice. The notes tell when a half type is slower than fp32 here, which means
+    done in, and without such the measured choice; a half type is taken back where it is not faster in the work's own
+    `trial` either, which is made only then. The notes tell when a half type is slower than fp32 here, which means
     that it is emulated. Raises InputError when a type that was asked for by name is not there; where it was only kept,
     the policy is fp32 and a note says so.
     """
     wanted = PrecisionPolicy.parse(asked) if isinstance(asked, str) else asked
     if wanted.is_auto and kept is None:
-        return Settled(resolve(wanted, device, task))
+        return Settled(_with_settings_of(wanted, _tried(choose(device, task), trial)))
     policy = wanted
     if wanted.is_auto and kept is not None:
         policy = _with_settings_of(wanted, PrecisionPolicy.parse(kept) if isinstance(kept, str) else kept)
@@ -81,6 +90,18 @@ def settle(
         note = f"{policy.compute} is {1 / speedup:.1f} times as slow as fp32 on {result.device}"
         return Settled(policy, (f"{note}: it is emulated, and auto would not choose it",))
     return Settled(policy)
+
+
+def _tried(policy: PrecisionPolicy, trial: Callable[[], Trial | None] | None) -> PrecisionPolicy:
+    """A measured choice, or fp32 where a trial says that it is as good."""
+    if trial is None or policy.compute in ("fp32", "tf32") or (made := trial()) is None:
+        return policy
+    if (found := made.speedup(policy)) is None:
+        return policy
+    reason = f"{policy.reason} This network itself: {policy.compute} {found:.2f}x"
+    if found >= _WORTHWHILE:
+        return replace(policy, reason=f"{reason}.")
+    return PrecisionPolicy(storage=policy.storage, reason=f"{reason}, so it stays in fp32.")
 
 
 def _with_settings_of(auto: PrecisionPolicy, policy: PrecisionPolicy) -> PrecisionPolicy:

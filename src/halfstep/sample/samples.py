@@ -38,7 +38,7 @@ from halfstep.errors import InputError, NumericsError, StoreError
 from halfstep.files import alone, write_durably
 from halfstep.machine import open_device
 from halfstep.models import Checkpoint, read_checkpoint
-from halfstep.precision import PrecisionPolicy, prepare, settle
+from halfstep.precision import PrecisionPolicy, network_trial, prepare, settle
 from halfstep.progress import SILENT, Progress
 from halfstep.sample.makers import MAKERS, Made, Maker, Recorders
 from halfstep.sample.options import FORMATS, SampleOptions
@@ -85,11 +85,20 @@ def sample(options: SampleOptions, progress: Progress = SILENT) -> SampleReport:
         checkpoint = _read(options)
         about, before = checkpoint.about, _settings(options.output)
         kept = None if before is None else before["policy"]
-        policy, notes = team.on_leader(lambda: settle(options.precision, device, "sample", kept))
-        for line in (*notes, *_on_average(options, checkpoint)):
-            progress.note(line)
         options.require_for(about.network)
         network = checkpoint.build(ema=options.ema).to(device)
+        size = min(options.batch_size, options.number)
+        policy, notes = team.on_leader(
+            lambda: settle(
+                options.precision,
+                device,
+                "sample",
+                kept,
+                lambda: network_trial(network, about.family.example(network), size, device),
+            )
+        )
+        for line in (*notes, *_on_average(options, checkpoint)):
+            progress.note(line)
         prepare(network, policy)
         maker = MAKERS[about.network](options, network, about, device)
         autoencoder = _autoencoder(options, maker.spec, network.in_channels, progress)
@@ -97,7 +106,6 @@ def sample(options: SampleOptions, progress: Progress = SILENT) -> SampleReport:
         team.on_leader(lambda: stack.enter_context(alone(options.output)))
         team.on_leader(lambda: _claim(options, checkpoint, policy))
         store = TrajectoryStore.create(options.output / "runs") if options.record else None
-        size = min(options.batch_size, options.number)
         batches = [range(first, first + size) for first in range(0, options.number, size)]
         # Process 0 looks for all: others may write already.
         missing = team.on_leader(

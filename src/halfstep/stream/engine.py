@@ -20,11 +20,11 @@ from halfstep.engine.remote import cluster
 from halfstep.errors import FileError, InputError
 from halfstep.files import alone, claim, file_errors, write_durably
 from halfstep.machine import device_name, open_device, peak_memory_mb
-from halfstep.precision import PrecisionPolicy, settle
+from halfstep.precision import PrecisionPolicy, Trial, settle
 from halfstep.progress import SILENT, Progress
 from halfstep.stream.dead_letters import DeadLetters, Loss
 from halfstep.stream.meter import Meter
-from halfstep.stream.model import Computed, Inference, ModelSpec, multiple_of, network_name, sample_type
+from halfstep.stream.model import Computed, Inference, ModelSpec, lane_trial, multiple_of, network_name, sample_type
 from halfstep.stream.parts import EVENTS, Outputs, Parts
 from halfstep.stream.prepare import Preparation
 from halfstep.stream.seen import Seen
@@ -122,16 +122,16 @@ class StreamEngine:
             )
         self._source, self._outputs, self._consumers, self._progress = source, outputs, consumers, progress
         device = open_device(options.device)
-        settled = settle(options.precision, device, "sample")
+        size, multiple = options.preparation.size, multiple_of(options.model)
+        if size is not None and any(side % multiple for side in size):
+            raise InputError(f"data.shape: got {list(size)}; PeakNet needs multiples of {multiple}")
+        settled = settle(options.precision, device, "sample", trial=lambda: _trial(options, device))
         self.policy: PrecisionPolicy = settled.policy
         self._notes = [*settled.notes]
         if self.policy.compute == "fp32" and options.precision == "auto":
             self._notes.append(self.policy.reason)
         self._device = device
-        multiple = multiple_of(options.model)
         preparation = replace(options.preparation, dtype=sample_type(self.policy), multiple=multiple)
-        if preparation.size is not None and any(side % multiple for side in preparation.size):
-            raise InputError(f"data.shape: got {list(preparation.size)}; PeakNet needs multiples of {multiple}")
         self._options = replace(options, preparation=preparation)
         self._inference: Inference | None = None
         self._meter = Meter()
@@ -374,3 +374,11 @@ def _why_not(balance: Balance, missing: int, guarantee: str, ended_by: str) -> l
     if ended_by.startswith(("failed", "interrupted")):
         why.append(f"the run ended before its time ({ended_by})")
     return why
+
+
+def _trial(options: StreamOptions, device: torch.device) -> Trial | None:
+    """None where only the events will tell the size of samples."""
+    preparation = options.preparation
+    if preparation.size is None:
+        return None
+    return lane_trial(options.model, (options.batch_size, preparation.channels, *preparation.size), device)

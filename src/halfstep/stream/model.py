@@ -20,7 +20,7 @@ from halfstep.errors import InputError
 from halfstep.files import sha256_of
 from halfstep.models import PeakNet
 from halfstep.opening import TORCH_FILES, open_model
-from halfstep.precision import PrecisionPolicy, prepare, torch_dtype
+from halfstep.precision import PrecisionPolicy, Trial, prepare, torch_dtype
 from halfstep.stream.events import Array
 from halfstep.stream.graphs import Graphed
 
@@ -126,6 +126,17 @@ class Inference:
     def _load_exact(self) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
         network = self._network(PrecisionPolicy())
         return lambda samples: (_margin(network(samples)),)
+
+
+def lane_trial(spec: ModelSpec, shape: tuple[int, ...], device: torch.device) -> Trial:
+    """Of what a lane does with samples of this shape."""
+
+    def make(policy: PrecisionPolicy) -> Callable[[], object]:
+        inference = Inference(spec, policy, str(device), copies=1)
+        samples = torch.zeros(shape, dtype=sample_type(policy))
+        return lambda: inference(samples)
+
+    return Trial(make, device, lane=True)
 
 
 def is_margin(values: torch.Tensor) -> bool:

@@ -28,6 +28,7 @@ from halfstep.precision.memory import (
 from halfstep.train.config import TrainConfig
 from halfstep.train.data import TrainingData
 from halfstep.train.state import TrainState, Updates
+from halfstep.train.trial import step_trial
 
 
 def step_footprint(
@@ -132,8 +133,8 @@ def fitted(config: TrainConfig, data: TrainingData, device: torch.device, proces
     if processes > 1:
         raise InputError(f"memory: is planned for one process, not for {processes}; leave it out")
     budget = parse_size(config.memory)
-    policy = settle(config.precision, device, "train").policy
     about = config.about(data.latent_shape, data.num_classes)
+    policy = settle(config.precision, device, "train", trial=lambda: step_trial(config, about, data, device)).policy
     with torch.device("meta"):
         network = about.build()
         example = about.family.example(network)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from halfstep.errors import InputError, some
 from halfstep.models import About, Checkpoint, read_checkpoint
 from halfstep.models.weights import load_exactly, require_fitting
-from halfstep.precision import PrecisionPolicy, Settled, settle
+from halfstep.precision import PrecisionPolicy, Settled, Trial, settle
 from halfstep.progress import Progress
 from halfstep.settings import differences, require_same
 from halfstep.team import Team
@@ -19,6 +21,7 @@ from halfstep.train.checkpoint import Saved, newest, restore
 from halfstep.train.config import MAY_CHANGE, TrainConfig
 from halfstep.train.data import TrainingData
 from halfstep.train.state import TrainState
+from halfstep.train.trial import step_trial
 
 
 def begin(
@@ -28,7 +31,8 @@ def begin(
     about, saved, start, lines = _look(config, data, team)
     for line in lines:
         progress.note(line)
-    policy, notes = team.on_leader(lambda: _policy(config.precision, saved, device, sharded=config.fsdp))
+    trial = partial(step_trial, config, about, data, device, team.size)
+    policy, notes = team.on_leader(lambda: _policy(config.precision, saved, device, trial, sharded=config.fsdp))
     for line in notes:
         progress.note(line)
     torch.manual_seed(config.global_seed)
@@ -48,7 +52,8 @@ def begin(
 def would_begin(config: TrainConfig, data: TrainingData, device: torch.device) -> tuple[About, Settled]:
     """The network that a run of one process would train, and in what. Raises InputError where `begin` would."""
     about, saved, _, _ = _look(config, data, Team())
-    settled = _policy(config.precision, saved, device, sharded=config.fsdp)
+    trial = partial(step_trial, config, about, data, device)
+    settled = _policy(config.precision, saved, device, trial, sharded=config.fsdp)
     with torch.device("meta"):
         about.build()
     return about, settled
@@ -85,7 +90,14 @@ def facts_of(settings: dict[str, Any], data: TrainingData, team: Team) -> dict[s
     }
 
 
-def _policy(precision: str, saved: Saved | None, device: torch.device, *, sharded: bool) -> Settled:
+def _policy(
+    precision: str,
+    saved: Saved | None,
+    device: torch.device,
+    trial: Callable[[], Trial | None],
+    *,
+    sharded: bool,
+) -> Settled:
     """That which is asked for; a run goes on in what it was trained in."""
     wanted = PrecisionPolicy.parse(precision)
     if sharded and wanted.islands:
@@ -93,7 +105,7 @@ def _policy(precision: str, saved: Saved | None, device: torch.device, *, sharde
     if wanted.params == "fp16":
         raise InputError("precision: fp16 weights cannot be trained; use 16-mixed (--use-amp), bf16-mixed or bf16-true")
     if saved is None:
-        return settle(wanted, device, "train")
+        return settle(wanted, device, "train", trial=trial)
     before = PrecisionPolicy.parse(saved.facts["policy"])
     if wanted == PrecisionPolicy.parse(saved.facts["config"]["precision"]):
         wanted = PrecisionPolicy.parse("auto")  # the run may have left what was asked for since: see switch_to_bf16
