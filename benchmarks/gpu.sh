@@ -31,6 +31,7 @@ if wanted verbs; then
     bench trajectory --rounds 2
     bench stream --rounds 5 --frames 200
     bench train --batch 32 --steps 5 --rounds 2 --no-memory
+    bench live-load --rounds 5
 fi
 if wanted precision; then
     bench simulate --rounds 10

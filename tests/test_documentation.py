@@ -60,6 +60,7 @@ LEFT = {
         "analysis/metrics.parquet",
     ],
     "docs/guides/precision.md": [],
+    "docs/guides/live.md": ["walk.mp4"],
     "docs/guides/audit.md": [],
     "docs/guides/stream.md": ["run/run.json", "run/events/000000.parquet", "spots/run.json", "mine/run.json"],
     "docs/formats.md": [],
@@ -337,8 +338,18 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
     (INTEL, "memory", [
         ("cases/0/planned", "{:.1f} MB"), ("cases/7/measured", "{:.1f} MB"), ("cases/6/off", "{:+.1%}"),
     ]),
+    (INTEL, "live_load", [
+        ("seconds/fp32/median", "{:.2f} s"), ("seconds/autocast bf16/median", "{:.2f} s"),
+        ("seconds/true bf16/median", "{:.2f} s"), ("speedup/autocast bf16", "{:.2f}x"),
+        ("speedup/true bf16", "{:.2f}x"),
+        ("memory_mb/fp32/peak", "{:.0f} MB"), ("memory_mb/autocast bf16/peak", "{:.0f} MB"),
+        ("memory_mb/true bf16/peak", "{:.0f} MB"), ("memory_mb/true bf16/loading", "{:.0f} MB"),
+        ("memory_mb/fp32/planned", "{:.1f} MB"), ("memory_mb/true bf16/planned", "{:.1f} MB"),
+        ("error/true bf16", "{:.1%}"), ("error/autocast bf16", "{:.1%}"), ("gmac_per_sample", "{:.1f} GMAC"),
+    ]),
     (INTEL, "suite", [
-        ("rows/0/p50_ms", "{:.1f} ms"), ("rows/3/p50_ms", "bf16-true, {:.1f} ms"), ("rows/3/against/ratio", "| {:.2f} |"),
+        ("rows/0/p50_ms", "{:.1f} ms"), ("rows/3/p50_ms", "bf16-true, {:.1f} ms"),
+        ("rows/3/against/ratio", "| {:.2f} |"),
         ("rows/11/against/ratio", "| {:.2f} |"), ("rows/15/p50_ms", "| sample at 64 | {:.1f} ms | fp32 |"),
         ("rows/8/p50_ms", "{:.1f} ms"),
     ]),

@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "stream": (*_ENCODE, "cbor2", "h5py", "hdf5plugin", "msgpack", "prometheus_client", "psutil", "scipy", "zmq"),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "web": (*_ENCODE, "starlette", "uvicorn", "websockets"),
 }
 
 # Verbs that go through all of it.

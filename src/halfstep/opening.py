@@ -22,7 +22,8 @@ from torch import nn
 
 from halfstep.autoencoders.hub import cached_models, hub_answers, quiet_hub
 from halfstep.errors import InputError, some
-from halfstep.models import FAMILIES, Family, Network, PeakNet, family_of, read_checkpoint
+from halfstep.models import FAMILIES, Family, LiveStreamLoad, Network, PeakNet, family_of, read_checkpoint
+from halfstep.models.livestream_load import is_load, load_inputs
 from halfstep.models.peaknet import config_of
 from halfstep.models.published import read_published
 
@@ -36,8 +37,13 @@ _INPUT_FILES = (".npz", ".safetensors", ".pt")
 _PEAKNET = "head_segmask.weight"  # which no other network has
 _RANDOM = " (random weights)"
 _SIDE, _TOKENS = 64, 16  # of inputs that are guessed
-# What a published name does not say: latents of EqM's pictures of 256 pixels, of CDiT's frames of 224.
-_UNSAID = {"EqM": {"input_size": 32, "num_classes": 1000}, "CDiT": {"input_size": 28, "context_size": 4}}
+# What a published name does not say: latents of EqM's pictures of 256 pixels, of CDiT's frames of 224; livestream's
+# frames of 64 pixels.
+_UNSAID = {
+    "EqM": {"input_size": 32, "num_classes": 1000},
+    "CDiT": {"input_size": 28, "context_size": 4},
+    "livestream": {"input_size": 64, "context_size": 4},
+}
 # What files that hold something else, or half of it, lead their readers to.
 _DAMAGE = (
     AttributeError,
@@ -69,7 +75,8 @@ def open_model(name: str, *, weights: bool = True) -> Opened:
     - `package.module:factory`, found as `python -m` finds it, from the current folder too: a function without
       arguments that returns a module, or a module and its inputs;
     - `EqM-S/2`, `CDiT-B/2` or another published size, or `PeakNet`: with random weights of seed 0, for latents of
-      32 x 32 and 1000 classes, or of 28 x 28 and 4 frames of context;
+      32 x 32 and 1000 classes, or of 28 x 28 and 4 frames of context; `livestream-S`, so too, for frames of 64 x 64
+      pixels; `livestream-load-192`, which is not to be trained;
     - a training run, one of its checkpoints, a published checkpoint (its average where it has one), PeakNet's weights;
     - a file of `torch.export` (.pt2), in the types in which it was exported, or of TorchScript (.ts, .torchscript);
     - a folder or a hub id of a model of diffusers or transformers; of one that reads and writes text, what reads.
@@ -185,15 +192,23 @@ def _with_random_weights(name: str, weights: bool) -> Opened:
     with _seeded(), _device(weights):
         if name == "PeakNet":
             return Opened(PeakNet().eval(), None, name + _RANDOM)
+        if is_load(name):
+            load = LiveStreamLoad.named(name).to(_device(weights)).eval()
+            return Opened(load, _normal(load_inputs()), name + _RANDOM)
         family = family_of(name)
         network = family.build(**family.named(name), **_UNSAID[family.name]).to(_device(weights)).eval()
     return Opened(network, _example(network, family, weights), name + _RANDOM)
 
 
 def _example(network: Network, family: Family, weights: bool) -> Inputs:
-    """The family's example, whose values are what memory held, as normal noise."""
+    """The family's example, as normal noise."""
     with _seeded(), _device(weights):
-        return tuple(torch.randn_like(x) if x.is_floating_point() else x for x in family.example(network))
+        return _normal(family.example(network))
+
+
+def _normal(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The same, with normal noise in place of what memory held."""
+    return tuple(torch.randn_like(x) if x.is_floating_point() else x for x in inputs)
 
 
 def _from_factory(name: str, weights: bool) -> Opened:

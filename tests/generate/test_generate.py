@@ -22,7 +22,7 @@ from halfstep.precision import PrecisionPolicy
 from halfstep.progress import Progress
 from halfstep.store import open_trajectories, verify_trajectories
 from tests.support.cli import run_cli
-from tests.support.networks import word_tokenizer
+from tests.support.networks import tiny_stable_diffusion
 
 # The form of the files that people have.
 YAML = """
@@ -157,33 +157,10 @@ def test_the_decoder_is_half_where_that_is_enough() -> None:
 
 
 def test_a_model_of_pictures(small_vae: Path, tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import AutoencoderKL, DDIMScheduler
 
-    torch.manual_seed(0)
-    StableDiffusionPipeline(
-        AutoencoderKL.from_pretrained(small_vae),
-        CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-            )
-        ),
-        word_tokenizer(["<pad>", "<unk>", "</s>", "a", "cat"], pad_token="<pad>", eos_token="</s>", model_max_length=8),
-        UNet2DConditionModel(
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            norm_num_groups=4,
-            sample_size=16,
-        ),
-        DDIMScheduler(steps_offset=1, clip_sample=False),
-        None,
-        None,
-        requires_safety_checker=False,
-    ).save_pretrained(tmp_path / "sd")
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    tiny_stable_diffusion(AutoencoderKL.from_pretrained(small_vae), scheduler).save_pretrained(tmp_path / "sd")
     settings = config(tmp_path / "sd", latent_analysis_settings={"store_latents": True, "storage_interval": 2})
     steps: list[int] = []
 

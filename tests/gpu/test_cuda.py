@@ -10,12 +10,12 @@ from halfstep.data.sources import SourceConfig
 from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
 from halfstep.engine import Lanes
+from halfstep.engine.graphs import Graphed
 from halfstep.machine import open_device
 from halfstep.precision import PrecisionPolicy, prepare, probe
 from halfstep.sampling import StoreRecorder, record
 from halfstep.sampling.recorder import Step
 from halfstep.store import DatasetStore, TrajectoryFormat, TrajectoryStore
-from halfstep.stream.graphs import Graphed
 from halfstep.stream.model import Inference, ModelSpec
 from tests.sampling.test_pipelines import PIPELINES, make
 from tests.support.streaming import tiny_weights

@@ -1,5 +1,7 @@
 """CDiT against the reference implementation's numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -61,3 +63,36 @@ def test_half_is_near_fp32(preset: str) -> None:
     with torch.no_grad():
         out = model(*INPUTS)
     assert (out - NUMBERS["out"]).norm() < 0.02 * NUMBERS["out"].norm()  # two blocks of products rounded to 8 bits
+
+
+def test_scaled_actions_and_sinusoidal_positions_are_heard_from_the_start() -> None:
+    """What a turn of 0.1 does to the condition, against its size; and how far apart a frame's positions are."""
+
+    def spread(**options: Any) -> tuple[float, float]:
+        torch.manual_seed(0)
+        model = CDiT((12, 16), 2, 2, 96, 1, 4, **options).eval()
+        with torch.no_grad():
+            still, turned = model.y_embedder(torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.1]])).unbind(0)
+        places = model.pos_embed[0].detach()
+        return float((turned - still).norm() / still.norm()), float(places.std(dim=0).norm())
+
+    published, cured = spread(), spread(action_scale=100.0, positions="sinusoidal")
+    assert cured[0] > 10 * published[0]
+    assert cured[1] > 10 * published[1]
+
+
+def test_actions_are_left_out_in_training_where_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    model = CDiT(8, 2, 2, 48, 1, 4, action_dropout=0.5)
+    actions = torch.randn(1000, 3)
+    with torch.no_grad():
+        gone = (model.train().y_embedder(actions) == 0).all(dim=1)
+        assert 400 < int(gone.sum()) < 600
+        assert not (model.eval().y_embedder(actions) == 0).all(dim=1).any()
+        known = torch.arange(1000) < 10
+        assert (model.y_embedder(actions, known) == 0).all(dim=1).tolist() == (~known).tolist()
+
+
+def test_sinusoidal_positions_need_a_width_they_fit() -> None:
+    with pytest.raises(InputError, match="sinusoidal positions need a multiple of 4"):
+        CDiT(8, 2, 2, 54, 1, 6, positions="sinusoidal")

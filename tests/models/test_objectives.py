@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 
 from halfstep.models import EqM
-from halfstep.models.objectives import diffusion_loss, dispersive_loss, eqm_loss, gradient_magnitude
+from halfstep.models.objectives import Predicted, diffusion_loss, dispersive_loss, eqm_loss, gradient_magnitude
 from tests.support import golden_cdit as cdit
 from tests.support import golden_eqm as eqm
 
@@ -97,6 +98,56 @@ def test_the_first_timestep_is_a_likelihood_of_pixels() -> None:
     loss = diffusion_loss(Knowing(), x, t=torch.zeros(1, dtype=torch.long), noise=noise)
     assert math.isfinite(float(loss))
     assert 0 <= float(loss) < 2
+
+
+class Guessing(torch.nn.Module):
+    """Predicts as one who takes `guess` for the data."""
+
+    def __init__(self, predicted: Predicted, guess: torch.Tensor) -> None:
+        super().__init__()
+        self.predicted, self.guess = predicted, guess
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x_t)
+        bar = bars(self.predicted)[t].reshape(-1, 1, 1, 1)
+        noise = (x_t - bar.sqrt() * self.guess) / (1 - bar).sqrt()
+        velocity = bar.sqrt() * noise - (1 - bar).sqrt() * self.guess
+        return torch.cat([noise if self.predicted == "noise" else velocity, torch.zeros_like(x_t)], dim=1)
+
+
+def bars(predicted: Predicted) -> torch.Tensor:
+    """abar by the library's own code."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    if predicted == "velocity":
+        betas = rescale_zero_terminal_snr(betas)
+    return torch.cumprod(1 - betas, dim=0).float()
+
+
+@pytest.mark.parametrize("predicted", ["noise", "velocity"])
+def test_what_is_predicted_counts_as_an_error_of_the_data(predicted: Predicted) -> None:
+    """Without a weight by SNR for noise and 1 + SNR for velocity; with one by min(SNR, 5) for both."""
+    x, noise, wrong = torch.randn(3, 6, 4, 4, 4).unbind(0)
+    t = torch.tensor([0, 30, 200, 500, 800, 998])
+    network = Guessing(predicted, x + 0.3 * wrong)
+    plain, weighted = (
+        diffusion_loss(network, x, t=t, noise=noise, predicted=predicted, min_snr=min_snr) for min_snr in (None, 5.0)
+    )
+    bar = bars(predicted)[t]
+    snr = bar / (1 - bar)
+    own = snr if predicted == "noise" else snr + 1
+    error = (0.3 * wrong).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(plain - weighted, (own - snr.clamp(max=5)) * error, rtol=1e-3, atol=2e-4)
+
+
+def test_velocity_begins_in_pure_noise_and_knows_no_error_when_it_is_right() -> None:
+    x, noise = torch.randn(2, 4, 4, 4, 4).unbind(0)
+    network = Guessing("velocity", x)
+    t = torch.tensor([999, 999, 500, 1])
+    right = diffusion_loss(network, x, t=t, noise=noise, predicted="velocity")
+    torch.testing.assert_close(network.seen[0][:2], noise[:2])
+    wrong = diffusion_loss(Guessing("velocity", x + 1), x, t=t, noise=noise, predicted="velocity")
+    assert torch.isfinite(right).all() and (wrong - right > 0.9).all()
 
 
 def test_half_networks_are_measured_in_fp32() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 
 from halfstep.data.navigation import follow, goal_actions, local_steps, to_actions
 from halfstep.errors import InputError
@@ -131,3 +132,41 @@ def test_mistakes_are_named() -> None:
         sampled(model, CONTEXT, Y, REL_T, generators=generators(2))
     with pytest.raises(InputError, match="steps: got 1001; expected 2 to 1000"):
         sampled(model, CONTEXT, Y, REL_T, steps=1001, generators=generators(3))
+
+
+@pytest.mark.parametrize("scheduler", ["ancestral", "ddim", "dpm++"])
+def test_the_exact_velocity_is_followed_home(scheduler: Any) -> None:
+    """From pure noise, which says nothing of the frame, with finite noise levels all the way."""
+    frame = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5))
+    betas = rescale_zero_terminal_snr(torch.linspace(1e-4, 0.02, 1000))
+    bars = torch.cumprod(1 - betas, dim=0)
+
+    class Knowing(CDiT):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, *_: Any) -> torch.Tensor:
+            bar = bars[t].reshape(-1, 1, 1, 1)
+            noise = (x - bar.sqrt() * frame) / (1 - bar).sqrt()
+            return torch.cat([bar.sqrt() * noise - (1 - bar).sqrt() * frame, -torch.ones_like(x)], dim=1)
+
+    model = Knowing(**CONFIG, patch_size=2, predicted="velocity")
+    recorders = [MemoryRecorder() for _ in range(3)]
+    sample = sampled(model, CONTEXT, Y, REL_T, recorders, scheduler=scheduler, steps=6, generators=generators(3))
+    torch.testing.assert_close(sample, frame.expand(3, -1, -1, -1), rtol=0, atol=0.05)
+    assert all(np.isfinite(step.sigma) for step in recorders[0].steps)
+
+
+def test_guidance_goes_beyond_what_is_predicted_without_the_action() -> None:
+    torch.manual_seed(0)
+    model = CDiT(**CONFIG, patch_size=2, action_dropout=0.1).eval()
+    for name, parameter in model.named_parameters():
+        if "adaLN" in name or name.startswith("final_layer"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    x, t = INPUTS[0], torch.full((3,), 400)
+    with torch.no_grad():
+        with_action = model(x, t, Y, CONTEXT, REL_T)
+        without = model(x, t, Y, CONTEXT, REL_T, torch.zeros(3, dtype=torch.bool))
+        guided = Prediction(model, CONTEXT, Y, REL_T, guidance_scale=2.0)(x, 400)
+    expected = without[:, :4] + 2 * (with_action[:, :4] - without[:, :4])
+    torch.testing.assert_close(guided[:, :4], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided[:, 4:], with_action[:, 4:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="was trained with every action"):
+        drive(sample_cdit(Prediction(golden_model(), CONTEXT, Y, REL_T, guidance_scale=2.0), generators=generators(3)))

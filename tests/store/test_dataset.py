@@ -143,6 +143,7 @@ def test_reads_through_fsspec(tmp_path: Path, manifest: Manifest, protocol: str)
         assert np.array_equal(remote.read(key, 0, len(value)), local.read(key))
         assert np.array_equal(remote.read_array(key, "yaw"), local.read_array(key, "yaw"))
         assert remote.label(key) == "x"
+        assert remote.labels()[key] == "x"
     with pytest.raises(StoreError, match="no store here"):
         DatasetStore.open("memory://bucket/none")
 

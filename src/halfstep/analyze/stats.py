@@ -24,6 +24,7 @@ from halfstep.analyze.permutation import (
     spread_pair_p,
     spread_permutation_p,
 )
+from halfstep.statistics import holm
 from halfstep.store.run import Float64
 
 ALPHA = 0.05
@@ -360,15 +361,6 @@ def correct_within(pairs: Mapping[str, Sequence[GroupTest]], omnibus: Sequence[O
     of_all = {test.metric: test.p_holm or 0.0 for test in omnibus}
     factor = tested / max(1, len(pairs))
     return [test for name, tests in pairs.items() for test in correct(tests, factor=factor, at_least=of_all[name])]
-
-
-def holm(p: Float64) -> Float64:
-    """Holm's step-down correction (Holm 1979, Scand. J. Statist. 6:65): controls the chance of any false finding."""
-    order = np.argsort(p)
-    stepped = np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(p), 0, -1)))
-    corrected = np.empty_like(stepped)
-    corrected[order] = stepped
-    return corrected
 
 
 def benjamini_hochberg(p: Float64) -> Float64:

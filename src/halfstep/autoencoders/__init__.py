@@ -1,12 +1,15 @@
-"""Autoencoders by name: `dct8`, a diffusers hub id or folder, or a folder with the two files of taef2."""
+"""Autoencoders by name: `dct8` and `toy`, a diffusers hub id or folder, or a folder with the two files of taef2."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from halfstep.autoencoders.base import Autoencoder, Posterior, to_pixels
 from halfstep.autoencoders.gate import encode_gate
 from halfstep.errors import InputError
+from halfstep.shipped import shipped
 from halfstep.spec import LatentSpec
 
 __all__ = ["Autoencoder", "Posterior", "encode_gate", "load_autoencoder", "load_for", "to_pixels"]
@@ -17,10 +20,11 @@ _SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-f
 def load_autoencoder(identifier: str = "dct8", revision: str | None = None, *, tiled: bool = False) -> Autoencoder:
     """Load an autoencoder in fp32 on the CPU.
 
-    `identifier` is `dct8` (built in), a folder that holds a diffusers autoencoder or pipeline, a folder with
-    `taef2_encoder.pth` and `taef2_decoder.pth`, or a hub id (`stabilityai/sd-vae-ft-ema`) with its `revision`; `ema`
-    and `mse` are Stable Diffusion's two, as published trainers call them. `tiled` turns on the library's tiling, for
-    pictures that do not fit in memory. Raises InputError, naming what is available locally, when it cannot be loaded.
+    `identifier` is `dct8` (built in), `toy` (shipped: 4 channels, learned on the toy world's playground), a folder that
+    holds a diffusers autoencoder or pipeline, a folder with `taef2_encoder.pth` and `taef2_decoder.pth`, or a hub id
+    (`stabilityai/sd-vae-ft-ema`) with its `revision`; `ema` and `mse` are Stable Diffusion's two, as published trainers
+    call them. `tiled` turns on the library's tiling, for pictures that do not fit in memory. Raises InputError, naming
+    what is available locally, when it cannot be loaded.
     """
     from halfstep.autoencoders.builtin import dct8
     from halfstep.autoencoders.diffusers import from_diffusers
@@ -28,6 +32,10 @@ def load_autoencoder(identifier: str = "dct8", revision: str | None = None, *, t
 
     if identifier == "dct8":
         return dct8()
+    if identifier == "toy":
+        loaded = from_diffusers(str(shipped("autoencoder")), None, tiled=tiled)
+        spec = replace(loaded.spec, autoencoder="toy")
+        return replace(loaded, spec=spec, reload=partial(load_autoencoder, "toy", tiled=tiled))
     identifier = _SHORT_NAMES.get(identifier, identifier)
     if Path(identifier).is_dir():
         identifier = str(Path(identifier).resolve())  # a store notes it down, for reruns from other folders

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from halfstep.analyze.stats import holm
+from halfstep.statistics import holm
 
 Verdict = Literal["fine", "slower", "undecided"]
 Float64 = npt.NDArray[np.float64]

@@ -20,6 +20,7 @@ from halfstep.cli import (
     encode,
     evaluate,
     generate,
+    live,
     memory,
     probe,
     sample,
@@ -27,6 +28,7 @@ from halfstep.cli import (
     stream,
     toy_world,
     train,
+    view,
 )
 from halfstep.cli.paths import refuse_urls
 from halfstep.errors import HalfstepError
@@ -50,6 +52,8 @@ app.add_typer(evaluate.app, name="eval")
 app.command()(generate.generate)
 app.command()(analyze.analyze)
 app.add_typer(stream.app, name="stream")
+app.command()(live.live)
+app.command()(view.view)
 app.command()(probe.probe)
 app.command()(audit.audit)
 app.command()(memory.memory)

@@ -1,5 +1,5 @@
 """halfstep bench encode | read | trajectory | train | sample | precision | stream | suite | compare | report | canary |
-memory | simulate | statistics"""
+memory | live-load | drift | simulate | statistics"""
 
 from __future__ import annotations
 
@@ -276,6 +276,60 @@ def canary(
 
 
 @app.command()
+def conditions(
+    steps: Annotated[int, typer.Option(min=12, help="Training steps of each way.")] = 600,
+    json: _Json = False,
+) -> None:
+    """How soon does a small CDiT hear its action and its context, as published and as it may be begun here?"""
+    from halfstep.bench.conditions import bench_conditions
+    from halfstep.cli.progress import Bar
+
+    with Bar("training", "ways", hidden=json) as progress:
+        result = bench_conditions(steps=steps, progress=progress)
+    if json:
+        typer.echo(json_module.dumps(result, indent=1))
+        return
+    for name, facts in result["ways"].items():
+        typer.echo(
+            f"{name}: the loss grows by {facts['action']:.1%} with another action, {facts['context']:.1%} with another "
+            f"context; loss {facts['loss']}"
+        )
+
+
+@app.command()
+def drift(
+    ckpt: Annotated[
+        Path | None, typer.Option(metavar="CKPT", help="A model of walks; without it, the shipped world.")
+    ] = None,
+    data_path: Annotated[Path | None, typer.Option(metavar="STORE", help="True walks for CKPT.")] = None,
+    precisions: Annotated[
+        list[str] | None, typer.Option(metavar="bf16|fp16", help="Once each, held against fp32; both by default.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=4, help="Walks, each with its own noise.")] = 8,
+    frames: Annotated[int, typer.Option(min=4, help="Of each walk on the model's own frames.")] = 512,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="HTML", help="Write a page here.")] = None,
+    json: _Json = False,
+) -> None:
+    """Does half precision make a world model drift? Exit code 0 when it is shown not to be worse than fp32, 1 when it
+    is shown to be, 3 when neither is."""
+    from halfstep.bench.drift import EXIT_CODES, PRECISIONS, as_markdown, bench_drift
+    from halfstep.cli.progress import Bar
+
+    with Bar("walking", "frames", hidden=json) as progress:
+        result = bench_drift(
+            ckpt=ckpt,
+            data_path=data_path,
+            precisions=tuple(dict.fromkeys(precisions or PRECISIONS)),
+            seeds=seeds,
+            frames=frames,
+            output=output,
+            progress=progress,
+        )
+    typer.echo(json_module.dumps(result, indent=1) if json else as_markdown(result))
+    raise typer.Exit(EXIT_CODES[result["verdict"]])
+
+
+@app.command()
 def simulate(rounds: Annotated[int, typer.Option(min=1)] = 5, json: _Json = False) -> None:
     """Hold simulated half arithmetic against the device's own, in five networks, and say what simulating costs."""
     from halfstep.bench.simulate import bench_simulate
@@ -310,6 +364,23 @@ def memory(json: _Json = False) -> None:
         typer.echo(
             f"{row['name']:42} planned {row['planned']:7.1f} MB, measured {row['measured']:7.1f} ({row['off']:+.1%})"
         )
+
+
+@app.command("live-load")
+def live_load(
+    width: Annotated[int, typer.Option(min=2, help="Of the first level: 192 is the 880M load.")] = 192,
+    batch: Annotated[int, typer.Option(min=1)] = 2,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    json: _Json = False,
+) -> None:
+    """Run the network behind published live streams in fp32, under autocast, and in true half: time, memory, error."""
+    from halfstep.bench.live_load import bench_live_load
+    from halfstep.cli.progress import Bar
+
+    with Bar("measuring", "parts", hidden=json) as progress:
+        result = bench_live_load(width=width, batch=batch, rounds=rounds, device=device, progress=progress)
+    _print(result, json)
 
 
 @app.command()

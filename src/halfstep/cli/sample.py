@@ -20,11 +20,14 @@ def sample(
     number: Annotated[int, typer.Option("-n", "--number", "--num-fid-samples", min=1, help="How many.")] = 16,
     model: Annotated[str | None, typer.Option(help="Which network the checkpoint must be of.")] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="EqM: ngd, gd, heun, euler; CDiT: ancestral, ddim, dpm++.")
+        str | None, typer.Option(help="EqM: ngd, gd, heun, euler; CDiT: ancestral, ddim, dpm++; livestream: euler.")
     ] = None,
     steps: Annotated[
-        int, typer.Option("--steps", "--num-sampling-steps", min=2, help="gd and ngd make one update less.")
-    ] = 250,
+        int | None,
+        typer.Option(
+            "--steps", "--num-sampling-steps", min=1, help="gd and ngd make one update less (250; livestream 3)."
+        ),
+    ] = None,
     step_size: Annotated[float, typer.Option("--step-size", "--stepsize", help="Of gd and ngd.")] = 0.0017,
     momentum: Annotated[float, typer.Option("--momentum", "--mu", help="Of ngd.")] = 0.3,
     cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is without.")] = 1.0,
@@ -39,9 +42,9 @@ def sample(
         str | None, typer.Option(metavar="STORE", help="Begin at these latents, noised, instead of noise.")
     ] = None,
     start_gamma: Annotated[float | None, typer.Option(min=0, max=1, help="Their share, 0 to 1 (0.5).")] = None,
-    data_path: Annotated[str | None, typer.Option(metavar="STORE", help="CDiT: walks that give the context.")] = None,
-    frames: Annotated[int, typer.Option(min=1, help="CDiT: frames to predict, one after the other.")] = 8,
-    spacing: Annotated[float | None, typer.Option(help="CDiT: meters a waypoint; the training's by default.")] = None,
+    data_path: Annotated[str | None, typer.Option(metavar="STORE", help="Walks that give the context.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Of a walk, predicted one after the other.")] = 8,
+    spacing: Annotated[float | None, typer.Option(help="Meters a waypoint; the training's by default.")] = None,
     video: Annotated[bool, typer.Option("--video", help="A published checkpoint is of video.")] = False,
     clip_len: Annotated[
         int | None, typer.Option(min=1, help="Frames to its clips, where it does not say (16).")
@@ -71,7 +74,8 @@ def sample(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Make pictures or clips with a trained EqM, or walks with a CDiT; the same command makes what is missing."""
+    """Make pictures or clips with a trained EqM, or walks with a CDiT or livestream; the same command makes what is
+    missing."""
     from halfstep.cli.progress import Bar
     from halfstep.models.eqm import ENERGY_NAMES
     from halfstep.sample import SampleOptions

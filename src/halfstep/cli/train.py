@@ -25,20 +25,29 @@ class Family(StrEnum):
 
     eqm = "eqm"
     cdit = "cdit"
+    livestream = "livestream"
 
 
 # Keys of the published YAMLs that the published trainer does not read either; the rate is constant.
 _UNREAD = ("train", "eval_decode", "lr_scheduler", "target_fps", "use_wandb")
-_DEFAULT_MODELS = {Family.eqm: "EqM-XL/2", Family.cdit: "CDiT-XL/2"}  # as published
+_DEFAULT_MODELS = {  # the first two as published
+    Family.eqm: "EqM-XL/2",
+    Family.cdit: "CDiT-XL/2",
+    Family.livestream: "livestream-S",
+}
 
 
 def train(
-    family: Annotated[Family | None, typer.Argument(help="eqm or cdit; a YAML's model says it too.")] = None,
+    family: Annotated[
+        Family | None, typer.Argument(help="eqm, cdit or livestream; a YAML's model says it too.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="YAML of settings.")] = None,
     data_path: Annotated[
         str | None, typer.Option(metavar="DIR", help="Latent store, .pt tree, or pixels (encoded in every step).")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="EqM-{S,B,L,XL}/{2,4,8} or CDiT-{S,B,L,XL}/2.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="EqM-{S,B,L,XL}/{2,4,8}, CDiT-{S,B,L,XL}/2 or livestream-{S,M,L}.")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(metavar="P", help="fp32, bf16-mixed, 16-mixed, bf16-true or auto (measured).")
     ] = None,
@@ -91,7 +100,7 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Train EqM or CDiT on latents; the same command goes on where it was stopped.
+    """Train EqM, CDiT or livestream on latents; the same command goes on where it was stopped.
 
     Runs alone or under `torchrun --nproc_per_node=N -m halfstep train ...`.
     """
@@ -209,7 +218,7 @@ def _read(path: Path | None, defaults: dict[str, Any], given: dict[str, Any], se
         content.pop("datasets", None)
     content = with_settings({**defaults, **content, **given}, settings)
     if "model" not in content and path is None:
-        raise InputError("train: nothing to train; name eqm or cdit, a --model or a --config")
+        raise InputError("train: nothing to train; name eqm, cdit or livestream, a --model or a --config")
     try:
         return validate(content, TrainConfig, path or "train")
     except InputError as error:

@@ -33,21 +33,26 @@ def write_gif(path: Path, frames: Pixels, fps: int) -> None:
     write_durably(path, buffer.getvalue())
 
 
-def write_video(path: Path, frames: Pixels, fps: int) -> None:
+def write_video(path: Path, frames: Iterable[Pixels], fps: int) -> None:
     """H.264 in an MP4."""
+    write_durably(path, encode_video(frames, fps))
+
+
+def encode_video(frames: Iterable[Pixels], fps: int) -> bytes:
+    """The bytes of an MP4 with H.264 of frames [H, W, 3], which are all of one size."""
     import av
 
-    height, width = frames.shape[1:3]
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
-        stream.width, stream.height = width - width % 2, height - height % 2  # yuv420p halves them
         stream.pix_fmt = "yuv420p"
-        for frame in frames:
+        for number, frame in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width = (side - side % 2 for side in frame.shape[:2])  # yuv420p halves them
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[: stream.height, : stream.width]), "rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
-    write_durably(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write_npy(path: Path, values: np.ndarray[Any, Any]) -> None:

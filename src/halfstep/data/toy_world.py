@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,49 +17,108 @@ from halfstep.files import claim, new_folder
 
 Float = npt.NDArray[np.float64]
 
-CELLS = 16  # the world is CELLS x CELLS meters, walled around
 STEP_METRES = 0.25
+TURN = 0.15  # radians a frame, of one who holds a key
+PLAYGROUND_SIZE = (128, 96)  # width and height of its pictures
+_SIDE = 0.3  # meters that a walker keeps from a wall
 _FIELD_OF_VIEW = math.radians(75)
 _EYE_HEIGHT = 0.5  # of a wall one meter high
 
 
+@dataclass(frozen=True)
+class World:
+    """`walls` [cells, cells], each a meter wide, and their `colors` [cells, cells, 3] from 0 to 1; walls have so many
+    `courses` of bricks and the floor so many `tiles` a meter."""
+
+    walls: npt.NDArray[np.bool_]
+    colors: Float
+    courses: int = 5
+    tiles: int = 2
+
+
 def write_toy_world(
-    root: Path, *, walks: int = 8, frames: int = 48, size: tuple[int, int] = (160, 120), seed: int = 0
+    root: Path,
+    *,
+    walks: int = 8,
+    frames: int = 48,
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+    play: bool = False,
 ) -> None:
     """Write `walks` walks of `frames` pictures into `root`, as `walk_000/{0.jpg, ...}` and `traj_data.pkl`.
 
-    Pictures are JPEG of `size` (width, height); poses are meters and radians. The same arguments write the same bytes.
-    Raises InputError when `root` holds something already.
+    With `play` the world is `playground`, the same for every seed, and who walks holds keys for a while: forward, back,
+    left, right. Pictures are JPEG of `size` (width, height), by default 160 x 120, of the playground PLAYGROUND_SIZE;
+    poses are meters and radians. The same arguments write the same bytes. Raises InputError when `root` holds something
+    already.
     """
     claim(root, "toy world")
     if walks < 1 or frames < 1:
         raise InputError(f"toy world: got {walks} walks of {frames} frames; expected at least one")
+    size = size or (PLAYGROUND_SIZE if play else (160, 120))
     rng = np.random.default_rng(seed)
-    walls, colors = _make_world(rng)
+    world = playground() if play else _make_world(rng, 16, 0.16)
     with new_folder(root) as whole:
         for number in range(walks):
             folder = whole / f"walk_{number:03d}"
             folder.mkdir()
-            position, yaw = _walk(walls, frames, rng)
+            position, yaw = walk(world, frames, rng, play=play)
             for frame in range(frames):
-                picture = _render(walls, colors, position[frame], float(yaw[frame]), size)
+                picture = render(world, position[frame], float(yaw[frame]), size)
                 Image.fromarray(picture).save(folder / f"{frame}.jpg", quality=90)
             (folder / POSES_FILE).write_bytes(pickle.dumps({"position": position, "yaw": yaw}))
 
 
-def _make_world(rng: np.random.Generator) -> tuple[npt.NDArray[np.bool_], Float]:
-    walls = rng.random((CELLS, CELLS)) < 0.16
+def walk(world: World, frames: int, rng: np.random.Generator, *, play: bool) -> tuple[Float, Float]:
+    """Positions [frames, 2] and yaws [frames] of a walk: of one who holds keys, or who wanders on."""
+    return (_play if play else _wander)(world.walls, frames, rng)
+
+
+def playground() -> World:
+    """A small world of large bricks, which a small network can learn."""
+    world = _make_world(np.random.default_rng(7), 9, 0.14)
+    return replace(world, courses=2, tiles=1)
+
+
+def _make_world(rng: np.random.Generator, cells: int, walled: float) -> World:
+    walls = rng.random((cells, cells)) < walled
     walls[0], walls[-1], walls[:, 0], walls[:, -1] = True, True, True, True
     hues = np.array([[0.85, 0.32, 0.24], [0.95, 0.72, 0.3], [0.3, 0.6, 0.85], [0.42, 0.7, 0.42], [0.72, 0.52, 0.8]])
-    colors = hues[rng.integers(len(hues), size=(CELLS, CELLS))] * rng.uniform(0.8, 1.1, (CELLS, CELLS, 1))
-    return walls, colors
+    colors = hues[rng.integers(len(hues), size=(cells, cells))] * rng.uniform(0.8, 1.1, (cells, cells, 1))
+    return World(walls, colors)
 
 
-def _walk(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -> tuple[Float, Float]:
-    """Steps of up to STEP_METRES that steer away from walls; yaw is not wrapped, so that it stays smooth."""
+def _play(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -> tuple[Float, Float]:
+    """Keys held for some frames each, of a walker who turns away from walls now and then; yaw is not wrapped."""
+    here, yaw = _start(walls, rng)
+    positions, yaws = [], []
+    held, forward, turn = 0, 0, 0
+    for _ in range(frames):
+        positions.append(here.copy())
+        yaws.append(yaw)
+        near = _distance(walls, here, np.array([yaw]))[0] < 0.8
+        if held == 0 or (near and forward > 0 and rng.random() < 0.5):
+            held = int(rng.geometric(0.15))
+            forward = int(rng.choice([1, 0, -1], p=[0.1, 0.7, 0.2] if near else [0.72, 0.16, 0.12]))
+            turn = int(rng.choice([1, 0, -1], p=[0.45, 0.1, 0.45] if near else [0.3, 0.4, 0.3]))
+        held -= 1
+        heading = yaw if forward >= 0 else yaw + math.pi
+        room = _distance(walls, here, np.array([heading]))[0] - _SIDE
+        step = abs(forward) * STEP_METRES * rng.uniform(0.8, 1.0)
+        here = here + max(0.0, min(step, room)) * np.array([math.cos(heading), math.sin(heading)])
+        yaw += turn * TURN * rng.uniform(0.8, 1.0)
+    return np.array(positions), np.array(yaws)
+
+
+def _start(walls: npt.NDArray[np.bool_], rng: np.random.Generator) -> tuple[Float, float]:
     free = np.argwhere(~walls)
-    here = free[rng.integers(len(free))] + 0.5
-    yaw, turn = rng.uniform(-math.pi, math.pi), 0.0
+    return free[rng.integers(len(free))] + 0.5, rng.uniform(-math.pi, math.pi)
+
+
+def _wander(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -> tuple[Float, Float]:
+    """Steps of up to STEP_METRES that steer away from walls; yaw is not wrapped, so that it stays smooth."""
+    here, yaw = _start(walls, rng)
+    turn = 0.0
     positions, yaws = [], []
     for _ in range(frames):
         positions.append(here.copy())
@@ -69,7 +129,7 @@ def _walk(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -
         if ahead < 1.2:
             turn += 0.35 if left > right else -0.35
         yaw += turn
-        room = _distance(walls, here, np.array([yaw]))[0] - 0.3
+        room = _distance(walls, here, np.array([yaw]))[0] - _SIDE
         here = here + max(0.0, min(STEP_METRES, room)) * np.array([math.cos(yaw), math.sin(yaw)])
     return np.array(positions), np.array(yaws)
 
@@ -78,7 +138,8 @@ def _cast(walls: npt.NDArray[np.bool_], origin: Float, angles: Float) -> tuple[F
     """Distance to the first wall along each ray, the wall's cell [n, 2] and where along its face the ray meets it."""
     direction = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     direction[np.abs(direction) < 1e-9] = 1e-9
-    steps = np.arange(CELLS + 1)
+    count = len(walls)
+    steps = np.arange(count + 1)
     best = np.full(len(angles), np.inf)
     cells = np.zeros((len(angles), 2), np.int64)
     along = np.zeros(len(angles))
@@ -89,10 +150,10 @@ def _cast(walls: npt.NDArray[np.bool_], origin: Float, angles: Float) -> tuple[F
         distance = (lines - origin[axis]) / direction[:, axis, None]
         other = origin[1 - axis] + distance * direction[:, 1 - axis, None]
         entered = np.where(forward[:, None], lines, lines - 1)
-        inside = (entered >= 0) & (entered < CELLS) & (other >= 0) & (other < CELLS)
+        inside = (entered >= 0) & (entered < count) & (other >= 0) & (other < count)
         cell = np.empty((*lines.shape, 2), np.int64)
-        cell[..., axis] = np.clip(entered, 0, CELLS - 1)
-        cell[..., 1 - axis] = np.clip(np.floor(other), 0, CELLS - 1)
+        cell[..., axis] = np.clip(entered, 0, count - 1)
+        cell[..., 1 - axis] = np.clip(np.floor(other), 0, count - 1)
         hit = np.where(inside & walls[cell[..., 0], cell[..., 1]], distance, np.inf)
         nearest = hit.argmin(axis=1)
         rays = np.arange(len(angles))
@@ -107,32 +168,30 @@ def _distance(walls: npt.NDArray[np.bool_], origin: Float, angles: Float) -> Flo
     return _cast(walls, origin, angles)[0]
 
 
-def _render(
-    walls: npt.NDArray[np.bool_], colors: Float, origin: Float, yaw: float, size: tuple[int, int]
-) -> npt.NDArray[np.uint8]:
+def render(world: World, origin: Float, yaw: float, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """A picture, uint8 [height, width, 3], of brick walls, a checkered floor and a sky. Left is +yaw."""
     width, height = size
     plane = math.tan(_FIELD_OF_VIEW / 2)
     screen = np.linspace(plane, -plane, width)
     angles = yaw + np.arctan(screen)
-    distance, cells, along = _cast(walls, origin, angles)
+    distance, cells, along = _cast(world.walls, origin, angles)
     depth = np.maximum(distance * np.cos(angles - yaw), 1e-3)
     focal = width / (2 * plane)
     rows = (np.arange(height) + 0.5 - height / 2)[:, None]  # downwards from the horizon
     level = _EYE_HEIGHT - rows * depth / focal  # height above the floor at which a pixel meets the wall
     on_wall = (level >= 0) & (level <= 1)
 
-    course = np.floor(level * 5)
-    brick = (along[None, :] * 3 + 0.5 * (course % 2)) % 1
-    mortar = (brick < 0.06) | ((level * 5) % 1 < 0.12)
+    course = np.floor(level * world.courses)
+    brick = (along[None, :] * 0.6 * world.courses + 0.5 * (course % 2)) % 1
+    mortar = (brick < 0.06) | ((level * world.courses) % 1 < 0.12)
     shade = (1 / (1 + 0.09 * depth**2))[None, :, None]
-    wall = colors[cells[:, 0], cells[:, 1]][None] * np.where(mortar, 0.55, 1.0)[..., None] * (0.25 + 0.75 * shade)
+    wall = world.colors[cells[:, 0], cells[:, 1]][None] * np.where(mortar, 0.55, 1.0)[..., None] * (0.25 + 0.75 * shade)
 
     below = np.maximum(rows, 0.5)
     floor_depth = _EYE_HEIGHT * focal / below
     floor_x = origin[0] + floor_depth * (math.cos(yaw) - screen * math.sin(yaw))
     floor_y = origin[1] + floor_depth * (math.sin(yaw) + screen * math.cos(yaw))
-    tile = (np.floor(floor_x * 2) + np.floor(floor_y * 2)) % 2
+    tile = (np.floor(floor_x * world.tiles) + np.floor(floor_y * world.tiles)) % 2
     fade = 1 / (1 + 0.06 * floor_depth**2)
     floor = (0.34 + 0.2 * tile * fade)[..., None] * np.array([1.0, 0.96, 0.9])
     sky = (0.62 + 0.3 * np.abs(rows) / height)[..., None] * np.array([0.78, 0.9, 1.05]) * np.ones((1, width, 1))

@@ -17,38 +17,48 @@ from halfstep.config import validate
 from halfstep.data.base import Array
 from halfstep.demo.pictures import psnr
 from halfstep.machine import open_device
-from halfstep.precision import choose, probe
+from halfstep.models import read_checkpoint
+from halfstep.precision import PRESETS, prepare, probe, simulate
+from halfstep.precision.memory import with_batch
 from halfstep.progress import Progress
 from halfstep.sample import SampleOptions, sample
+from halfstep.shipped import shipped
 from halfstep.store import DatasetStore, TrajectoryStore
 from halfstep.train.config import TrainConfig
 from halfstep.train.loop import train
 
 _FIRST_STEPS = 8  # to learn how long a step takes
 _CURVE_POINTS = 8
-_CLIPS, _WALKS, _FRAMES = 8, 4, 6
-_SAMPLING_STEPS = 100  # of each predicted frame; a network this young needs the noise that corrects its errors
+_CLIPS, _WALKS, _FRAMES = 8, 4, 8
+_YOUNG = 2  # samples of each network that began anew
+_SAMPLING_STEPS = 6  # of each predicted frame
+_HALVES = {"bf16": "bf16-true", "fp16": "16-true"}
 
 EQM: dict[str, Any] = {
-    "model": {"network": "EqM", "hidden_size": 128, "depth": 5, "num_heads": 4},
+    "model": {"network": "EqM", "hidden_size": 128, "depth": 6, "num_heads": 4},
     "clip_len": 4,
     "global_batch_size": 16,
-    "lr": 1e-3,
-    "ema_decay": 0.98,
-    "warmup_steps": 20,
-}
-CDIT: dict[str, Any] = {
-    "model": {"network": "CDiT", "hidden_size": 96, "depth": 3, "num_heads": 4},
-    "context_size": 2,
-    "len_traj_pred": 8,
-    "distance": {"min_dist_cat": -2, "max_dist_cat": 4},
-    "goals_per_obs": 1,
-    "metric_waypoint_spacing": 0.25,
-    "batch_size": 16,
-    "lr": 2e-3,
+    "lr": 3e-4,
     "ema_decay": 0.99,
     "warmup_steps": 20,
 }
+CDIT: dict[str, Any] = {
+    "model": {"network": "CDiT", "hidden_size": 160, "depth": 5, "num_heads": 5},
+    "context_size": 2,
+    "len_traj_pred": 1,
+    "distance": {"min_dist_cat": 1, "max_dist_cat": 1},
+    "goals_per_obs": 1,
+    "metric_waypoint_spacing": 0.25,
+    "predicted": "velocity",
+    "action_scale": 100.0,
+    "positions": "sinusoidal",
+    "batch_size": 16,
+    "lr": 3e-4,
+    "grad_clip_val": 1.0,
+    "ema_decay": 0.99,
+    "warmup_steps": 20,
+}
+_SCRATCH = {"lr": 1e-3}  # of a network that begins anew
 
 
 @dataclass(frozen=True)
@@ -61,74 +71,129 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A network that went on from shipped weights, and one that began anew and was trained for as long. `pictures`: of
+    the first, and `young` of the other."""
+
+    shipped: Curve
+    scratch: Curve
+    pictures: list[Array]
+    young: list[Array]
+
+
+@dataclass(frozen=True)
 class Learned:
-    """What the report shows of training, sampling and analysis. `clips` and `walks`: pictures; `walk_psnr` and
-    `copy_psnr`: dB by frames ahead, of the predicted frame and of the last context frame in its place; `run_bytes`: of
-    the recorded trajectories as stored and in fp32."""
+    """What the report shows of training, sampling and analysis. `walk_psnr` and `copy_psnr`: dB by frames ahead, of the
+    predicted frame and of the last context frame in its place; `half_errors`: of one step of the CDiT, by half type,
+    relative to the fp32 output, and whether it was simulated; `run_bytes`: of the recorded trajectories as stored and
+    in fp32."""
 
     policy: str
     curves: dict[str, Curve]
-    eqm: Curve
-    cdit: Curve
-    clips: list[Array]
-    walks: list[Array]
+    eqm: Trained
+    cdit: Trained
     walk_psnr: list[float]
     copy_psnr: list[float]
+    half_errors: dict[str, tuple[float, bool]]
     plots: list[Path]
     run_bytes: tuple[int, int]
     states: int
 
 
 def learn(output: Path, progress: Progress, seconds: float) -> Learned:
-    """Train an EqM on clips of the store in `output` for about `seconds` and a CDiT on its walks for twice as long, in
-    the precision that is measured to be fastest; sample from both."""
-    policy = choose(open_device("auto"), "train")
-    progress.note(f"5/9 train an EqM on clips of four frames, in {policy}")
-    eqm = _train_for(output, "eqm", EQM, seconds)
-    progress.note(f"    loss {eqm.losses[0]:.2f} to {eqm.losses[-1]:.2f} in {eqm.steps[-1]} steps")
-    progress.note("6/9 train a CDiT to predict frames from actions")
-    cdit = _train_for(output, "cdit", CDIT, 2 * seconds)
-    progress.note(f"    loss {cdit.losses[0]:.3f} to {cdit.losses[-1]:.3f} in {cdit.steps[-1]} steps")
+    """Train an EqM on clips of the store in `output` and a CDiT on its walks, each for about `seconds` in all: half of
+    it from shipped weights, half of it anew, in the precision that is measured to be fastest; sample from all four."""
+    progress.note("5/9 train an EqM on clips of four frames, from shipped weights and from none")
+    eqm = _train_both(output, "eqm", EQM, seconds / 2, progress)
+    progress.note("6/9 train a CDiT to predict frames from actions, from shipped weights and from none")
+    cdit = _train_both(output, "cdit", CDIT, seconds / 2, progress)
     progress.note("7/9 train the EqM in each precision, from the same weights with the same noise")
-    steps = max(_CURVE_POINTS, min(120, int(seconds / 3 / eqm.seconds_per_step)))
-    curves = {name: _train(output, f"curve-{name}", EQM, steps, precision=name) for name in _worthwhile()}
-    progress.note("8/9 sample from both, recording every step")
-    clips = SampleOptions(output / "runs" / "eqm", output / "clips", number=_CLIPS, format="png", record=True)
-    sample(clips)
-    walks = SampleOptions(
-        output / "runs" / "cdit",
-        output / "walks",
-        number=_WALKS,
-        data_path=output / "latents",
-        frames=_FRAMES,
-        sampler="ancestral",
-        steps=_SAMPLING_STEPS,
-    )
-    sample(walks)
+    steps = max(_CURVE_POINTS, min(80, int(seconds / 4 / eqm[0].seconds_per_step)))
+    curves = {
+        name: _train(output, f"curve-{name}", {**EQM, **_SCRATCH}, steps, precision=name)
+        for name in worthwhile("train", "fp32", "bf16-mixed", "bf16-true", "16-mixed")
+    }
+    progress.note("8/9 sample from all of them, recording every step")
+    pictures = {
+        "eqm": _clips(output, "eqm", _CLIPS),
+        "eqm-scratch": _clips(output, "eqm-scratch", _YOUNG),
+        "cdit": _walks(output, "cdit", _WALKS),
+        "cdit-scratch": _walks(output, "cdit-scratch", _YOUNG),
+    }
     walk_psnr, copy_psnr = _walk_psnr(output)
-    progress.note("9/9 analyze how the clips came about")
-    store = TrajectoryStore.open(output / "clips" / "runs")
+    progress.note("9/9 analyze how the clips came about, and what half precision costs")
+    store = TrajectoryStore.open(output / "clips" / "eqm" / "runs")
     plots = write_output(analyze(store, dict.fromkeys(store, "clips")), output / "analysis", "Clips from an EqM")
     return Learned(
-        policy=str(policy),
+        policy=json.loads((output / "runs" / "eqm" / "log.jsonl").read_text().splitlines()[-1])["policy"],
         curves=curves,
-        eqm=eqm,
-        cdit=cdit,
-        clips=_pictures(output / "clips"),
-        walks=_pictures(output / "walks"),
+        eqm=Trained(*eqm, pictures["eqm"], pictures["eqm-scratch"]),
+        cdit=Trained(*cdit, pictures["cdit"], pictures["cdit-scratch"]),
         walk_psnr=walk_psnr,
         copy_psnr=copy_psnr,
+        half_errors={name: _half_error(output / "runs" / "cdit", name) for name in _HALVES},
         plots=[path for path in plots if path.suffix == ".png"],
-        run_bytes=_run_bytes(output / "clips" / "runs", store),
+        run_bytes=_run_bytes(output / "clips" / "eqm" / "runs", store),
         states=len(store[next(iter(store))]),
     )
 
 
-def _worthwhile() -> list[str]:
-    """fp32, and the half types that are not emulated here: others would take minutes to show nothing."""
+def worthwhile(task: str, *presets: str) -> list[str]:
+    """Those of the presets whose half types are not emulated here: others would take minutes to show nothing."""
     result = probe(open_device("auto"))
-    halves = {"bf16": ["bf16-mixed", "bf16-true"], "fp16": ["16-mixed"]}
-    return ["fp32", *(name for kind, names in halves.items() if result.speedup(kind, "train") > 1 for name in names)]
+    return [
+        name for name in presets if (compute := PRESETS[name].compute) == "fp32" or result.speedup(compute, task) > 1
+    ]
+
+
+def _train_both(
+    output: Path, name: str, settings: dict[str, Any], seconds: float, progress: Progress
+) -> tuple[Curve, Curve]:
+    """From shipped weights, and anew."""
+    shipped_run = _train_for(output, name, {**settings, "ckpt": str(shipped(name))}, seconds)
+    scratch = _train_for(output, f"{name}-scratch", {**settings, **_SCRATCH}, seconds)
+    for how, curve in (("from shipped weights", shipped_run), ("anew", scratch)):
+        progress.note(f"    {how}: loss {curve.losses[0]:.3f} to {curve.losses[-1]:.3f} in {curve.steps[-1]} steps")
+    return shipped_run, scratch
+
+
+def _clips(output: Path, run: str, number: int) -> list[Array]:
+    folder = output / "clips" / run
+    sample(SampleOptions(output / "runs" / run, folder, number=number, format="png", record=True))
+    return _pictures(folder)
+
+
+def _walks(output: Path, run: str, number: int) -> list[Array]:
+    folder = output / "walks" / run
+    options = SampleOptions(
+        output / "runs" / run,
+        folder,
+        number=number,
+        data_path=output / "latents",
+        frames=_FRAMES,
+        sampler="dpm++",
+        steps=_SAMPLING_STEPS,
+    )
+    sample(options)
+    return _pictures(folder)
+
+
+@torch.no_grad()
+def _half_error(run: Path, name: str) -> tuple[float, bool]:
+    """Of one step of a network in a half type: rms(half - fp32) / rms(fp32), and whether half had to be simulated."""
+    checkpoint, device = read_checkpoint(run), open_device("auto")
+    network = checkpoint.build().to(device)
+    example = with_batch(checkpoint.about.family.example(network), 8)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(value.shape, generator=generator).to(device) for value in example]
+    exact = network(*inputs)
+    if simulated := probe(device).speedup(name, "sample") < 1:
+        with simulate(network, _HALVES[name]) as run_in_half:
+            half = run_in_half(*inputs)
+    else:
+        half = prepare(network, PRESETS[_HALVES[name]])(*inputs)
+    error = (half.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    return float(error), simulated
 
 
 def _train_for(output: Path, name: str, settings: dict[str, Any], seconds: float) -> Curve:
@@ -157,10 +222,11 @@ def _walk_psnr(output: Path) -> tuple[list[float], list[float]]:
     """Mean PSNR of the frames of walks by frames ahead, and of the last context frame against the same real ones."""
     store = DatasetStore.open(output / "latents")
     autoencoder = load_for(store.spec, store.spec.channels)
-    facts = json.loads((output / "walks" / "samples.json").read_text())["samples"]
+    folder = output / "walks" / "cdit"
+    facts = json.loads((folder / "samples.json").read_text())["samples"]
     predicted, copied = [], []
     for fact in facts:
-        both = np.asarray(Image.open(output / "walks" / f"{fact['sample']:06d}.png"))
+        both = np.asarray(Image.open(folder / f"{fact['sample']:06d}.png"))
         now = int(np.flatnonzero(store.read_array(fact["walk"], "frame") == fact["frame"])[0])
         last = autoencoder.pictures(torch.from_numpy(store.read(fact["walk"], now, now + 1)))[0]
         height, width = last.shape[:2]

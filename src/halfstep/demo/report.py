@@ -33,6 +33,8 @@ th:first-child, td:first-child {{ text-align: left; padding-left: 0; }} th {{ fo
 .pairs {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem; margin-top: 1rem; }}
 .pairs img, .chart {{ width: 100%; }}
 .wide {{ margin: .5rem 0; }} .wide img {{ max-width: 100%; }}
+.hero {{ margin: 1.2rem 0 .6rem; }} .hero img {{ width: 100%; border-radius: 8px; margin-bottom: .6rem; }}
+.clips {{ display: grid; grid-template-columns: 1fr 1fr; gap: .3rem 1rem; }}
 .pairs img {{ border-radius: 6px; display: block; }} figure {{ margin: 0; }}
 figcaption {{ font-size: .82rem; color: {_SOFT}; margin-top: .2rem; }} pre {{ white-space: pre-wrap; font-size: .85rem;
        background: #f5f7fb; border-radius: 8px; padding: .8rem 1rem; }}
@@ -50,33 +52,112 @@ def write_report(result: DemoResult, path: Path) -> None:
         (f"{100 * stored / fp32:.0f}%", "of the bytes of fp32 latents"),
         ("ok" if result.verified.ok else "damaged", f"store verified, {result.verified.shards} shard(s)"),
     ]
+    learned = result.learned
     sections = [
-        "<h1>halfstep: a toy world, to latents, through training, and back</h1>",
+        "<h1>halfstep: a small world, to latents, through training, and back</h1>",
         f"<p class='soft'>{html.escape(result.probed.device)}, torch {html.escape(result.probed.torch_version)}; "
         f"the whole demonstration took {result.seconds:.0f} seconds.</p>",
+        *_hero(learned),
         "<div class='facts'>"
         + "".join(f"<div class='fact'><b>{a}</b><span>{b}</span></div>" for a, b in facts)
         + "</div>",
-        "<h2>What went in and what came back</h2>",
-        "<p>Above, what the codec saw; below, the same frame decoded from the store. The built-in codec keeps 16 of "
-        "the 192 numbers of each 8&times;8 block, so fine texture is lost; "
-        "storing in half precision is not what loses it.</p>",
-        _pictures(result),
-        "<h2>What half precision costs: PSNR by storage type</h2>",
+        *_walks(learned),
+        *_clips(learned),
+        "<h2>What half precision costs</h2>",
+        _half_table(learned),
         _storage_table(result),
         "<h2>What it saves: bytes</h2>",
         _bar_chart({name: size / 1e6 for name, size in result.bytes_by_form.items()}, "MB for all frames", "{:.2f}"),
+        "<h2>What went in and what came back</h2>",
+        "<p>Above, what the autoencoder saw; below, the same frame decoded from the store. It keeps 4 numbers of the "
+        "192 of each 8&times;8 block, so fine texture is lost; storing in half precision is not what loses it.</p>",
+        _pictures(result),
         "<h2>Speed by precision</h2>",
-        "<p>Frames a second through the encoder, all precisions in turn. A half type is only worth having where the "
-        "device really has it. The built-in codec is one small convolution, which conversions slow down as much as "
-        "half products speed it up; <code>auto</code> goes by the mix of operations of a real autoencoder, below.</p>",
-        _bar_chart(result.speed_by_precision, "frames a second", "{:.0f}", highlight=str(result.policy).split(",")[0]),
-        *_learned(result.learned),
+        "<p>Frames a second through the encoder, in turn, of those precisions that this device does not emulate.</p>",
+        _bar_chart(
+            result.speed_by_precision, "frames a second", "{:.0f}", highlight=result.encoded.policy.split(",")[0]
+        ),
+        *_training(learned),
         "<h2>Why this precision</h2>",
         f"<pre>{html.escape(result.policy.explain())}</pre>",
         _probe_table(result),
     ]
     write_durably(path, page("halfstep demo", "\n".join(sections), _STYLE).encode())
+
+
+def _hero(learned: Learned) -> list[str]:
+    """What there is to see: walks as they were and as they were predicted."""
+    return [
+        "<figure class='hero'>"
+        + "".join(f"<img alt='walk {k}' src='{_png(picture)}'>" for k, picture in enumerate(learned.cdit.pictures[:2]))
+        + "<figcaption>Two walks that no network has seen. Above, the real frames; below, what a network of 3.7 "
+        "million weights expected, frame after frame, from two pictures and the keys that were held.</figcaption>"
+        "</figure>"
+    ]
+
+
+def _walks(learned: Learned) -> list[str]:
+    ahead = "".join(f"<th>{k + 1}</th>" for k in range(len(learned.walk_psnr)))
+    scores = "".join(
+        f"<tr><td>{name}</td>" + "".join(f"<td>{value:.1f}</td>" for value in values) + "</tr>"
+        for name, values in (("predicted", learned.walk_psnr), ("last frame kept", learned.copy_psnr))
+    )
+    return [
+        "<h2>Walks: what happened, and what the CDiT expected</h2>",
+        f"<p>{_against_a_copy(learned)} The network came with the package and was trained on here for "
+        f"{_seconds(learned.cdit.shipped)}. <code>halfstep live</code> lets you walk through its world yourself.</p>",
+        f"<table><tr><th>PSNR (dB), frames ahead</th>{ahead}</tr>{scores}</table>",
+        *_rows(learned.cdit.pictures[2:], "walk"),
+        f"<p class='soft'>The same network, begun anew and trained for {_seconds(learned.cdit.scratch)}:</p>",
+        *_rows(learned.cdit.young, "walk of a new network"),
+    ]
+
+
+def _clips(learned: Learned) -> list[str]:
+    stored, plain = learned.run_bytes
+    return [
+        "<h2>Clips from the EqM</h2>",
+        f"<p>Four frames each, from noise in {learned.states - 1} updates. This network came with the package, too, "
+        f"and was trained on here for {_seconds(learned.eqm.shipped)}.</p>",
+        "<div class='clips'>" + "".join(_rows(learned.eqm.pictures, "clip")) + "</div>",
+        f"<p class='soft'>The same network, begun anew and trained for {_seconds(learned.eqm.scratch)}:</p>",
+        "<div class='clips'>" + "".join(_rows(learned.eqm.young, "clip of a new network")) + "</div>",
+        "<h2>How the clips came about</h2>",
+        f"<p>Every state of the sampling was recorded while it ran: {stored / 1e6:.2f} MB instead of "
+        f"{plain / 1e6:.2f} MB in fp32 ({100 * stored / plain:.0f}%). The full analysis is in "
+        "<code>analysis/report.html</code> beside this page.</p>",
+        *(_file(path) for path in learned.plots[:2]),
+    ]
+
+
+def _half_table(learned: Learned) -> str:
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{100 * error:.2f}%</td><td>{'simulated' if simulated else 'computed'} here</td></tr>"
+        for name, (error, simulated) in learned.half_errors.items()
+    )
+    return (
+        "<p>By how much a step of the CDiT differs from fp32's. Where this device has no such arithmetic, it is "
+        "simulated, operation by operation.</p>"
+        f"<table><tr><th>weights and arithmetic in</th><th>relative error</th><th></th></tr>{rows}</table>"
+    )
+
+
+def _training(learned: Learned) -> list[str]:
+    fp32 = learned.curves["fp32"].seconds_per_step
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{1e3 * curve.seconds_per_step:.0f} ms</td><td>{fp32 / curve.seconds_per_step:.2f}x"
+        f"</td><td>{curve.losses[-1]:.3f}</td></tr>"
+        for name, curve in learned.curves.items()
+    )
+    return [
+        "<h2>Training, in each precision</h2>",
+        "<p>The EqM, begun anew: the same weights, data and noise, so that curves differ by rounding alone; they ran "
+        f"one after the other. <code>auto</code> chose {html.escape(learned.policy)} for it.</p>",
+        _curves(learned.curves, "EqM, the first steps"),
+        f"<table><tr><th></th><th>a step</th><th>against fp32</th><th>loss</th></tr>{rows}</table>",
+        _curves({"from shipped weights": learned.eqm.shipped, "anew": learned.eqm.scratch}, "EqM on clips"),
+        _curves({"from shipped weights": learned.cdit.shipped, "anew": learned.cdit.scratch}, "CDiT on walks"),
+    ]
 
 
 def _pictures(result: DemoResult) -> str:
@@ -89,50 +170,6 @@ def _pictures(result: DemoResult) -> str:
         for s in result.frames
     )
     return f"<div class='pairs'>{tops}{bottoms}</div>"
-
-
-def _learned(learned: Learned) -> list[str]:
-    """Training, samples, predictions and trajectories."""
-    fp32 = learned.curves["fp32"].seconds_per_step
-    rows = "".join(
-        f"<tr><td>{name}</td><td>{1e3 * curve.seconds_per_step:.0f} ms</td><td>{fp32 / curve.seconds_per_step:.2f}x"
-        f"</td><td>{curve.losses[-1]:.3f}</td></tr>"
-        for name, curve in learned.curves.items()
-    )
-    stored, plain = learned.run_bytes
-    ahead = "".join(f"<th>{k + 1}</th>" for k in range(len(learned.walk_psnr)))
-    scores = "".join(
-        f"<tr><td>{name}</td>" + "".join(f"<td>{value:.1f}</td>" for value in values) + "</tr>"
-        for name, values in (("predicted", learned.walk_psnr), ("last frame kept", learned.copy_psnr))
-    )
-    half = learned.policy.split(",")[0]
-    saved = learned.eqm.steps[-1] * (fp32 - learned.curves[half].seconds_per_step) if half in learned.curves else 0.0
-    return [
-        "<h2>Training, in each precision</h2>",
-        "<p>A small EqM on clips of four frames: the same weights, data and noise, so that curves differ by rounding "
-        "alone; they ran one after the other. "
-        f"<code>auto</code> chose {html.escape(learned.policy)} for training, which "
-        f"{'saved' if saved >= 0 else 'cost'} {abs(saved):.0f} s in the {learned.eqm.steps[-1]} steps that the samples "
-        "below come from.</p>",
-        _curves(learned.curves, "EqM, the first steps"),
-        f"<table><tr><th></th><th>a step</th><th>against fp32</th><th>loss</th></tr>{rows}</table>",
-        _curves({"EqM on clips": learned.eqm}, "The whole training"),
-        _curves({"CDiT on walks": learned.cdit}, "The whole training"),
-        "<h2>Clips from the EqM</h2>",
-        f"<p>From noise in {learned.states - 1} updates each, after {_seconds(learned.eqm)} of training: colors, "
-        "walls and floor come first, a world much later.</p>",
-        *_rows(learned.clips, "clip"),
-        "<h2>Walks: what happened, and what the CDiT expected</h2>",
-        "<p>Above, the real frames; below, those predicted one after the other from two context frames and the "
-        f"actions alone, after {_seconds(learned.cdit)} of training. {_against_a_copy(learned)}</p>",
-        *_rows(learned.walks, "walk"),
-        f"<table><tr><th>PSNR (dB), frames ahead</th>{ahead}</tr>{scores}</table>",
-        "<h2>How the clips came about</h2>",
-        f"<p>Every state of the sampling was recorded while it ran: {stored / 1e6:.2f} MB instead of "
-        f"{plain / 1e6:.2f} MB in fp32 ({100 * stored / plain:.0f}%). The full analysis is in "
-        "<code>analysis/report.html</code> beside this page.</p>",
-        *(_file(path) for path in learned.plots[:2]),
-    ]
 
 
 def _seconds(curve: Curve) -> str:

@@ -6,8 +6,9 @@ Axes: N samples, C channels, K context frames, H W latents, L tokens of a frame,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,28 +26,38 @@ from halfstep.models.layers import (
     modulate,
     modulation,
     run_blocks,
+    sincos_grid,
     token_grid,
     unpatchify,
 )
-from halfstep.models.objectives import diffusion_loss
+from halfstep.models.objectives import Predicted, diffusion_loss
+
+Positions = Literal["random", "sinusoidal"]
 
 # The published sizes: depth, width, heads. A name is CDiT-<size>/2.
 CDIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 class ActionEmbedder(nn.Module):
-    """Actions [N, 3] (forward, left, turn) to [N, D], a third of D each."""
+    """Actions [N, 3] (forward, left, turn) to [N, D], a third of D each. The published sinusoids are made for timesteps
+    up to 1000: actions near 1 hardly move them, `scale` times as large ones do. In training a share `dropout` of the
+    samples has no action, which is zero in the embedding."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scale: float, dropout: float) -> None:
         super().__init__()
+        self.scale, self.dropout = scale, dropout
         third = width // 3
         self.x_emb = ScalarEmbedder(third)
         self.y_emb = ScalarEmbedder(third)
         self.angle_emb = ScalarEmbedder(width - 2 * third)
 
-    def forward(self, actions: torch.Tensor) -> torch.Tensor:
-        parts = [self.x_emb(actions[:, 0]), self.y_emb(actions[:, 1]), self.angle_emb(actions[:, 2])]
-        return torch.cat(parts, dim=-1)
+    def forward(self, actions: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+        """`known` [N]: which samples have an action; by default all, or in training what is drawn."""
+        scaled = actions.float() * self.scale
+        embedded = torch.cat([self.x_emb(scaled[:, 0]), self.y_emb(scaled[:, 1]), self.angle_emb(scaled[:, 2])], dim=-1)
+        if known is None and self.training and self.dropout > 0:
+            known = torch.rand(len(actions), device=actions.device) >= self.dropout
+        return embedded if known is None else torch.where(known[:, None], embedded, 0)
 
 
 class CDiTBlock(nn.Module):
@@ -77,8 +88,11 @@ class CDiTBlock(nn.Module):
 class CDiT(Network):
     """Predicts the noise and the learned variance of a frame from context frames, an action and a time offset.
 
-    input_size: H and W of the latents, or one number for both; context_size: frames of context. State dicts have the
-    published names. Raises InputError when sizes do not divide.
+    input_size: H and W of the latents, or one number for both; context_size: frames of context. predicted: "velocity"
+    in place of the noise, see `diffusion_loss`. action_scale, action_dropout: see ActionEmbedder. positions: what their
+    embeddings are before they are trained, "random" and small, or the "sinusoidal" ones of other transformers, by which
+    a token finds its place in the context from the start. The defaults are as published, as are the names in state
+    dicts. Raises InputError when sizes do not divide.
     """
 
     # Sinusoids of a time need all its digits.
@@ -93,14 +107,21 @@ class CDiT(Network):
         depth: int,
         num_heads: int,
         in_channels: int = 4,
+        predicted: Predicted = "noise",
+        action_scale: float = 1.0,
+        action_dropout: float = 0.0,
+        positions: Positions = "random",
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
             raise InputError(f"CDiT: got a width of {hidden_size}; expected a multiple of {num_heads} heads")
+        if positions == "sinusoidal" and hidden_size % 4:
+            raise InputError(f"CDiT: got a width of {hidden_size}; sinusoidal positions need a multiple of 4")
         if hidden_size < 6:
             raise InputError(f"CDiT: got a width of {hidden_size}; the three parts of an action need 6 or more")
         self.grid = token_grid("CDiT", input_size, patch_size)
         self.patch_size, self.context_size, self.in_channels = patch_size, context_size, in_channels
+        self.predicted, self.guidable = predicted, action_dropout > 0
         self.config: dict[str, Any] = {
             "input_size": (self.grid[0] * patch_size, self.grid[1] * patch_size),
             "context_size": context_size,
@@ -109,17 +130,24 @@ class CDiT(Network):
             "depth": depth,
             "num_heads": num_heads,
             "in_channels": in_channels,
+            "predicted": predicted,
+            "action_scale": action_scale,
+            "action_dropout": action_dropout,
+            "positions": positions,
         }
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
         self.t_embedder = ScalarEmbedder(hidden_size)
         self.time_embedder = ScalarEmbedder(hidden_size)
-        self.y_embedder = ActionEmbedder(hidden_size)
+        self.y_embedder = ActionEmbedder(hidden_size, action_scale, action_dropout)
         tokens = self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.zeros(context_size + 1, tokens, hidden_size))
         self.blocks = nn.ModuleList(CDiTBlock(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, 2 * in_channels)
         initialize(self)
         nn.init.normal_(self.pos_embed, std=0.02)
+        if positions == "sinusoidal":
+            with torch.no_grad():
+                self.pos_embed.add_(sincos_grid(self.grid, hidden_size))
 
     @classmethod
     def named(cls, name: str, input_size: int | tuple[int, int], context_size: int, **options: Any) -> CDiT:
@@ -132,10 +160,17 @@ class CDiT(Network):
         return (self.in_channels, *self.config["input_size"])
 
     def forward(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, x_cond: torch.Tensor, rel_t: torch.Tensor
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        x_cond: torch.Tensor,
+        rel_t: torch.Tensor,
+        known: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Noise and variance, [N, 2 C, H, W], for the noised frame x [N, C, H, W] at diffusion timestep t [N], the
-        action y [N, 3], context x_cond [N, K, C, H, W] and the time offset rel_t [N] in units of 128 frames."""
+        """Noise or velocity, and variance, [N, 2 C, H, W], for the noised frame x [N, C, H, W] at diffusion timestep
+        t [N], the action y [N, 3], context x_cond [N, K, C, H, W] and the time offset rel_t [N] in units of 128 frames;
+        `known` [N] says which actions are known."""
         frame = self.latent_shape
         if tuple(x.shape[1:]) != frame or tuple(x_cond.shape[1:]) != (self.context_size, *frame):
             raise InputError(
@@ -154,12 +189,13 @@ class CDiT(Network):
 
 def _objective(settings: Mapping[str, Any]) -> Objective:
     context_size = settings["context_size"]
+    diffusion = partial(diffusion_loss, predicted=settings["predicted"], min_snr=settings["min_snr"])
 
     def losses(network: Any, items: Items) -> torch.Tensor:
         frames, actions, rel_t = items
         context, goals = frames.tensor_split([context_size], dim=1)
         context = context.repeat_interleave(goals.shape[1], dim=0)
-        return diffusion_loss(network, goals.flatten(0, 1), actions.flatten(0, 1), context, rel_t.flatten())
+        return diffusion(network, goals.flatten(0, 1), actions.flatten(0, 1), context, rel_t.flatten())
 
     return losses
 
@@ -173,20 +209,27 @@ def _read(state: StateDict) -> dict[str, Any] | None:
     return {"context_size": len(state["pos_embed"]) - 1} if "time_embedder.mlp.0.weight" in state else None
 
 
+# Arguments of the network among the settings.
+_ARGUMENTS = ("context_size", "predicted", "action_scale", "action_dropout", "positions")
+
 FAMILY = Family(
     name="CDiT",
     build=CDiT,
     sizes=CDIT_SIZES,
     patches=(2,),
     items="walks",
-    settings=("context_size", "len_traj_pred", "distance", "goals_per_obs", "metric_waypoint_spacing", "datasets"),
+    settings=(
+        *("context_size", "len_traj_pred", "distance", "goals_per_obs", "metric_waypoint_spacing", "datasets"),
+        *("predicted", "min_snr", "action_scale", "action_dropout", "positions"),
+    ),
     learning_rate=8e-5,
     clip_norm=10.0,
     batch=lambda processes: 8 * processes,
-    arguments=lambda settings, latent_shape, classes: {"context_size": settings["context_size"]},
+    arguments=lambda settings, latent_shape, classes: {name: settings[name] for name in _ARGUMENTS},
     objective=_objective,
     example=_example,
     read=_read,
     silent={},
     samplers=("ancestral", "ddim", "dpm++"),
+    steps=250,
 )

@@ -323,4 +323,5 @@ FAMILY = Family(
     read=_read,
     silent={"uncond": True, "energy": "none", "num_frames": 1},
     samplers=("ngd", "gd", "euler", "heun"),
+    steps=250,
 )

@@ -46,17 +46,19 @@ class Network(nn.Module):
 class Family:
     """A kind of network.
 
-    build: the class. sizes: published depth, width and heads by name; patches: the published patch sizes.
+    build: the class. sizes: published depth, width and heads by name; patches: the published patch sizes, none of a
+        network without patches.
     items: what it is trained on, "labeled": (latents [B, C, (T,) H, W], labels [B]), or "walks": (frames
         [B, K + G, C, H, W], actions [B, G, 3], rel_t [B, G]).
-    settings: the settings of a training that are of this family alone.
+    settings: the settings of a training that not all families have.
     learning_rate, clip_norm, batch: as published, the last by the number of processes.
     arguments: from those settings, the shape of a latent and the number of classes to the network's own arguments.
     objective: from those settings to what is minimized.
     example: the inputs of one sample.
     read: the arguments that a published state dict tells, None when it is another family's; `silent` are those that it
         cannot tell, with their defaults.
-    samplers: by name, the default first.
+    next_frame: of walks it learns the next frame alone, not goals far away.
+    samplers: by name, the default first; steps: of a sampler where nobody says how many.
     """
 
     name: str
@@ -74,13 +76,19 @@ class Family:
     read: Callable[[StateDict], dict[str, Any] | None]
     silent: Mapping[str, Any]
     samplers: tuple[str, ...]
+    steps: int
+    next_frame: bool = False
 
     def named(self, name: str) -> dict[str, Any]:
-        """Depth, width, heads and patch size of a published name, `EqM-S/2`. Raises InputError for another."""
+        """Depth, width, heads and the patch size, where it has one, of a published name, `EqM-S/2`. Raises InputError
+        for another."""
         family, _, rest = name.partition("-")
         size, _, patch = rest.partition("/")
-        if family != self.name or size not in self.sizes or patch not in map(str, self.patches):
-            choices = f"{{{','.join(map(str, self.patches))}}}" if len(self.patches) > 1 else str(self.patches[0])
-            raise InputError(f"model: got {name!r}; expected {self.name}-{{{','.join(self.sizes)}}}/{choices}")
+        patches = [str(patch) for patch in self.patches] or [""]
+        if family != self.name or size not in self.sizes or patch not in patches:
+            choices = f"{{{','.join(patches)}}}" if len(patches) > 1 else patches[0]
+            expected = f"{self.name}-{{{','.join(self.sizes)}}}/{choices}".rstrip("/")
+            raise InputError(f"model: got {name!r}; expected {expected}")
         depth, width, heads = self.sizes[size]
-        return {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": int(patch)}
+        patched = {"patch_size": int(patch)} if patch else {}
+        return {"depth": depth, "hidden_size": width, "num_heads": heads, **patched}

@@ -1,4 +1,5 @@
-"""What both transformers are made of (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers").
+"""What both transformers are made of (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers"), and in part
+the U-Nets.
 
 Axes: N samples, L tokens, D width, h w tokens along height and width, p pixels of a patch.
 """
@@ -37,6 +38,13 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 def layer_norm(width: int) -> nn.LayerNorm:
     """Without weights of its own: what follows is modulated."""
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """With 16 channels to a group where they divide so (Wu and He 2018, arXiv 1803.08494). Its statistics are those of
+    one sample, so it is the same at any batch, and torch sums them in fp32 for half inputs; its parameters are as many
+    as those of a BatchNorm."""
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels)
 
 
 class ScalarEmbedder(nn.Module):

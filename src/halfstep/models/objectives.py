@@ -6,14 +6,19 @@ Axes: N samples, C channels, then what a latent has: (T,) H, W.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 TIMESTEPS = 1000  # of the diffusion, with betas from 1e-4 to 0.02
+# What a diffusion network predicts. "noise", as published, on the schedule as it is; "velocity" (Salimans and Ho 2022,
+# "Progressive Distillation", app. D) on one that ends in pure noise.
+Predicted = Literal["noise", "velocity"]
 
 # --- Equilibrium Matching (arXiv 2510.02300) --------------------------------------------------------------------------
 
@@ -74,16 +79,28 @@ def dispersive_loss(z: torch.Tensor) -> torch.Tensor:
 # --- Diffusion with a learned range of variances ----------------------------------------------------------------------
 
 
-@cache
-def _schedule(device: torch.device) -> dict[str, torch.Tensor]:
-    """Coefficients [1000] by timestep, computed in fp64 (Ho et al. 2020, section 3; Nichol and Dhariwal 2021)."""
+def _betas(predicted: Predicted) -> np.ndarray:
+    """[1000] in fp64; of "velocity" those of an abar that is moved and scaled to end at 0, a signal-to-noise ratio of
+    zero (Lin et al. 2024, arXiv 2305.08891, alg. 1). Noise cannot be predicted there: it is the input."""
     betas = np.linspace(1e-4, 0.02, TIMESTEPS, dtype=np.float64)
+    if predicted == "noise":
+        return betas
+    root = np.sqrt(np.cumprod(1 - betas))
+    bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return np.asarray(1 - bar / np.append(1.0, bar[:-1]))
+
+
+@cache
+def _schedule(device: torch.device, predicted: Predicted) -> dict[str, torch.Tensor]:
+    """Coefficients [1000] by timestep, computed in fp64 (Ho et al. 2020, section 3; Nichol and Dhariwal 2021)."""
+    betas = _betas(predicted)
     bar = np.cumprod(1 - betas)
     bar_before = np.append(1.0, bar[:-1])
     posterior = betas * (1 - bar_before) / (1 - bar)
     coefficients = {
         "sqrt_bar": np.sqrt(bar),
         "sqrt_one_minus_bar": np.sqrt(1 - bar),
+        "snr": bar / (1 - bar),
         "log_beta": np.log(betas),
         # The posterior's variance is zero at the first timestep, which takes that of the second.
         "log_posterior": np.log(np.append(posterior[1], posterior[1:])),
@@ -99,34 +116,46 @@ def diffusion_loss(
     *condition: torch.Tensor,
     t: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
+    predicted: Predicted = "noise",
+    min_snr: float | None = None,
 ) -> torch.Tensor:
-    """Loss [N] of a network that predicts noise and a variance: L_simple + L_vlb (Nichol and Dhariwal 2021, eq. 16,
-    with the weight of 1000 timesteps taken into bits a number).
+    """Loss [N] of a network that predicts noise or velocity, and a variance: L_simple + L_vlb (Nichol and Dhariwal
+    2021, eq. 16, with the weight of 1000 timesteps taken into bits a number).
 
     x_start: latents [N, C, H, W]; the network is called as model(x_t, t, *condition) and returns [N, 2 C, H, W]; t: [N]
-    timesteps 0 to 999 and noise: drawn when not given.
+    timesteps 0 to 999 and noise: drawn when not given. With `min_snr` L_simple counts as an error of x_start with the
+    weight min(SNR, min_snr) (Hang et al. 2023, arXiv 2303.09556, eq. 8; 5 there).
     """
     x_start = x_start.float()
     t = torch.randint(TIMESTEPS, (len(x_start),), device=x_start.device) if t is None else t
     noise = torch.randn_like(x_start) if noise is None else noise.float()
     shape = (-1, *[1] * (x_start.dim() - 1))
-    at = {name: values[t].reshape(shape) for name, values in _schedule(x_start.device).items()}
+    at = {name: values[t].reshape(shape) for name, values in _schedule(x_start.device, predicted).items()}
     x_t = at["sqrt_bar"] * x_start + at["sqrt_one_minus_bar"] * noise
-    predicted, variance = model(x_t, t, *condition).float().chunk(2, dim=1)
-    bound = _variational_bound(predicted.detach(), variance, x_start, x_t, t, at)
-    return _squared_error(predicted, noise) + bound
+    output, variance = model(x_t, t, *condition).float().chunk(2, dim=1)
+    if predicted == "noise":
+        target, start = noise, (x_t - at["sqrt_one_minus_bar"] * output.detach()) / at["sqrt_bar"]
+    else:
+        target = at["sqrt_bar"] * noise - at["sqrt_one_minus_bar"] * x_start
+        start = at["sqrt_bar"] * x_t - at["sqrt_one_minus_bar"] * output.detach()
+    simple = _squared_error(output, target)
+    if min_snr is not None:
+        snr = at["snr"].flatten()
+        # An error of x_start is one of noise over SNR, and one of velocity over 1 + SNR.
+        simple = simple * snr.clamp(max=min_snr) / (snr if predicted == "noise" else snr + 1)
+    return simple + _variational_bound(start, variance, x_start, x_t, t, at)
 
 
 def _variational_bound(
-    predicted: torch.Tensor,
+    start: torch.Tensor,
     variance: torch.Tensor,
     x_start: torch.Tensor,
     x_t: torch.Tensor,
     t: torch.Tensor,
     at: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """L_t in bits a number [N] (Ho et al. 2020, eq. 5). `predicted` is detached: this trains the variance alone."""
-    start = (x_t - at["sqrt_one_minus_bar"] * predicted) / at["sqrt_bar"]
+    """L_t in bits a number [N] (Ho et al. 2020, eq. 5). `start`, x_start as it was predicted, is detached: this trains
+    the variance alone."""
     mean = at["mean_of_start"] * start + at["mean_of_now"] * x_t
     # Nichol and Dhariwal 2021, eq. 15, with the network's output from -1 to 1.
     log_variance = torch.lerp(at["log_posterior"], at["log_beta"], (variance + 1) / 2)
@@ -156,3 +185,82 @@ def _discretized_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: 
     inner = torch.log((above - below).clamp(min=1e-12))
     lowest, highest = torch.log(above.clamp(min=1e-12)), torch.log((1 - below).clamp(min=1e-12))
     return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inner))
+
+
+# --- Denoising in few steps (Karras et al. 2022, arXiv 2206.00364, "EDM") ---------------------------------------------
+
+# Of ln sigma in training, for data of deviation 0.5. Table 1 has a mean of -1.2, for sigmas up to 80 in many steps: few
+# steps begin at 5, which that hardly trains. DIAMOND (Alonso et al. 2024, arXiv 2405.12399) has this one.
+EDM_MEAN, EDM_DEVIATION = -0.4, 1.2
+EDM_SIGMA_DATA = 0.5
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """Table 1's scalings for noise levels `sigma` [N], fp32, each [N, 1, 1, 1] but `noise` [N]: the denoised data are
+    skip x + out F(in x, noise), where input and target of the network F have variance 1 for data of variance
+    `sigma_data` squared. In fp32 whatever F computes in: at small sigma the result is nearly x itself."""
+
+    sigma: torch.Tensor
+    sigma_data: float
+
+    @property
+    def skip(self) -> torch.Tensor:
+        return self.sigma_data**2 / self._variance
+
+    @property
+    def out(self) -> torch.Tensor:
+        return self._sigma * self.sigma_data / self._variance.sqrt()
+
+    @property
+    def into(self) -> torch.Tensor:
+        return 1 / self._variance.sqrt()
+
+    @property
+    def noise(self) -> torch.Tensor:
+        return self.sigma.float().log() / 4
+
+    @property
+    def _sigma(self) -> torch.Tensor:
+        return self.sigma.float().reshape(-1, 1, 1, 1)
+
+    @property
+    def _variance(self) -> torch.Tensor:
+        return self._sigma**2 + self.sigma_data**2
+
+
+def edm_denoised(
+    model: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    sigma_data: float,
+    *condition: torch.Tensor,
+) -> torch.Tensor:
+    """The data [N, C, H, W], fp32, that x of noise levels sigma [N] are thought to be (eq. 7); the network is called as
+    model(in x, noise, *condition)."""
+    at = Preconditioning(sigma, sigma_data)
+    x = x.float()
+    return at.skip * x + at.out * model(at.into * x, at.noise, *condition).float()
+
+
+def edm_loss(
+    model: Callable[..., torch.Tensor],
+    y: torch.Tensor,
+    *condition: torch.Tensor,
+    sigma_data: float = EDM_SIGMA_DATA,
+    sigma: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Loss [N] of a network of `edm_denoised` for data y [N, C, H, W]: the error of what is denoised, with the weight
+    lambda = 1 / out^2 of table 1, is that of the network itself (eq. 8), which is computed here as it loses no digits.
+
+    sigma: [N] and noise, normal of y's shape: drawn when not given, sigma log-normally.
+    """
+    y = y.float()
+    if sigma is None:
+        sigma = (EDM_MEAN + EDM_DEVIATION * torch.randn(len(y), device=y.device)).exp() * sigma_data / EDM_SIGMA_DATA
+    noise = torch.randn_like(y) if noise is None else noise.float()
+    at, level = Preconditioning(sigma, sigma_data), sigma.float().reshape(-1, 1, 1, 1)
+    # (y - skip x) / out, without what cancels at small sigma.
+    target = (level * y - sigma_data**2 * noise) * at.into / sigma_data
+    return _squared_error(model(at.into * (y + level * noise), at.noise, *condition), target)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from halfstep.errors import InputError
-from halfstep.models import cdit, eqm
+from halfstep.models import cdit, eqm, livestream
 from halfstep.models.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (eqm.FAMILY, cdit.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (eqm.FAMILY, cdit.FAMILY, livestream.FAMILY)}
 
 
 def family_of(name: str) -> Family:

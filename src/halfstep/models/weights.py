@@ -23,7 +23,7 @@ from halfstep.spec import LatentSpec
 @dataclass(frozen=True)
 class About:
     """What a network is and what it was trained on. `network`: its family's name, `config`: its arguments; `latents`:
-    of what it makes, None when unknown; `classes`: names of the labels; `spacing`: meters a waypoint, of a CDiT."""
+    of what it makes, None when unknown; `classes`: names of the labels; `spacing`: meters a waypoint, of a walk."""
 
     network: str
     config: dict[str, Any]
@@ -40,11 +40,12 @@ class About:
     def name(self) -> str:
         """The published name, `EqM-S/2`, or the class and its sizes."""
         size = next((s for s, sizes in self.family.sizes.items() if sizes == self._sizes), None)
-        patch = self.config["patch_size"]
+        patch = self.config.get("patch_size")
         if size is None:
             depth, width, heads = self._sizes
-            return f"{self.network} of depth {depth}, width {width}, {heads} heads, patch {patch}"
-        return f"{self.network}-{size}/{patch}"
+            patched = "" if patch is None else f", patch {patch}"
+            return f"{self.network} of depth {depth}, width {width}, {heads} heads{patched}"
+        return f"{self.network}-{size}" if patch is None else f"{self.network}-{size}/{patch}"
 
     @property
     def _sizes(self) -> tuple[int, int, int]:

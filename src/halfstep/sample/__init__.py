@@ -1,4 +1,4 @@
-"""Samples of trained networks as files: pictures and videos from an EqM, walks from a CDiT."""
+"""Samples of trained networks as files: pictures and videos from an EqM, walks from a CDiT or livestream."""
 
 from halfstep.sample.options import SampleOptions
 from halfstep.sample.samples import SampleReport, sample

@@ -1,4 +1,4 @@
-"""Makers: batches of samples by number, from an EqM or along walks from a CDiT.
+"""Makers: batches of samples by number, from an EqM or along walks from a CDiT or a livestream.
 
 Axes: N samples, S frames of a walk, K context frames, C channels, T frames of a clip, H W latents.
 """
@@ -18,7 +18,7 @@ import torch
 from halfstep.data.frames import FrameReader, open_latents, windows
 from halfstep.data.navigation import REL_T_FRAMES, local_steps, to_actions, waypoint_spacing
 from halfstep.errors import InputError
-from halfstep.models import About, CDiT, EqM
+from halfstep.models import About, CDiT, EqM, LiveStream
 from halfstep.progress import Progress
 from halfstep.sample.options import SampleOptions
 from halfstep.sampling import (
@@ -26,10 +26,12 @@ from halfstep.sampling import (
     Recorder,
     SamplerState,
     drive,
+    noise_levels,
     rollout,
     sample_cdit,
     sample_eqm,
     sample_eqm_ode,
+    sample_livestream,
 )
 from halfstep.sampling.cdit import make_scheduler
 from halfstep.sampling.noise import own_generator
@@ -76,7 +78,10 @@ class EqMMaker:
         self._ode = self.sampler in ("euler", "heun")
         if self._ode and options.stop_below is not None:
             raise InputError("--stop-below needs --sampler gd or ngd; the flow's ODE has a fixed end")
-        self.steps = options.steps if self._ode else options.steps - 1
+        steps = options.steps or about.family.steps
+        self.steps = steps if self._ode else steps - 1
+        if self.steps < 1:
+            raise InputError(f"--steps: got {steps}; expected 2 or more, as {self.sampler} makes one update less")
         numbers = {"step-size": options.step_size, "momentum": options.momentum, "cfg-scale": options.guidance_scale}
         for flag, value in {**numbers, "stop-below": options.stop_below or 0.0}.items():
             if not math.isfinite(value):
@@ -185,14 +190,17 @@ class _Counted:
 class WalkMaker:
     """Walks from real context frames, along the real actions."""
 
-    def __init__(self, options: SampleOptions, network: CDiT, about: About, device: torch.device) -> None:
+    def __init__(self, options: SampleOptions, network: CDiT | LiveStream, about: About, device: torch.device) -> None:
         self._options, self._network, self._device = options, network, device
         self.sampler = _sampler(options, about)
         if options.data_path is None:
-            raise InputError("--data-path: not given; a CDiT walks on from the frames of a store with poses")
-        make_scheduler(self.sampler, options.steps)  # which refuses what it cannot do
+            raise InputError(
+                f"--data-path: not given; a {about.network} walks on from the frames of a store with poses"
+            )
+        self._updates = options.steps or about.family.steps
+        self._sample = self._sampler_of(network)
         self._spacing = waypoint_spacing(options.spacing, about.spacing)
-        self.frames, self.steps = options.frames, options.steps * options.frames
+        self.frames, self.steps = options.frames, self._updates * options.frames
         self.spec: LatentSpec | None
         self._walks, self.spec = open_latents(options.data_path, network.in_channels, about.latents)
         self._starts = windows(self._walks, network.context_size + options.frames)
@@ -201,7 +209,7 @@ class WalkMaker:
         self._order = [int(place) for place in order]
 
     def make(self, numbers: Sequence[int], recorders: Recorders | None, progress: Progress) -> Made:
-        found, actions = [], []
+        options, found, actions = self._options, [], []
         context_size = self._network.context_size
         for number in numbers:
             key, first = self._start(number)
@@ -211,24 +219,31 @@ class WalkMaker:
             steps = local_steps(position[path], yaw[path])
             actions.append(torch.from_numpy(to_actions(steps, self._spacing)).float())
         frames = torch.stack(found).to(self._device)
-        sampler = partial(
-            sample_cdit,
-            scheduler=self.sampler,
-            steps=self._options.steps,
-            generators=[own_generator(self._options.seed, number) for number in numbers],
-        )
+        sampler = partial(self._sample, generators=[own_generator(options.seed, number) for number in numbers])
 
         def follow(frame: int, states: Iterator[SamplerState]) -> torch.Tensor:
             return drive(states, [] if recorders is None else recorders(frame), progress)
 
         actions_of_all = torch.stack(actions).to(self._device)
         context = frames[:, :context_size]
-        latents = rollout(self._network, context, actions_of_all, 1 / REL_T_FRAMES, sampler, follow)
-        return Made(latents, self._options.steps, frames[:, context_size:])
+        latents = rollout(
+            self._network, context, actions_of_all, 1 / REL_T_FRAMES, sampler, follow, options.guidance_scale
+        )
+        return Made(latents, self._updates, frames[:, context_size:])
 
     def facts(self, number: int) -> dict[str, Any]:
         key, first = self._start(number)
         return {"walk": key, "frame": int(self._walks.numbers(key)[first + self._network.context_size - 1])}
+
+    def _sampler_of(self, network: CDiT | LiveStream) -> Callable[..., Iterator[SamplerState]]:
+        """Raises InputError for what it cannot do."""
+        if isinstance(network, LiveStream):
+            noise_levels(self._updates)
+            return partial(sample_livestream, steps=self._updates)
+        make_scheduler(self.sampler, self._updates)
+        if self._options.guidance_scale != 1 and not network.guidable:
+            raise InputError("--cfg-scale: this CDiT was trained with every action; it takes one with action_dropout")
+        return partial(sample_cdit, scheduler=self.sampler, steps=self._updates)
 
     def _start(self, number: int) -> tuple[str, int]:
         """The walk and its first context frame that a sample begins with."""
@@ -242,4 +257,8 @@ def _sampler(options: SampleOptions, about: About) -> str:
     return options.sampler or samplers[0]
 
 
-MAKERS: dict[str, Callable[[SampleOptions, Any, About, torch.device], Maker]] = {"EqM": EqMMaker, "CDiT": WalkMaker}
+MAKERS: dict[str, Callable[[SampleOptions, Any, About, torch.device], Maker]] = {
+    "EqM": EqMMaker,
+    "CDiT": WalkMaker,
+    "livestream": WalkMaker,
+}

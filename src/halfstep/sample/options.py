@@ -11,11 +11,12 @@ from halfstep.store import TrajectoryFormat
 
 FORMATS = ("png", "mp4", "gif", "npy")
 
-# The options of one family alone.
+# The options that not all families have.
 _OWN = {
     "EqM": "step_size momentum guidance_scale guidance_channels labels stop_below start_from start_gamma video "
     "clip_len energy",
-    "CDiT": "data_path frames spacing",
+    "CDiT": "data_path frames spacing guidance_scale",
+    "livestream": "data_path frames spacing",
 }
 
 
@@ -24,12 +25,12 @@ class SampleOptions:
     """What to make. None leaves the choice to the network.
 
     `sampler`: gd, ngd (default), euler or heun for EqM; ancestral (default), ddim or dpm++ for CDiT, with `steps` as
-    published, 250; gd and ngd make one update less. EqM: `labels` in turn, each a class or several to be composed;
-    `stop_below` as in `halfstep.sampling`; `start_from`, a store or `.pt` tree whose latents are noised, so that
-    `start_gamma` (0.5) is their share; `video` and `clip_len` of a published checkpoint that does not say it. CDiT:
-    `data_path` with walks whose beginnings are context, `frames` to predict. `format`: png, mp4, gif, or npy for
-    latents that are not decoded. `record`: keep each step, at the error of `storage`. Samples depend on `seed` and
-    their number alone.
+    published, 250; euler with 3 for livestream; gd and ngd make one update less. EqM: `labels` in turn, each a class or
+    several to be composed; `stop_below` as in `halfstep.sampling`; `start_from`, a store or `.pt` tree whose latents
+    are noised, so that `start_gamma` (0.5) is their share; `video` and `clip_len` of a published checkpoint that does
+    not say it. CDiT and livestream: `data_path` with walks whose beginnings are context, `frames` to predict. `format`:
+    png, mp4, gif, or npy for latents that are not decoded. `record`: keep each step, at the error of `storage`. Samples
+    depend on `seed` and their number alone.
     """
 
     ckpt: Path
@@ -38,7 +39,7 @@ class SampleOptions:
     model: str | None = None
     autoencoder: str | None = None
     sampler: str | None = None
-    steps: int = 250
+    steps: int | None = None
     step_size: float = 0.0017
     momentum: float = 0.3
     guidance_scale: float = 1.0
@@ -67,8 +68,8 @@ class SampleOptions:
         """Raise InputError for what no network could do, or for a folder of something else."""
         if self.format not in (None, *FORMATS):
             raise InputError(f"--format: got {self.format!r}; expected one of {', '.join(FORMATS)}")
-        if self.number < 1 or self.batch_size < 1 or self.steps < 2 or self.frames < 1:
-            raise InputError("sample: --number, --batch-size and --frames are at least 1, --steps at least 2")
+        if min(self.number, self.batch_size, self.frames, self.steps or 1) < 1 or self.steps == 0:
+            raise InputError("sample: --number, --batch-size, --frames and --steps are at least 1")
         if self.clip_len is not None and not self.video:
             raise InputError("--clip-len needs --video")
         if self.storage != "fp16" and not self.record:
@@ -77,9 +78,9 @@ class SampleOptions:
         claim(self.output, "set of samples", ("samples.json",))
 
     def require_for(self, family: str) -> None:
-        """Raise InputError for an option that is of another family of networks."""
-        silent = SampleOptions(self.ckpt, self.output)
-        for name in (name for other, names in _OWN.items() if other != family for name in names.split()):
+        """Raise InputError for an option that is of other families of networks."""
+        silent, own = SampleOptions(self.ckpt, self.output), _OWN[family].split()
+        for name in (name for names in _OWN.values() for name in names.split() if name not in own):
             if getattr(self, name) != getattr(silent, name):
                 flag = name.replace("guidance", "cfg").replace("_", "-")
                 raise InputError(f"--{flag} is not an option of {family}")

@@ -1,4 +1,4 @@
-"""sample(options): pictures and videos from a trained EqM, walks from a trained CDiT, in a folder.
+"""sample(options): pictures and videos from a trained EqM, walks from a trained CDiT or livestream, in a folder.
 
 OUT/000000.png (.mp4, .gif)   one a sample; of a walk the real frames above the predicted ones
 OUT/contact_sheet.png         the first of them
@@ -86,6 +86,7 @@ def sample(options: SampleOptions, progress: Progress = SILENT) -> SampleReport:
         about, before = checkpoint.about, _settings(options.output)
         kept = None if before is None else before["policy"]
         options.require_for(about.network)
+        options = replace(options, steps=options.steps or about.family.steps)
         network = checkpoint.build(ema=options.ema).to(device)
         size = min(options.batch_size, options.number)
         policy, notes = team.on_leader(

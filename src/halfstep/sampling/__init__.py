@@ -3,6 +3,7 @@
 from halfstep.sampling.cdit import Prediction, rollout, sample_cdit
 from halfstep.sampling.diffusers_hook import record
 from halfstep.sampling.eqm import GuidedField, energy_score, sample_eqm, sample_eqm_ode
+from halfstep.sampling.livestream import noise_levels, sample_livestream
 from halfstep.sampling.recorder import MemoryRecorder, NullRecorder, Recorder, Step, StoreRecorder
 from halfstep.sampling.states import SamplerState, drive
 
@@ -17,9 +18,11 @@ __all__ = [
     "StoreRecorder",
     "drive",
     "energy_score",
+    "noise_levels",
     "record",
     "rollout",
     "sample_cdit",
     "sample_eqm",
     "sample_eqm_ode",
+    "sample_livestream",
 ]

@@ -6,6 +6,7 @@ run's attributes. Steps that are durable but not yet in the arrays lie in the ru
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,6 +95,19 @@ class TrajectoryStore(Mapping[str, Run]):
         if key not in self:
             raise InputError(f"{self.root}: no run {key!r} (of {len(self)}); `.keys()` lists them")
         return read_run(self.root, key)
+
+    def noted(self, key: str) -> dict[str, Any]:
+        """The attributes of the run `key` alone, from one small file: a list of many runs needs no more. Raises
+        StoreError when it cannot be read."""
+        check_key(key)
+        path = self.root / key / "zarr.json"
+        try:
+            attributes = json.loads(path.read_bytes())["attributes"]
+            if not isinstance(attributes, dict):
+                raise TypeError("no attributes")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path}: cannot be read ({error}); read another copy of it") from error
+        return attributes
 
     def record(self, key: str, format: TrajectoryFormat | None = None, **attributes: Any) -> RunWriter:
         """Begin the run `key`, whose steps are given to the writer one by one. `attributes` are kept with it as JSON;

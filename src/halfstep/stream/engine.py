@@ -16,6 +16,7 @@ import torch
 
 from halfstep.engine import Flow, Lanes, Ledger, lane_count, remote_functions, stop_request
 from halfstep.engine.ledger import Balance
+from halfstep.engine.meter import Meter
 from halfstep.engine.remote import cluster
 from halfstep.errors import FileError, InputError
 from halfstep.files import alone, claim, file_errors, write_durably
@@ -23,7 +24,6 @@ from halfstep.machine import device_name, open_device, peak_memory_mb
 from halfstep.precision import PrecisionPolicy, Trial, settle
 from halfstep.progress import SILENT, Progress
 from halfstep.stream.dead_letters import DeadLetters, Loss
-from halfstep.stream.meter import Meter
 from halfstep.stream.model import Computed, Inference, ModelSpec, lane_trial, multiple_of, network_name, sample_type
 from halfstep.stream.parts import EVENTS, Outputs, Parts
 from halfstep.stream.prepare import Preparation

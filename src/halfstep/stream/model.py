@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from halfstep.engine import Checked, Gate, Ring
+from halfstep.engine.graphs import Graphed
 from halfstep.errors import InputError
 from halfstep.files import sha256_of
 from halfstep.models import PeakNet
 from halfstep.opening import TORCH_FILES, open_model
 from halfstep.precision import PrecisionPolicy, Trial, prepare, torch_dtype
 from halfstep.stream.events import Array
-from halfstep.stream.graphs import Graphed
 
 
 @dataclass(frozen=True)

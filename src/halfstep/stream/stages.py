@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from halfstep.engine import Ledger, RemoteError, Stage
+from halfstep.engine.meter import Meter
 from halfstep.errors import FileError, HalfstepError, InputError
 from halfstep.files import write_durably
 from halfstep.progress import Progress
 from halfstep.stream.dead_letters import Loss
 from halfstep.stream.events import Array, Event, Fact, Identity, Message, MessageError, Result
-from halfstep.stream.meter import Meter
 from halfstep.stream.model import Computed
 from halfstep.stream.parts import Parts
 from halfstep.stream.peaks import measure_peaks

@@ -11,7 +11,9 @@ from halfstep.config import Config
 from halfstep.data.latents import Distance, NavigationDatasetConfig, Place
 from halfstep.errors import InputError
 from halfstep.models import FAMILIES, About, Family, family_of
+from halfstep.models.cdit import Positions
 from halfstep.models.eqm import Energy
+from halfstep.models.objectives import EDM_SIGMA_DATA, Predicted
 from halfstep.spec import PixelSpec
 from halfstep.train.state import Updates
 
@@ -36,20 +38,23 @@ class NetworkSizes(Config):
     hidden_size: Positive
     depth: Positive
     num_heads: Positive
-    patch_size: Positive = 2
+    patch_size: Positive = 2  # of networks with patches
 
 
 class TrainConfig(Config):
     """One training run. The published navigation YAMLs are such configs.
 
-    model: `EqM-{S,B,L,XL}/{2,4,8}`, `CDiT-{S,B,L,XL}/2`, or sizes. data_path: a latent store, a `.pt` tree, or pixels,
-    which are then encoded in every step by `autoencoder` at `image_size`. EqM: `clip_len` above 1 trains on clips;
-    `dispersive_weight` adds the dispersive loss. CDiT: `datasets` in place of data_path, each with its folder and
-    split; an item of a walk has `goals_per_obs` samples. batch_size: a process's items to a step, or
-    `global_batch_size` those of all. gradient_accumulation_steps: micro-batches of a step, whose gradients are summed
-    in the type of the weights. activation_budget: the share of blocks that keep their activations. memory: a size such
-    as 8GB, into which a step is made to fit by the two before, from what they are. ckpt: weights to start from. fsdp:
-    shard the weights over the processes.
+    model: `EqM-{S,B,L,XL}/{2,4,8}`, `CDiT-{S,B,L,XL}/2`, `livestream-{S,M,L}`, or sizes. data_path: a latent store, a
+    `.pt` tree, or pixels, which are then encoded in every step by `autoencoder` at `image_size`. EqM: `clip_len` above
+    1 trains on clips; `dispersive_weight` adds the dispersive loss. CDiT: `datasets` in place of data_path, each with
+    its folder and split; an item of a walk has `goals_per_obs` samples; `predicted` and `min_snr` as in
+    `diffusion_loss`, where velocity learns what noise, the published default, leaves unlearned; `action_scale` and
+    `action_dropout` as in ActionEmbedder, 1 and 0 as published. livestream learns the next frame of such walks:
+    `sigma_data` is the deviation of the latents, `history_noise` how much noise, in units of it, context frames get at
+    most. batch_size: a process's items to a step, or `global_batch_size` those of all. gradient_accumulation_steps:
+    micro-batches of a step, whose gradients are summed in the type of the weights. activation_budget: the share of
+    blocks that keep their activations. memory: a size such as 8GB, into which a step is made to fit by the two before,
+    from what they are. ckpt: weights to start from. fsdp: shard the weights over the processes.
     """
 
     model: str | NetworkSizes
@@ -70,6 +75,13 @@ class TrainConfig(Config):
     goals_per_obs: Positive = 4
     metric_waypoint_spacing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     datasets: dict[str, NavigationDatasetConfig] = Field(default_factory=dict)
+    predicted: Predicted = "noise"
+    min_snr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    action_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    action_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    positions: Positions = "random"
+    sigma_data: Annotated[float, Field(gt=0, allow_inf_nan=False)] = EDM_SIGMA_DATA
+    history_noise: NotNegative = 0.7  # at most, as Valevski et al. 2024 have it (arXiv 2408.14837, section 3.2.1)
     normalize: Literal[True] = True  # the published configs say it; actions are always normalized
 
     precision: Annotated[str, Field(coerce_numbers_to_str=True)] = "auto"  # 16 and 32 are among the spellings
@@ -102,9 +114,12 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         family, fields = self.family, type(self).model_fields
-        for name in (name for other in FAMILIES.values() if other is not family for name in other.settings):
+        for name in (name for other in FAMILIES.values() for name in other.settings if name not in family.settings):
             if getattr(self, name) != fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"{name} is not a setting of {family.name}")
+        patch_size = NetworkSizes.model_fields["patch_size"].default
+        if isinstance(self.model, NetworkSizes) and not family.patches and self.model.patch_size != patch_size:
+            raise ValueError(f"model.patch_size is not a size of {family.name}")
         if (self.data_path is None) == (not self.datasets):
             raise ValueError(
                 "data_path: is not given" if self.data_path is None else "give data_path or datasets, not both"
@@ -190,7 +205,7 @@ class TrainConfig(Config):
     def about(self, latent_shape: tuple[int, ...], num_classes: int) -> About:
         """The network for latents (C, (T,) H, W). Raises InputError for a name that is not published."""
         if isinstance(self.model, NetworkSizes):
-            sizes = self.model.model_dump(exclude={"network"})
+            sizes = self.model.model_dump(exclude={"network"} if self.family.patches else {"network", "patch_size"})
         else:
             sizes = self.family.named(self.model)
         common = {"input_size": (latent_shape[-2], latent_shape[-1]), "in_channels": latent_shape[0]}

@@ -15,6 +15,7 @@ from halfstep.data.base import SourceError, digest
 from halfstep.data.frames import FrameReader, latents_spec, open_frames
 from halfstep.data.latents import (
     ClipLatents,
+    Distance,
     ImageLatents,
     NavigationConfig,
     NavigationDatasetConfig,
@@ -187,7 +188,7 @@ def _num_classes(found: list[str], wanted: int | None) -> int:
 
 
 def _navigation(config: TrainConfig) -> NavigationConfig:
-    datasets = config.datasets
+    datasets, next_frame = config.datasets, config.family.next_frame
     if not datasets:
         path = config.data_path
         assert path is not None
@@ -199,14 +200,14 @@ def _navigation(config: TrainConfig) -> NavigationConfig:
         entry = NavigationDatasetConfig(
             latent_folder=None if pixels else path,
             data_folder=path if pixels else None,
-            goals_per_obs=config.goals_per_obs,
+            goals_per_obs=1 if next_frame else config.goals_per_obs,
             metric_waypoint_spacing=spacing,
         )
         datasets = {name: entry}
     return NavigationConfig(
         context_size=config.context_size,
-        len_traj_pred=config.len_traj_pred,
-        distance=config.distance,
+        len_traj_pred=1 if next_frame else config.len_traj_pred,
+        distance=Distance(min_dist_cat=1, max_dist_cat=1) if next_frame else config.distance,
         image_size=config.pixels.width,
         datasets=datasets,
     )

@@ -20,6 +20,7 @@ from halfstep.precision import COLLAPSE, Movement
 from halfstep.progress import SILENT, Progress
 from halfstep.team import Team
 from halfstep.train.checkpoint import remove_unfinished, save
+from halfstep.train.conditions import Conditions
 from halfstep.train.config import TrainConfig
 from halfstep.train.data import open_data
 from halfstep.train.health import require_finite
@@ -120,6 +121,7 @@ def _run(
     last = config.steps or config.epochs * work.data.steps_per_epoch
     facts = facts_of(config.document(), work.data, team)
     meter = Meter(about, state, work)
+    heard = Conditions(about.family.items, work)
     batches = work.batches(state.step)
     progress.start(last, state.step)
     with stop_request() as stop:
@@ -151,11 +153,12 @@ def _run(
                 )
             if movement is not None:  # only here, and in fp16 there, does the host wait for the device
                 require_finite(state, work, run)
-                record, notes = meter.record(movement, saved_by_precision())
+                effects, ignored = heard.look(state.step, state.model, microbatches[0])
+                record, notes = meter.record(movement, saved_by_precision(), effects)
                 if team.leads:
                     logs.write(record)
                 progress.show(told(record))
-                for line in notes:
+                for line in (*notes, *ignored):
                     progress.note(line)
             stop.agree()
             if state.step % config.ckpt_every == 0 and state.step < last:

@@ -57,9 +57,11 @@ class Meter:
         self._steps += 1
         self._reasons += batch.unreadable
 
-    def record(self, movement: Movement, against_fp32: dict[str, float] | None) -> tuple[dict[str, Any], list[str]]:
-        """The line for the steps since the last one, which all processes make together, with what precision saves, and
-        what the user should know of them. Waits for the device."""
+    def record(
+        self, movement: Movement, against_fp32: dict[str, float] | None, effects: dict[str, float]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The line for the steps since the last one, which all processes make together, with what precision saves and
+        what conditions do to the loss, and what the user should know of them. Waits for the device."""
         state, team = self._state, self._work.team
         loss = self._loss / self._steps
         if team.size > 1:
@@ -81,6 +83,7 @@ class Meter:
             "lr": state.optimizer.param_groups[0]["lr"],
             "policy": str(state.policy),
             "against_fp32": against_fp32,
+            "effects": effects,
             "loss_scale": scale.factor,
             "skipped": int(scale.skipped),
             "switched_at": scale.switched_at,

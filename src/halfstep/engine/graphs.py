@@ -1,4 +1,4 @@
-"""CUDA graphs: the kernels of one batch, recorded once and started with a single call."""
+"""CUDA graphs: the kernels of one call, recorded once and started together."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-Network = Callable[[torch.Tensor], torch.Tensor]
+Network = Callable[..., torch.Tensor]  # of tensors
 
 _WARM_UP = 3  # calls before the recording, in which libraries choose their kernels
 
 
 class Graphed:
-    """A network whose batches are replayed from a graph, one for each shape and each thread; a thread works on a stream
-    of its own, within `stream`. On a CPU, and where the network cannot be recorded, it is called as ever: `problem`
-    says why."""
+    """A network whose calls are replayed from a graph, one for each of their shapes and each thread; a thread works on
+    a stream of its own, within `stream`. On a CPU, and where the network cannot be recorded, it is called as ever:
+    `problem` says why."""
 
     def __init__(self, network: Network, device: torch.device) -> None:
         self._network, self._device = network, device
@@ -28,37 +28,43 @@ class Graphed:
         """The stream of the calling thread."""
         if self._device.type != "cuda":
             return nullcontext()
+        self._begin()
+        return torch.cuda.stream(self._own.stream)
+
+    def _begin(self) -> None:
+        """In each thread."""
         if not hasattr(self._own, "stream"):
             self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._own.graphs = {}
-        return torch.cuda.stream(self._own.stream)
 
-    def __call__(self, samples: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self._device.type != "cuda" or self.problem is not None:
-            return self._network(samples)
-        key = samples.shape, samples.dtype
+            return self._network(*inputs)
+        self._begin()
+        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if key not in self._own.graphs:
             try:
                 with self._recording:
-                    self._own.graphs[key] = self._record(samples)
+                    self._own.graphs[key] = self._record(inputs)
             except RuntimeError as error:
                 self.problem = str(error).splitlines()[0]
-                return self._network(samples)
+                return self._network(*inputs)
         replay: Network = self._own.graphs[key]
-        return replay(samples)
+        return replay(*inputs)
 
-    def _record(self, samples: torch.Tensor) -> Network:
-        held = samples.clone()
+    def _record(self, inputs: tuple[torch.Tensor, ...]) -> Network:
+        held = [tensor.clone() for tensor in inputs]
         for _ in range(_WARM_UP):
-            self._network(held)
+            self._network(*held)
         torch.cuda.current_stream(self._device).synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads go on meanwhile, so only this one's calls may spoil the recording.
         with torch.cuda.graph(graph, stream=self._own.stream, capture_error_mode="thread_local"):
-            output = self._network(held)
+            output = self._network(*held)
 
-        def replay(samples: torch.Tensor) -> torch.Tensor:
-            held.copy_(samples)
+        def replay(*inputs: torch.Tensor) -> torch.Tensor:
+            for place, tensor in zip(held, inputs, strict=True):
+                place.copy_(tensor)
             graph.replay()
             return output.clone()  # the graph's own memory is written again by the next batch
 

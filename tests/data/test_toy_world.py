@@ -1,0 +1,51 @@
+"""The toy world: walks that stay out of walls, and the same bytes for the same arguments."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from halfstep.data.navigation import local_steps
+from halfstep.data.toy_world import PLAYGROUND_SIZE, STEP_METRES, TURN, playground, render, walk, write_toy_world
+from halfstep.errors import InputError
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_who_plays_holds_keys_and_stays_out_of_walls(seed: int) -> None:
+    world = playground()
+    position, yaw = walk(world, 200, np.random.default_rng(seed), play=True)
+    cells = np.floor(position).astype(int)
+    assert not world.walls[cells[:, 0], cells[:, 1]].any()
+    steps = local_steps(position, yaw)
+    assert np.abs(steps[:, 0]).max() <= STEP_METRES + 1e-9 and np.abs(steps[:, 2]).max() <= TURN + 1e-9
+    np.testing.assert_allclose(steps[:, 1], 0, atol=1e-9)  # nobody walks sideways
+    assert {-1.0, 0.0, 1.0} <= set(np.sign(np.round(steps[:, 2], 6)))
+    assert (steps[:, 0] > 0.1).mean() > 0.1 and (steps[:, 0] < -0.1).any()
+
+
+def test_the_playground_is_one_world_for_all_seeds(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_toy_world(tmp_path / str(seed), walks=1, frames=3, seed=seed, play=True)
+    poses = [pickle.loads((tmp_path / str(seed) / "walk_000" / "traj_data.pkl").read_bytes()) for seed in (0, 1)]
+    assert not np.allclose(poses[0]["position"], poses[1]["position"])
+    for seed, pose in enumerate(poses):
+        picture = Image.open(tmp_path / str(seed) / "walk_000" / "2.jpg")
+        assert picture.size == PLAYGROUND_SIZE
+        drawn = render(playground(), pose["position"][2], float(pose["yaw"][2]), PLAYGROUND_SIZE)
+        assert np.abs(np.asarray(picture).astype(float) - drawn).mean() < 6  # JPEG
+
+
+def test_the_first_world_is_as_ever(tmp_path: Path) -> None:
+    write_toy_world(tmp_path / "world", walks=1, frames=4)
+    poses = (tmp_path / "world" / "walk_000" / "traj_data.pkl").read_bytes()
+    assert hashlib.sha256(poses).hexdigest()[:16] == WANDERED
+    with pytest.raises(InputError, match="at least one"):
+        write_toy_world(tmp_path / "none", walks=0)
+
+
+WANDERED = "499251c9c289bc24"

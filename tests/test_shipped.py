@@ -1,0 +1,50 @@
+"""What is shipped is what its facts say, small, and better than nothing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from halfstep.autoencoders import load_autoencoder, to_pixels
+from halfstep.data.toy_world import PLAYGROUND_SIZE, playground, render, walk
+from halfstep.models import read_checkpoint
+from halfstep.shipped import shipped
+
+FOLDERS = ("autoencoder", "cdit", "eqm")
+
+
+def test_it_is_small() -> None:
+    sizes = {name: sum(path.stat().st_size for path in shipped(name).rglob("*") if path.is_file()) for name in FOLDERS}
+    assert sizes["autoencoder"] < 1e6 and sum(sizes.values()) < 15e6
+
+
+def test_the_autoencoder_shows_the_playground() -> None:
+    facts = json.loads((shipped("autoencoder") / "facts.json").read_text())
+    rng, world = np.random.default_rng(5), playground()
+    position, yaw = walk(world, 40, rng, play=True)
+    frames = np.stack([render(world, position[k], float(yaw[k]), PLAYGROUND_SIZE) for k in range(0, 40, 5)])
+    autoencoder = load_autoencoder("toy")
+    latents = autoencoder.scaled(autoencoder.encode(to_pixels(torch.from_numpy(frames))).mean)
+    error = np.mean((autoencoder.pictures(latents).astype(float) - frames) ** 2)
+    assert 10 * np.log10(255**2 / error) > facts["psnr"] - 4
+    assert autoencoder.spec.autoencoder == "toy" and latents.std() == pytest.approx(1, abs=0.35)
+    assert autoencoder.reload().spec == autoencoder.spec
+
+
+@pytest.mark.parametrize("name", ["cdit", "eqm"])
+def test_networks_are_of_the_toy_autoencoders_latents(name: str) -> None:
+    checkpoint = read_checkpoint(shipped(name))
+    assert checkpoint.about.latents is not None and checkpoint.about.latents.autoencoder == "toy"
+    assert checkpoint.about.latents.weights_sha256 == load_autoencoder("toy").spec.weights_sha256
+    facts = json.loads((shipped(name) / "facts.json").read_text())
+    assert facts["parameters"] == sum(value.numel() for value in checkpoint.weights.values())
+    assert all(value.dtype == torch.float16 for value in checkpoint.weights.values())
+
+
+def test_the_walker_is_better_than_a_world_that_stands_still() -> None:
+    psnr = json.loads((shipped("cdit") / "facts.json").read_text())["psnr_by_frames_ahead"]
+    ahead = [ours - kept for ours, kept in zip(psnr["predicted"], psnr["last frame kept"], strict=True)]
+    assert ahead[0] > 2 and min(ahead) > 0
