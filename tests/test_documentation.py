@@ -353,6 +353,12 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("rows/11/against/ratio", "| {:.2f} |"), ("rows/15/p50_ms", "| sample at 64 | {:.1f} ms | fp32 |"),
         ("rows/8/p50_ms", "{:.1f} ms"),
     ]),
+    (INTEL, "conditions", [
+        ("ways/as published/loss", "{:.3f} |"), ("ways/velocity, both/action", "| velocity, both | {:.1%} |"),
+        ("ways/velocity, both/context", "| {:.0%} |"), ("ways/noise, both/action", "| noise, both | {:.1%} |"),
+        ("ways/velocity, sinusoidal positions/action", "| velocity, sinusoidal positions | {:.1%} |"),
+        ("ways/velocity, scaled actions/action", "| velocity, scaled actions | {:.1%} |"),
+    ]),
     (INTEL, "canary", [
         ("same/verdicts/fine", "{}"), ("found", "{}"), ("same/verdicts_by_wall_seconds/undecided", "{}"),
     ]),

@@ -121,6 +121,10 @@ def _added(result: Result) -> Figure:
     axes.axvline(100 * result["settings"]["one_step_limit"], color=COLORS[1], linestyle="--", linewidth=1)
     axes.set_xscale("log")
     axes.margins(x=0.08)
+    low, high = axes.get_xlim()
+    ticks = [digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5)]
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+    axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     axes.set_xlabel("added error, of the model's own; dashed: the limit", fontsize=9)
     _rows(axes, list(rows))
