@@ -338,7 +338,7 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
     (INTEL, "memory", [
         ("cases/0/planned", "{:.1f} MB"), ("cases/7/measured", "{:.1f} MB"), ("cases/6/off", "{:+.1%}"),
     ]),
-    (INTEL, "live_load", [
+    (INTEL, "live-load", [
         ("seconds/fp32/median", "{:.2f} s"), ("seconds/autocast bf16/median", "{:.2f} s"),
         ("seconds/true bf16/median", "{:.2f} s"), ("speedup/autocast bf16", "{:.2f}x"),
         ("speedup/true bf16", "{:.2f}x"),
@@ -352,6 +352,12 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("rows/3/against/ratio", "| {:.2f} |"),
         ("rows/11/against/ratio", "| {:.2f} |"), ("rows/15/p50_ms", "| sample at 64 | {:.1f} ms | fp32 |"),
         ("rows/8/p50_ms", "{:.1f} ms"),
+    ]),
+    (INTEL, "drift", [
+        ("seconds_in_all", "{:.0f} seconds"), ("precisions/bf16/one_step/added", "| bf16 | {:.2%} |"),
+        ("precisions/bf16/one_step/high", "{:.2%} |"), ("precisions/fp16/one_step/added", "| fp16 | {:.2%} |"),
+        ("controls/fp8_like/added", "{:.1%} |"), ("admission/gain_over_copy_db", "{:.2f} dB"),
+        ("admission/answer_to_context", "{:.2f} of a moved context"), ("controls/gain/gain", "gain of {}"),
     ]),
     (INTEL, "conditions", [
         ("ways/as published/loss", "{:.3f} |"), ("ways/velocity, both/action", "| velocity, both | {:.1%} |"),

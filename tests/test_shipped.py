@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,3 +49,21 @@ def test_the_walker_is_better_than_a_world_that_stands_still() -> None:
     psnr = json.loads((shipped("cdit") / "facts.json").read_text())["psnr_by_frames_ahead"]
     ahead = [ours - kept for ours, kept in zip(psnr["predicted"], psnr["last frame kept"], strict=True)]
     assert ahead[0] > 2 and min(ahead) > 0
+
+
+def test_the_guide_says_what_the_facts_say() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "guides" / "live.md").read_text()
+    walker, clips = (json.loads((shipped(name) / "facts.json").read_text()) for name in ("cdit", "eqm"))
+    psnr, nearest = walker["psnr_by_frames_ahead"], clips["nearest_of_training"]
+    for figure in (
+        *(f"{psnr[name][0]:.1f} dB" for name in psnr),
+        f"{psnr['predicted'][-1]:.1f} dB",
+        f"{psnr['last frame kept'][-1]:.1f} dB",
+        f"({nearest['samples, median']:.2f}, median of the nearest)",
+        f"({nearest['held-out clips, median']:.2f})",
+        f"clips is {clips['frechet_to_held_out']['samples']:.0f},",
+        f"have {clips['frechet_to_held_out']['as many real clips']:.0f} and",
+        f"{walker['steps']} steps",
+        f"{clips['steps']} steps",
+    ):
+        assert figure in " ".join(guide.split()), figure

@@ -276,6 +276,30 @@ def canary(
 
 
 @app.command()
+def live(
+    frames: Annotated[int, typer.Option(min=8, help="Frames of a round.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=8, help="Sampling steps of a frame.")] = 4,
+    soak: Annotated[int, typer.Option(min=0, help="So many frames more, for what memory does.")] = 0,
+    json: _Json = False,
+) -> None:
+    """How fast is the shipped world, and what does the engine add to its model?"""
+    from halfstep.bench.live import bench_live
+    from halfstep.cli.progress import Bar
+
+    with Bar("walking", "frames", hidden=json) as progress:
+        result = bench_live(frames=frames, rounds=rounds, steps=steps, soak=soak, progress=progress)
+    if json:
+        typer.echo(json_module.dumps(result, indent=1))
+        return
+    for name, rate in result["frames_per_second"].items():
+        typer.echo(f"{name}: {rate} frames a second")
+    typer.echo(f"the engine adds {result['engine_adds']:.1%}")
+    if soak:
+        typer.echo(f"memory: {result['resident_mb']} MB, grew by {result['growth_after_the_first_tenth']:.1%}")
+
+
+@app.command()
 def conditions(
     steps: Annotated[int, typer.Option(min=12, help="Training steps of each way.")] = 600,
     json: _Json = False,
