@@ -216,8 +216,8 @@ def test_demo_writes_a_report_that_stands_alone(tmp_path: Path) -> None:
     report = tmp_path / "demo" / "report.html"
     assert result.stdout.strip().endswith(str(report.resolve()))
     page = report.read_text()
-    assert "http" not in page
-    assert page.count("data:image/png;base64,") == 27
+    assert "://" not in page
+    assert page.count("data:image/png;base64,") == 31
     assert {"fp16", "bf16", "fp32"} <= {cell for cell in ("fp16", "bf16", "fp32") if f"<td>{cell}</td>" in page}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
