@@ -12,7 +12,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for everything it makes.")
     ] = Path("demo"),
-    train_seconds: Annotated[float, typer.Option(min=0.1, help="Of each network: half from shipped weights, half anew.")] = 60,
+    train_seconds: Annotated[float, typer.Option(min=0.1, help="Of each network, half of them anew.")] = 60,
 ) -> None:
     """Make a toy world, encode it, train on it, sample with every step recorded, analyze that, and write a report that
     shows what was saved and what it cost."""
