@@ -5,20 +5,22 @@ from __future__ import annotations
 import io
 import json
 import struct
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient, WebSocketTestSession
-from starlette.websockets import WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from halfstep.live import LiveEngine
 from halfstep.web.guard import Guard
-from halfstep.web.live.app import LiveApp
+from halfstep.web.live.app import LiveApp, _Viewer
 from halfstep.web.live.stage import Stage, as_jpeg
 from tests.live.worlds import CPU, HEIGHT, WIDTH, Corridor, Mirror
 
@@ -122,7 +124,12 @@ def test_one_plays_others_watch_and_the_next_one_plays_on(corridor: Any) -> None
         ('{"act": {"forward": NaN}, "number": 1}', 1007),
         ('{"act": {"up": 1}, "number": 1}', 1007),
         ('{"act": {"forward": true}, "number": 1}', 1007),
+        ('{"act": {"forward": 0}, "number": true}', 1007),
+        ('{"act": {"forward": 0}, "number": %s}' % ("9" * 400), 1007),
         ('{"seed": -1}', 1007),
+        ('{"seed": true}', 1007),
+        ('{"steps": true}', 1007),
+        ("[" * 1000, 1007),
         ('{"unknown": 1}', 1007),
         ("{" + " " * 2000 + "}", 1009),
         (b"\xff\xd8 a picture", 1003),
@@ -161,6 +168,7 @@ def test_the_page_and_its_parts(corridor: Any) -> None:
     for name in ("base.css", "icon.svg", "live/live.css", "live/live.js"):
         assert client.get(f"/assets/{name}").status_code == 200
     assert client.get("/assets/../guard.py").status_code == 404
+    assert client.get(f"/assets/{'a' * 300}.css").status_code == 404
     assert client.get("/recording.mp4").status_code == 404
 
 
@@ -201,3 +209,50 @@ def test_pictures_of_a_camera_of_any_size_are_fitted() -> None:
             until(socket, lambda found: False)
         assert closed.value.code == 1007 and app.refused == 1
     assert stage.facts()["dropped"] == 0
+
+
+@pytest.mark.parametrize("side", [5000, 30000])
+def test_a_few_bytes_that_claim_a_huge_picture_are_not_unfolded(side: int) -> None:
+    picture = bytearray(as_jpeg(np.zeros((HEIGHT, WIDTH, 3), np.uint8)))
+    size = picture.index(b"\xff\xc0") + 5
+    picture[size : size + 4] = struct.pack(">HH", side, side)
+    with (
+        served(Mirror(), "camera") as (client, app, _),
+        client.websocket_connect("/frames", headers=HEADERS) as socket,
+    ):
+        socket.send_bytes(bytes(picture))
+        with pytest.raises(WebSocketDisconnect) as closed:
+            until(socket, lambda found: False)
+        assert closed.value.code == 1007 and app.refused == 1
+
+
+def test_wishes_do_not_pile_up(corridor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _, stage = corridor
+    ask, asked, most, busy = stage.ask, [], [], threading.Event()
+
+    def counted(call: Any) -> Any:
+        asked.append(ask(call))
+        most.append(sum(not future.done() for future in asked))
+        return asked[-1]
+
+    def wait() -> None:
+        busy.wait(30)
+
+    with client.websocket_connect("/frames", headers=HEADERS) as socket:
+        ask(lambda _: wait())  # as a frame that takes long
+        monkeypatch.setattr(stage, "ask", counted)
+        for _ in range(20):
+            socket.send_text(json.dumps({"steps": 2}))
+        socket.send_text(json.dumps({"seed": 5}))
+        time.sleep(0.3)
+        busy.set()
+        assert until(socket, lambda found: found.get("seed") == 5)
+    assert max(most) == 1 and len(most) == 21
+
+
+def test_who_does_not_read_is_kept_the_newest_of_each_kind() -> None:
+    viewer = _Viewer(cast(WebSocket, None))
+    for number in range(1000):
+        viewer.tell(facts={"frames": number})
+        viewer.tell(role="watcher", watchers=number)
+    assert list(viewer.lines.values()) == [{"facts": {"frames": 999}}, {"role": "watcher", "watchers": 999}]

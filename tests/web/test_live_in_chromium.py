@@ -139,3 +139,14 @@ def test_ctrl_c_ends_it_and_says_what_it_did() -> None:
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (0, "1 frames\n", "")
+
+
+def test_a_seed_that_is_none_is_told_and_costs_nothing(page: Any, url: str) -> None:
+    page.goto(url)
+    expect(page.locator("#role")).to_have_text("you play")
+    for seed in ("-1", "99999999999", "1.5"):
+        page.get_by_label("seed").fill(seed)
+        page.get_by_role("button", name="begin again").click()
+        assert not page.get_by_label("seed").evaluate("field => field.validity.valid")
+    page.wait_for_timeout(200)
+    expect(page.locator("#role")).to_have_text("you play")

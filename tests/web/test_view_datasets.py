@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,18 @@ def test_failures_are_told(latents: Path, tmp_path: Path) -> None:
     (tmp_path / "s" / "failures.jsonl").write_text("{")
     facts = Browser(tmp_path / "s").json("/api/dataset", at="0")
     assert facts["problems"][0].startswith("failures.jsonl: cannot be read") and facts["sequences"] == 3
+
+
+def test_failures_that_are_no_file_or_no_objects_are_not_waited_for(latents: Path, tmp_path: Path) -> None:
+    shutil.copytree(latents, tmp_path / "s")
+    failures = tmp_path / "s" / "failures.jsonl"
+    failures.write_text('5\nnull\n{"key": "a"}\n')
+    facts = Browser(tmp_path).json("/api/dataset", at="0/s")
+    assert facts["failures"] == [{"key": "a"}] and facts["failed"] == 3
+    failures.unlink()
+    os.mkfifo(failures)  # which nobody ever writes to
+    facts = Browser(tmp_path).json("/api/dataset", at="0/s")
+    assert "is no file" in facts["problems"][0] and facts["sequences"] == 3
 
 
 def test_verify_reads_every_byte(latents: Path, tmp_path: Path) -> None:

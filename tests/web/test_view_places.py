@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from halfstep.store import DatasetWriter, Manifest, TrajectoryStore
+from halfstep.web.view import places
 from tests.support.arrays import latents, walk
 from tests.support.web import Browser
 
@@ -54,6 +55,20 @@ def test_what_is_none_of_ours_says_what_it_is_not(house: Path) -> None:
     assert browser.json("/api/place", at="0")["kind"] == "folder"
     assert "no dataset store (manifest.json), no recorded runs" in browser.json("/api/places")["nothing"][0]
     assert "has no checksums to verify" in browser.client.post("/api/verify?at=0").text
+
+
+def test_a_folder_of_very_many_hides_none_beside_it(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_MOST_FOLDERS", 12)
+    for number in range(40):
+        (house / "a" / str(number)).mkdir(parents=True)
+    found = Browser(house).json("/api/places")
+    assert [place["at"] for place in found["places"]] == ["0/latents", "0/streamed"] and not found["complete"]
+    found = Browser(house / "a").json("/api/places")
+    assert not found["complete"] and found["nothing"] == []  # which was not found out
+
+
+def test_a_folder_of_an_endless_number_is_not_there(house: Path) -> None:
+    assert Browser(house).answer("/api/place", at="9" * 5000).status_code == 404
 
 
 def test_several_folders_and_odd_names_are_reached(house: Path) -> None:

@@ -155,6 +155,15 @@ def test_damage_is_one_line_and_the_rest_works(recorded: Path) -> None:
     assert "cannot be read" in browser.refused("/api/runs/rows", 500, at="0/runs", count=9)
 
 
+def test_what_was_noted_in_another_shape_leaves_the_list(recorded: Path) -> None:
+    file = recorded / "runs" / "car-1" / "zarr.json"
+    content = json.loads(file.read_text())
+    content["attributes"] |= {"problems": 7, "prompt": ["a"], "seed": {}}
+    file.write_text(json.dumps(content))
+    rows = Browser(recorded).json("/api/runs/rows", at="0/runs", filter="car", count=9)["rows"]
+    assert [row["key"] for row in rows] == ["car-0", "car-1", "car-2"] and rows[1]["problems"] == 0
+
+
 def test_a_batch_of_older_tools_is_shown(tmp_path: Path) -> None:
     folder = tmp_path / "batch" / "latents" / "prompt_000" / "vid_001"
     folder.mkdir(parents=True)

@@ -113,3 +113,11 @@ def test_an_image_that_leads_out_is_not_read(run: Path, tmp_path: Path) -> None:
     image.symlink_to(tmp_path / "outside.cxi")
     line = Browser(run).refused("/api/streamed/frame", 403, at="0", part="000000", place=2)
     assert "leads out" in line
+
+
+@pytest.mark.parametrize("damage", [5, {"a": 1}, "abc", [1, None]])
+def test_a_report_of_another_shape_is_shown_as_far_as_it_goes(tmp_path: Path, damage: object) -> None:
+    (tmp_path / "events").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps({"peaks": 7, "sessions": damage, "gaps": damage}))
+    found = Browser(tmp_path).json("/api/streamed", at="0")
+    assert found["report"] == {"peaks": 7} and found["sessions"] == found["gaps"] == []

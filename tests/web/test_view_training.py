@@ -86,3 +86,17 @@ def test_settings_and_checkpoints(run: Path) -> None:
     assert browser.json("/api/training/log", at="0/eqm")["columns"]["step"] == [1, 2]
     (run / "log.jsonl").unlink()
     assert "is not there" in browser.refused("/api/training/log", 404, at="0/eqm")
+
+
+def test_settings_nested_too_deeply_are_one_line(run: Path) -> None:
+    (run / "config.json").write_text(json.dumps({"a": "inner"}).replace('"inner"', "[" * 900 + "]" * 900))
+    found = Browser(run).answer("/api/training", at="0")
+    assert (found.status_code, found.text) == (400, "what is asked for is nested too deeply to be shown\n")
+
+
+@pytest.mark.parametrize("settings", ["null", "5", "[1]"])
+def test_settings_that_are_none_are_one_line(run: Path, settings: str) -> None:
+    (run / "config.json").write_text(settings)
+    found = Browser(run).answer("/api/training", at="0")
+    assert found.status_code == 500 and "config.json: is damaged (no JSON object)" in found.text
+    assert Browser(run).json("/api/training/log", at="0")["columns"]["step"] == [1, 2]

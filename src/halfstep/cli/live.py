@@ -55,6 +55,7 @@ def live(
     """Walk through a world that a model makes frame by frame, in the browser."""
     source = source or ("keys" if pipeline is None else "camera")
     _require(source, output, file, video)
+    _require_use(ckpt, pipeline, {"--data-path": data_path, "--autoencoder": autoencoder}, prompt)
     from halfstep.live import LiveEngine
     from halfstep.machine import open_device
     from halfstep.web.live.run import serve_live, write_live
@@ -63,8 +64,8 @@ def live(
     place = open_device(device)
     model, title = _open(ckpt, data_path, autoencoder, pipeline, prompt, strength, size, place)
     spec = model.spec
-    if source == "keys" and not spec.takes_actions:
-        raise InputError(f"--input: got keys; {title} takes pictures: give camera or video")
+    if source in ("keys", "none") and not spec.takes_actions:
+        raise InputError(f"--input: got {source}; {title} takes pictures: give camera or video")
     if source in ("camera", "video") and not spec.takes_pictures:
         raise InputError(f"--input: got {source}; {title} takes actions: give keys or none")
     engine = LiveEngine(model, place, precision=precision, steps=steps, seed=seed, skip_below=skip_below)
@@ -98,10 +99,24 @@ def _require(source: str, output: str, file: Path | None, video: Path | None) ->
         raise InputError(f"--output: got {output!r}; expected one of {', '.join(_OUTPUTS)}")
     if (output == "file") != (file is not None):
         raise InputError("--output file and -o MP4 go together; give both or neither")
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        why = "is a folder; name a file in it" if file.is_dir() else "its folder is not there; make it, or name another"
+        raise InputError(f"-o: {file}: {why}")
     if (source == "video") != (video is not None):
         raise InputError("--input video and --video FILE go together; give both or neither")
     if output != "browser" and source in ("keys", "camera"):
         raise InputError(f"--output: got {output}; {source} come from a browser, give --input none or video")
+
+
+def _require_use(ckpt: Path | None, pipeline: str | None, of_ckpt: dict[str, object], prompt: str) -> None:
+    """What nothing would look at is refused."""
+    if pipeline is not None and ckpt is not None:
+        raise InputError("--pipeline and --ckpt: give one of them")
+    for flag, value in of_ckpt.items():
+        if value is not None and ckpt is None:
+            raise InputError(f"{flag}: got {value}; it is for --ckpt, which is not given")
+    if prompt and pipeline is None:
+        raise InputError(f"--prompt: got {prompt!r}; it is for --pipeline, which is not given")
 
 
 def _open(
@@ -116,8 +131,6 @@ def _open(
 ) -> tuple[FrameModel, str]:
     """The model, and what to call it."""
     if pipeline is not None:
-        if ckpt is not None:
-            raise InputError("--pipeline and --ckpt: give one of them")
         from halfstep.live.pictures import open_pipeline
 
         model: Any = open_pipeline(pipeline, prompt, device, size=_parse_size(size), strength=strength)

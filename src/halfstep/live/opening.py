@@ -49,9 +49,7 @@ def open_walk(
     checkpoint = read_checkpoint(ckpt)
     about = checkpoint.about
     if about.family.items != "walks":
-        raise InputError(
-            f"{ckpt}: is of {about.name}, which takes no actions; expected a model of walks, or --input none"
-        )
+        raise InputError(f"{ckpt}: is of {about.name}, which takes no actions; expected a model of walks")
     if data_path is None:
         raise InputError(
             "--data-path: not given; a walk begins with frames of a store like the one that was trained on"

@@ -91,7 +91,7 @@ class PictureModel:
         return (x - (1 - level).sqrt() * output) / level.sqrt()
 
     def _encode(self, picture: Picture) -> torch.Tensor:
-        pixels = torch.from_numpy(picture).to(self._device).permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels = torch.tensor(picture, device=self._device).permute(2, 0, 1)[None].float() / 127.5 - 1
         encoded = self._vae.encode(pixels)
         latents: torch.Tensor = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
         scaled: torch.Tensor = latents * self._vae.config.scaling_factor

@@ -47,7 +47,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     try:
         text = data.decode()
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{where}: damaged manifest ({error}); run `halfstep store repair`") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise InputError(f"{where}: not the manifest of a dataset store; expected format {FORMAT!r}")

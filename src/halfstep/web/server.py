@@ -29,21 +29,31 @@ class _Server(uvicorn.Server):
     """Tells when it can be asked, and ended by Ctrl-C; says nothing of answers that it cuts off at its end, which
     somebody asked for."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], over: Callable[[], bool]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._over = ready, over
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._over()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
 
 
-def serve(app: ASGIApp, *, host: str = LOOPBACK, port: int = 0, listening: Callable[[str], None]) -> None:
-    """Serve `app` behind a `Guard` until Ctrl-C or SIGTERM, from the main thread.
+def serve(
+    app: ASGIApp,
+    *,
+    host: str = LOOPBACK,
+    port: int = 0,
+    listening: Callable[[str], None],
+    over: Callable[[], bool] = lambda: False,
+) -> None:
+    """Serve `app` behind a `Guard` until Ctrl-C or SIGTERM, or until `over` says so, from the main thread.
 
     `port` 0 takes any that is free. `listening` is called once with the URL, as soon as it can be asked. Raises
     InputError when the address cannot be had.
@@ -59,7 +69,7 @@ def serve(app: ASGIApp, *, host: str = LOOPBACK, port: int = 0, listening: Calla
             timeout_graceful_shutdown=_PATIENCE_S,
         )
         with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended: that is how one leaves
-            _Server(config, lambda: listening(url)).run(sockets=[listener])
+            _Server(config, lambda: listening(url), over).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -34,12 +34,12 @@ from halfstep.live import Action, FrameSpec
 from halfstep.web.answers import asset
 from halfstep.web.guard import Refusal
 from halfstep.web.live.recording import Recording
-from halfstep.web.live.stage import Shown, Stage, from_jpeg
+from halfstep.web.live.stage import MOST_PIXELS, Shown, Stage, from_jpeg
 
 _MOST_JSON, _MOST_PICTURE = 1024, 4 << 20  # bytes of a message
 _UNSUPPORTED, _INVALID, _TOO_LARGE = 1003, 1007, 1009  # RFC 6455, 7.4.1
 _FACTS_S = 1.0
-_LARGEST_SEED = 2**31
+_LARGEST = 2**31 - 1  # seed, or number of a wish
 
 
 class _Malformed(Exception):
@@ -49,19 +49,20 @@ class _Malformed(Exception):
 
 
 class _Viewer:
-    """A browser that is connected: the newest frame it has not been sent yet."""
+    """A browser that is connected: what it has not been sent yet, of frames and of each kind of line the newest, so
+    that one that does not read holds no more than that."""
 
     def __init__(self, socket: WebSocket) -> None:
         self.socket, self.changed = socket, asyncio.Event()
         self.frame: Shown | None = None
-        self.lines: list[dict[str, Any]] = []
+        self.lines: dict[str, dict[str, Any]] = {}
 
     def show(self, frame: Shown) -> None:
         self.frame = frame
         self.changed.set()
 
     def tell(self, **line: Any) -> None:
-        self.lines.append(line)
+        self.lines[next(iter(line))] = line
         self.changed.set()
 
     async def send(self) -> None:
@@ -70,9 +71,9 @@ class _Viewer:
             while True:
                 await self.changed.wait()
                 self.changed.clear()
-                lines, self.lines = self.lines, []
+                lines, self.lines = self.lines, {}
                 frame, self.frame = self.frame, None
-                for line in lines:
+                for line in lines.values():
                     await self._send(json.dumps(line))
                 if frame is not None:
                     await self._send(frame.message())
@@ -119,7 +120,8 @@ class LiveApp:
                     await self._hear(viewer)
                 except _Malformed as error:
                     self.refused += 1
-                    await socket.close(error.code, str(error))
+                    with suppress(WebSocketDisconnect):  # it did not wait for the answer
+                        await socket.close(error.code, str(error))
                 group.cancel_scope.cancel()
         finally:
             stop()
@@ -138,7 +140,7 @@ class LiveApp:
             if data is not None:
                 await self._hear_picture(viewer, data)
             else:
-                self._hear_wish(viewer, message.get("text") or "")
+                await self._hear_wish(viewer, message.get("text") or "")
 
     async def _hear_picture(self, viewer: _Viewer, data: bytes) -> None:
         if len(data) > _MOST_PICTURE:
@@ -150,38 +152,37 @@ class LiveApp:
         try:
             picture = await run_in_threadpool(from_jpeg, data, (self._spec.width, self._spec.height))
         except (OSError, UnidentifiedImageError, ValueError) as error:
-            raise _Malformed(_INVALID, "expected a JPEG") from error
+            raise _Malformed(_INVALID, f"expected a JPEG of at most {MOST_PIXELS} pixels") from error
         self._stage.see(picture)
 
-    def _hear_wish(self, viewer: _Viewer, text: str) -> None:
+    async def _hear_wish(self, viewer: _Viewer, text: str) -> None:
         if len(text) > _MOST_JSON:
             raise _Malformed(_TOO_LARGE, f"a message of {len(text)} characters; at most {_MOST_JSON}")
         wish = _parse(text)
         if not self._is_player(viewer):
             return  # a watcher's keys do nothing
         match wish:
-            case {"act": dict(parts), "number": int(number)}:
+            case {"act": dict(parts), "number": int(number)} if _is_whole(number):
                 self._stage.act(_action(parts), number)
-            case {"seed": int(seed)} if 0 <= seed < _LARGEST_SEED:
-                self._ask(viewer, self._stage.ask(lambda engine: engine.reset(seed)))
-            case {"steps": int(steps)}:
-                self._ask(viewer, self._stage.ask(lambda engine: engine.set_steps(steps)))
+            case {"seed": int(seed)} if _is_whole(seed):
+                await self._ask(viewer, self._stage.ask(lambda engine: engine.reset(seed)))
+            case {"steps": int(steps)} if not isinstance(steps, bool):
+                await self._ask(viewer, self._stage.ask(lambda engine: engine.set_steps(steps)))
             case {"precision": str(name)}:
-                self._ask(viewer, self._stage.ask(lambda engine: engine.set_precision(name)))
+                await self._ask(viewer, self._stage.ask(lambda engine: engine.set_precision(name)))
             case {"record": bool(wanted)}:
                 self._record(wanted)
             case _:
                 raise _Malformed(_INVALID, "expected act and number, seed, steps, precision or record")
 
-    def _ask(self, viewer: _Viewer, future: Future[None]) -> None:
-        loop = asyncio.get_running_loop()
-
-        def done(future: Future[None]) -> None:
-            error = future.exception()
-            line = {"error": str(error)} if isinstance(error, HalfstepError) else {"facts": self._facts()}
-            loop.call_soon_threadsafe(lambda: viewer.tell(**line))
-
-        future.add_done_callback(done)
+    async def _ask(self, viewer: _Viewer, future: Future[None]) -> None:
+        """A browser is not heard again before its wish is done: wishes cannot pile up."""
+        try:
+            await asyncio.wrap_future(future)
+        except HalfstepError as error:
+            viewer.tell(error=str(error))
+        else:
+            viewer.tell(facts=self._facts())
 
     def _record(self, wanted: bool) -> None:
         if wanted:
@@ -241,13 +242,14 @@ class LiveApp:
 
 def _in_loop(loop: asyncio.AbstractEventLoop, show: Callable[[Shown], None], frame: Shown) -> None:
     """Called in the stage's thread."""
-    loop.call_soon_threadsafe(show, frame)
+    with suppress(RuntimeError):  # the loop is closed: the server has ended, and nobody looks
+        loop.call_soon_threadsafe(show, frame)
 
 
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _Malformed(_INVALID, "expected JSON") from error
 
 
@@ -256,6 +258,10 @@ def _action(parts: dict[str, Any]) -> Action:
     if set(parts) - {"forward", "left", "turn"} or not all(_is_share(value) for value in values):
         raise _Malformed(_INVALID, "expected forward, left and turn, from -1 to 1")
     return Action(*map(float, values))
+
+
+def _is_whole(value: int) -> bool:
+    return not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
 def _is_share(value: Any) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+from halfstep.data.base import SourceError
 from halfstep.data.outputs import write_video
 from halfstep.data.videos import VideoSequence
 from halfstep.errors import InputError
@@ -42,9 +45,10 @@ def serve_live(
     feeder = None
     try:
         if video is not None:
+            next(_pictures(video, spec))  # what is wrong with it is said before anything is served
             feeder = threading.Thread(target=_feed, args=(video, spec, stage, ended), name="video", daemon=True)
             feeder.start()
-        serve(app.asgi, host=host, port=port, listening=listening)
+        serve(app.asgi, host=host, port=port, listening=listening, over=lambda: stage.failed)
     finally:
         ended.set()
         stage.end()
@@ -56,39 +60,63 @@ def serve_live(
 def write_live(
     engine: LiveEngine, spec: FrameSpec, output: Path, *, frames: int, video: Path | None, progress: Progress = SILENT
 ) -> dict[str, Any]:
-    """A film of `frames` frames, or of as many as the video has; returns the engine's facts."""
-    given: Iterator[Picture | None] = iter([None] * frames) if video is None else _pictures(video, spec)
+    """A film of `frames` frames, or of as many as the video has; returns the engine's facts. Raises InputError when the
+    video cannot be read."""
+    given: Iterator[Picture | None] = (
+        repeat(None, frames - 1) if video is None else islice(_pictures(video, spec), frames)
+    )
     progress.start(frames)
+    written = 0
 
     def made() -> Iterator[Picture]:
-        yield engine.reset().picture
-        for number, picture in enumerate(given):
-            if number == frames:
-                return
+        first = engine.reset().picture
+        if video is None:  # else it is what there is before the first picture
+            yield first
+        for picture in given:
             frame = engine.step(picture)
             if frame.problem is not None:
                 progress.note(frame.problem)
-            progress.advance()
             yield frame.picture
 
-    write_video(output, made(), RATE)
+    def counted() -> Iterator[Picture]:
+        nonlocal written
+        for picture in made():
+            written += 1
+            progress.advance()
+            yield picture
+
+    write_video(output, counted(), RATE)
     engine.close()
-    return engine.facts()
+    return {**engine.facts(), "frames": written}
 
 
 def _pictures(video: Path, spec: FrameSpec) -> Iterator[Picture]:
+    """Those that can be read; of damage there is a warning. Raises InputError when there are none."""
     if not video.is_file():
         raise InputError(f"--video: {video}: no such file")
     sequence = VideoSequence(video.name, None, video, PixelSpec(spec.width, spec.height), fps=RATE)
-    return (load() for _, load in sequence.frames())
+    count = 0
+    try:
+        for _, load in sequence.frames():
+            yield load()
+            count += 1
+    except SourceError as error:
+        if not count:
+            raise
+        warnings.warn(f"{error}; what could be read of it is shown", stacklevel=2)
+    if not count:
+        raise InputError(f"--video: {video}: has no pictures; expected a video")
 
 
 def _feed(video: Path, spec: FrameSpec, stage: Stage, ended: threading.Event) -> None:
     """The video again and again, at its own pace."""
-    while not ended.is_set():
-        due = time.monotonic()
-        for picture in _pictures(video, spec):
-            stage.see(picture)
-            due += 1 / RATE
-            if ended.wait(max(0.0, due - time.monotonic())):
-                return
+    try:
+        while not ended.is_set():
+            due = time.monotonic()
+            for picture in _pictures(video, spec):
+                stage.see(picture)
+                due += 1 / RATE
+                if ended.wait(max(0.0, due - time.monotonic())):
+                    return
+    except InputError as error:
+        warnings.warn(f"{error}; nothing more of it is shown", stacklevel=1)

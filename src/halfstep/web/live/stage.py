@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from halfstep.live import STILL, Action, LiveEngine, LiveFrame
 from halfstep.live.frames import Picture
 
 _QUALITY = 88
+MOST_PIXELS = 1 << 24  # of a picture that comes in: a few bytes can claim a thousand times as many
 _IDLE_S = 0.5  # how often a stage that waits looks whether it is to end
 Listener = Callable[["Shown"], None]
 Call = Callable[[LiveEngine], LiveFrame | None] | Callable[[LiveEngine], None]
@@ -61,17 +62,25 @@ class Stage:
         self._ended = False
         self.dropped = 0
         self.last: Shown | None = None
-        self._thread = threading.Thread(target=self._run, name="live", daemon=True)
+        self._pool = ThreadPoolExecutor(1, "live")
+        self._work_done: Future[None] | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._work_done = self._pool.submit(self._work)
+
+    @property
+    def failed(self) -> bool:
+        """Whether something ended it before its time, which `end` raises."""
+        return self._work_done is not None and self._work_done.done()
 
     def end(self) -> None:
-        """Finish the frame under way."""
+        """Finish the frame under way. Raises what the stage failed with, if it did."""
         with self._changed:
             self._ended = True
             self._changed.notify()
-        self._thread.join()
+        self._pool.shutdown()
+        if self._work_done is not None:
+            self._work_done.result()
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` with each frame, in the stage's thread; returns how to stop that."""
@@ -111,7 +120,7 @@ class Stage:
     def facts(self) -> dict[str, Any]:
         return {**self._engine.facts(), "dropped": self.dropped}
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         self._show(self._engine.reset(), 0)
         while True:
             with self._changed:
@@ -135,6 +144,8 @@ class Stage:
 
     def _do(self, wishes: _Wishes) -> None:
         for call, future in wishes.calls:
+            if not future.set_running_or_notify_cancel():
+                continue  # whoever asked is gone
             try:
                 frame = call(self._engine)
             except HalfstepError as error:
@@ -176,8 +187,14 @@ def as_jpeg(picture: Picture) -> bytes:
 
 def from_jpeg(data: bytes, size: tuple[int, int]) -> Picture:
     """uint8 [H, W, 3] of `size` (width, height), fitted by scaling and cutting what is over. Raises OSError, or what
-    Pillow raises, for what is no picture."""
+    Pillow raises, for what is no picture, ValueError for one of more than MOST_PIXELS."""
     from PIL import ImageOps
 
-    with Image.open(io.BytesIO(data), formats=["JPEG"]) as opened:
+    try:
+        opened = Image.open(io.BytesIO(data), formats=["JPEG"])
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    with opened:
+        if opened.width * opened.height > MOST_PIXELS:
+            raise ValueError(f"{opened.width}x{opened.height} pixels; at most {MOST_PIXELS}")
         return np.asarray(ImageOps.fit(opened.convert("RGB"), size))

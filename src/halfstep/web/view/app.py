@@ -100,7 +100,8 @@ def view_app(paths: Sequence[Path], *, autoencoder: str | None = None) -> ASGIAp
 
 def _places(shown: Shown, path: Path | None) -> dict[str, Any]:
     found = shown.find(path)
-    nothing = [] if found.places else [none_of_ours(root) for root in (shown.roots if path is None else (path,))]
+    looked = shown.roots if path is None else (path,)
+    nothing = [none_of_ours(root) for root in looked] if found.complete and not found.places else []
     return {"places": [asdict(place) for place in found.places], "complete": found.complete, "nothing": nothing}
 
 

@@ -83,9 +83,21 @@ class Datasets:
             facts["bytes"], facts["fp32_bytes"] = opened.sizes
         except (HalfstepError, OSError) as error:
             problems.append(line_of(error))
-        failures, count = _failures(path, problems)
+        failures, count = self._failures(path / _FAILURES, problems)
         unfinished = len(list((path / "staging").glob("[0-9]*"))) if (path / "staging").is_dir() else 0
         return {**facts, "failures": failures, "failed": count, "unfinished": unfinished, "problems": problems}
+
+    def _failures(self, name: Path, problems: list[str]) -> tuple[list[dict[str, Any]], int]:
+        """What the newest run of encode could not use: the first of it, and how many."""
+        if not name.exists():
+            return [], 0
+        try:
+            lines = self._shown.file(name).read_text(errors="replace").splitlines()
+            found = [parse_json(line) for line in lines[:_MOST_FAILURES]]
+        except (HalfstepError, OSError, ValueError) as error:
+            problems.append(f"{_FAILURES}: cannot be read ({line_of(error)})")
+            return [], 0
+        return [failure for failure in found if isinstance(failure, dict)], len(lines)
 
     def sequences(self, path: Path, wanted: str, start: int, count: int) -> dict[str, Any]:
         """Those whose key or label has `wanted` in it, in the order of their keys, from number `start` on."""
@@ -168,16 +180,3 @@ def _changed(path: Path) -> tuple[int, int]:
     except FileNotFoundError:
         return 0, 0
     return found.st_ino, found.st_mtime_ns
-
-
-def _failures(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], int]:
-    """What the newest run of encode could not use: the first of it, and how many."""
-    name = path / _FAILURES
-    if not name.exists():
-        return [], 0
-    try:
-        lines = name.read_text(errors="replace").splitlines()
-        return [parse_json(line) for line in lines[:_MOST_FAILURES]], len(lines)
-    except (OSError, ValueError) as error:
-        problems.append(f"{_FAILURES}: cannot be read ({error})")
-        return [], 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote_to_bytes
@@ -56,7 +58,7 @@ class Shown:
     def path(self, at: str) -> Path:
         """The folder that a page calls `at`. Raises Refusal when it is not there, or outside of the folders given."""
         number, _, rest = at.partition("/")
-        if not (number.isascii() and number.isdecimal() and int(number) < len(self.roots)):
+        if not (number.isascii() and number.isdecimal() and len(number) < 20 and int(number) < len(self.roots)):
             raise Refusal(f"{at[:80]!a}: no such folder", 404)
         parts = [os.fsdecode(unquote_to_bytes(part)) for part in rest.split("/")] if rest else []
         if any(part in ("", ".", "..") or "/" in part or "\0" in part for part in parts):
@@ -112,10 +114,9 @@ class Shown:
         complete = True
         seen: set[Path] = set()
         for start in starts:
-            for looked, (folder, kind) in enumerate(self._below(start, 0)):
-                if looked == _MOST_FOLDERS:
-                    complete = False
-                    break
+            looked = list(islice(self._below(start), _MOST_FOLDERS + 1))
+            complete = complete and len(looked) <= _MOST_FOLDERS
+            for folder, kind in sorted(looked[:_MOST_FOLDERS]):
                 if kind != "folder" and folder not in seen:
                     seen.add(folder)
                     name = _name(start) if folder == start else str(folder.relative_to(start))
@@ -124,18 +125,21 @@ class Shown:
                     places.append(Place(self.at(folder), printable(name), kind))
         return Found(places, complete)
 
-    def _below(self, folder: Path, depth: int) -> Iterator[tuple[Path, Kind]]:
-        kind = kind_of(folder)
-        yield folder, kind
-        if kind != "folder" or depth == _DEEPEST:
-            return
-        try:
-            with os.scandir(folder) as entries:
-                names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and e.name[0] != ".")
-        except OSError:
-            return  # not ours to read: as if it were empty
-        for name in names:
-            yield from self._below(folder / name, depth + 1)
+    def _below(self, start: Path) -> Iterator[tuple[Path, Kind]]:
+        """`start` and the folders below it, nearest first: one with very many in it hides none beside it."""
+        waiting = deque([(start, 0)])
+        while waiting:
+            folder, depth = waiting.popleft()
+            kind = kind_of(folder)
+            yield folder, kind
+            if kind != "folder" or depth == _DEEPEST:
+                continue
+            try:
+                with os.scandir(folder) as entries:
+                    names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and e.name[0] != ".")
+            except OSError:
+                continue  # not ours to read: as if it were empty
+            waiting.extend((folder / name, depth + 1) for name in names)
 
     def reports(self, path: Path) -> list[dict[str, str]]:
         """Analyses in or beside a folder of recorded runs."""

@@ -155,11 +155,12 @@ class Runs:
             noted = self._attributes(path, runs, key)
         except (HalfstepError, OSError) as error:
             return {"key": key, "problem": line_of(error)}
+        problems = noted.get("problems")
         return {
             "key": key,
             **{name: noted.get(name) for name in ("prompt", "seed", "label", "model", "steps", "guidance", "recorded")},
             "complete": bool(noted.get("complete")),
-            "problems": len(noted.get("problems") or []),
+            "problems": len(problems) if isinstance(problems, list) else 0,
         }
 
     def _attributes(self, path: Path, runs: Mapping[str, Run], key: str) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class Streamed:
         letters = path / "dead_letters.jsonl"
         return {
             "report": {name: value for name, value in report.items() if name not in ("gaps", "sessions")},
-            "sessions": (report.get("sessions") or [])[-20:],
-            "gaps": (report.get("gaps") or [])[:20],
+            "sessions": _listed(report.get("sessions"))[-20:],
+            "gaps": _listed(report.get("gaps"))[:20],
             "parts": len(parts),
             "events": sum(part.events for part in parts),
             "images": sum(part.images for part in parts),
@@ -153,6 +153,11 @@ class Streamed:
                 return pq.ParquetFile(file, pre_buffer=False).read(columns, use_threads=False)
         except (pa.ArrowException, ValueError) as error:
             raise StoreError(f"{table}: no readable table of events ({line_of(error)})") from error
+
+
+def _listed(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list in a report, which somebody may have damaged."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _image(file: Path, row: int) -> Array:

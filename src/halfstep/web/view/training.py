@@ -29,6 +29,8 @@ class Training:
             settings = parse_json(data)
         except ValueError as error:
             raise StoreError(f"{config}: is damaged ({error}); its log is shown all the same") from error
+        if not isinstance(settings, dict):
+            raise StoreError(f"{config}: is damaged (no JSON object); its log is shown all the same")
         folder = path / "checkpoints"
         names = sorted(p.name for p in folder.glob("[0-9]*")) if folder.is_dir() else []
         return {"settings": settings, "checkpoints": len(names), "newest": names[-1] if names else None}

@@ -24,6 +24,7 @@ function connect() {
   socket.onmessage = (event) => (typeof event.data === "string" ? hear(JSON.parse(event.data)) : frame(event.data));
   socket.onclose = (event) => {
     plays = false;
+    held.clear();
     at("role").textContent = event.reason ? `closed: ${event.reason}` : "the server does not answer; trying again";
     show_controls();
     setTimeout(connect, RECONNECT_MS);
@@ -194,8 +195,9 @@ at("precision").addEventListener("click", (event) => {
 });
 at("steps").addEventListener("change", () => send({ steps: Math.round(Number(at("steps").value)) }));
 at("again").addEventListener("click", () => {
+  if (!at("seed").reportValidity()) return;
   say("", false);
-  send({ seed: Math.round(Number(at("seed").value)) });
+  send({ seed: Number(at("seed").value) });
   canvas.focus();
 });
 at("seed").addEventListener("change", () => at("again").click());

@@ -60,7 +60,7 @@ async function describe(about, at) {
   const { report } = found;
   const parts = found.problems.map((problem) => line(problem));
   if (report.guarantee === undefined) parts.push(line("running, or ended without a report: these are the numbers of its tables", "quiet"));
-  else if (!report.held) parts.push(line(`${report.guarantee}: did not hold; ${report.why.join("; ")}`));
+  else if (!report.held) parts.push(line(`${report.guarantee}: did not hold; ${[report.why ?? "no reason is noted"].flat().join("; ")}`));
   const balance = Object.entries(report.balance ?? {}).map(([name, count]) => `${name.replaceAll("_", " ")} ${number(count)}`).join(", ");
   const latency = report.latency_ms?.whole;
   parts.push(facts([
