@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from halfstep.data.navigation import local_steps
+from halfstep.data.pickles import load_poses
 from halfstep.data.toy_world import PLAYGROUND_SIZE, STEP_METRES, TURN, playground, render, walk, write_toy_world
 from halfstep.errors import InputError
 
@@ -31,12 +31,12 @@ def test_who_plays_holds_keys_and_stays_out_of_walls(seed: int) -> None:
 def test_the_playground_is_one_world_for_all_seeds(tmp_path: Path) -> None:
     for seed in (0, 1):
         write_toy_world(tmp_path / str(seed), walks=1, frames=3, seed=seed, play=True)
-    poses = [pickle.loads((tmp_path / str(seed) / "walk_000" / "traj_data.pkl").read_bytes()) for seed in (0, 1)]
-    assert not np.allclose(poses[0]["position"], poses[1]["position"])
-    for seed, pose in enumerate(poses):
+    poses = [load_poses(tmp_path / str(seed) / "walk_000" / "traj_data.pkl") for seed in (0, 1)]
+    assert not np.allclose(poses[0][0], poses[1][0])
+    for seed, (position, yaw) in enumerate(poses):
         picture = Image.open(tmp_path / str(seed) / "walk_000" / "2.jpg")
         assert picture.size == PLAYGROUND_SIZE
-        drawn = render(playground(), pose["position"][2], float(pose["yaw"][2]), PLAYGROUND_SIZE)
+        drawn = render(playground(), position[2], float(yaw[2]), PLAYGROUND_SIZE)
         assert np.abs(np.asarray(picture).astype(float) - drawn).mean() < 6  # JPEG
 
 
