@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import threading
 
 import numpy as np
 import pytest
 
 from halfstep.errors import InputError
-from halfstep.live import STILL, Action, LiveEngine, Newest
+from halfstep.live import STILL, Action, LiveEngine
 from tests.live.worlds import CPU, HEIGHT, WIDTH, Corridor, Mirror
 
 FORWARD = Action(forward=1)
@@ -90,17 +89,3 @@ def test_what_cannot_be_is_refused() -> None:
         engine.set_steps(9)
     with pytest.raises(InputError, match="the model makes a frame in 1 to 2"):
         LiveEngine(Mirror(), CPU, steps=4)
-
-
-def test_the_newest_wins_and_what_was_left_is_counted() -> None:
-    newest: Newest[int] = Newest()
-    for number in range(5):
-        newest.put(number)
-    assert newest.take() == 4 and newest.dropped == 4
-    assert newest.take(timeout_s=0) is None
-    taken: list[int | None] = []
-    thread = threading.Thread(target=lambda: taken.append(newest.take()))
-    thread.start()
-    newest.put(7)
-    thread.join()
-    assert taken == [7] and newest.dropped == 4

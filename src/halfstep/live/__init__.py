@@ -2,7 +2,6 @@
 
 from halfstep.live.engine import LiveEngine, LiveFrame
 from halfstep.live.frames import STILL, Action, FrameModel, FrameSpec, Made
-from halfstep.live.newest import Newest
 from halfstep.live.walks import Walk, WalkModel
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "LiveEngine",
     "LiveFrame",
     "Made",
-    "Newest",
     "Walk",
     "WalkModel",
 ]
