@@ -17,6 +17,7 @@ from halfstep.files import claim, new_folder
 
 Float = npt.NDArray[np.float64]
 
+CELLS = 16  # the world is CELLS x CELLS meters, walled around
 STEP_METRES = 0.25
 TURN = 0.15  # radians a frame, of one who holds a key
 PLAYGROUND_SIZE = (128, 96)  # width and height of its pictures
@@ -57,7 +58,7 @@ def write_toy_world(
         raise InputError(f"toy world: got {walks} walks of {frames} frames; expected at least one")
     size = size or (PLAYGROUND_SIZE if play else (160, 120))
     rng = np.random.default_rng(seed)
-    world = playground() if play else _make_world(rng, 16, 0.16)
+    world = playground() if play else _make_world(rng, CELLS, 0.16)
     with new_folder(root) as whole:
         for number in range(walks):
             folder = whole / f"walk_{number:03d}"
