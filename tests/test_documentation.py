@@ -353,6 +353,11 @@ FIGURES: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("rows/11/against/ratio", "| {:.2f} |"), ("rows/15/p50_ms", "| sample at 64 | {:.1f} ms | fp32 |"),
         ("rows/8/p50_ms", "{:.1f} ms"),
     ]),
+    (INTEL, "live", [
+        ("frames_per_second/model alone, fp32", "| {:.1f} |"), ("frames_per_second/engine, fp32", "**{:.1f}**"),
+        ("frames_per_second/engine, bf16", "| {:.1f} |"), ("engine_adds", "adds {:.1%}"), ("soak", "Over {} frames"),
+        ("growth_after_the_first_tenth", "{:.1%} after"),
+    ]),
     (INTEL, "drift", [
         ("seconds_in_all", "{:.0f} seconds"), ("precisions/bf16/one_step/added", "| bf16 | {:.2%} |"),
         ("precisions/bf16/one_step/high", "{:.2%} |"), ("precisions/fp16/one_step/added", "| fp16 | {:.2%} |"),
