@@ -12,6 +12,7 @@ from tests.support.networks import tiny_autoencoder, tiny_stable_diffusion
 from tests.support.web import served
 
 expect = pytest.importorskip("playwright.sync_api").expect
+expect.set_options(timeout=60_000)
 
 pytestmark = pytest.mark.slow
 

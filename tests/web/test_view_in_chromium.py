@@ -18,6 +18,7 @@ from tests.web.test_view_streamed import stream_to
 from tests.web.test_view_training import line
 
 expect = pytest.importorskip("playwright.sync_api").expect
+expect.set_options(timeout=60_000)
 
 pytestmark = pytest.mark.slow
 
@@ -99,8 +100,9 @@ def test_the_list_leads_to_a_store_whose_frames_are_drawn(page: Any, url: str, h
     page.get_by_text("decoded, frame 5").wait_for()
     assert picture(page, ".stage img") != first
     assert "k=5" in page.url
-    assert page.locator(".channels img").count() == 16 and page.locator(".strip img").count() == 8
-    assert page.locator("rect.bar").count() > 10
+    expect(page.locator(".channels img")).to_have_count(16)
+    expect(page.locator(".strip img")).to_have_count(8)
+    page.locator("rect.bar").nth(10).wait_for()
     page.get_by_placeholder("Filter by key or label").fill(keys[2])
     expect(page.locator("tr[data-key]")).to_have_count(1)
     page.locator("tr[data-key]").click()
@@ -118,7 +120,7 @@ def test_runs_side_by_side_follow_one_slider(page: Any, url: str) -> None:
     expect(page.locator("tr[data-key]")).to_have_count(2)
     page.get_by_label("Show car-1 beside").click()
     page.get_by_role("heading", name="car-1").wait_for()
-    assert page.locator("article.run").count() == 2
+    expect(page.locator("article.run")).to_have_count(2)
     move(page, "step", 0)
     page.get_by_text("noise level 1,").first.wait_for()
     before = [picture(page, f"article.run:nth-child({n}) .three figure:nth-child(1) img") for n in (1, 2)]
@@ -145,7 +147,7 @@ def test_frames_have_rings_around_their_peaks(page: Any, url: str) -> None:
     page.goto(f"{url}/?at=0/streamed")
     page.locator("tr[data-key]").nth(1).click()
     page.get_by_role("heading", name="Event e3").wait_for()
-    assert page.locator("svg.peaks circle").count() == 3
+    expect(page.locator("svg.peaks circle")).to_have_count(3)
     assert len(set(picture(page, ".columns figure img"))) > 10
     page.get_by_label("only those with an image").uncheck()
     page.get_by_text("1\u201350 of 50").wait_for()
@@ -156,7 +158,7 @@ def test_a_picture_that_cannot_be_had_is_a_line(page: Any, url: str, house: Path
     (house / "broken" / "index" / "00000.parquet").write_bytes(b"short")
     page.goto(f"{url}/?at=0/broken")
     page.get_by_text("halfstep store repair").first.wait_for()
-    assert page.get_by_text("dct8").count() == 1  # the rest is there
+    expect(page.get_by_text("dct8")).to_have_count(1)  # the rest is there
 
 
 def test_a_foreign_name_gets_nothing(chromium: Any, url: str) -> None:
