@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from halfstep.errors import InputError
 from halfstep.live import STILL, Action, LiveEngine
@@ -56,6 +58,27 @@ def test_precision_is_changed_while_it_runs_and_its_difference_shown(name: str) 
     engine.set_precision("fp32")
     assert engine.step(FORWARD).difference is None
     engine.close()
+
+
+def test_an_engine_may_be_made_in_another_thread_than_it_runs_in() -> None:
+    """As the command does it; a simulation is of one thread."""
+    engines = [LiveEngine(Corridor(), CPU, precision=name) for name in ("fp16", "bf16")]
+
+    def run() -> list[str]:
+        found = []
+        for engine in engines:
+            for name in (None, "fp32", "fp16", "bf16", "fp16"):
+                if name is not None:
+                    engine.set_precision(name)
+                engine.step(FORWARD)
+                found.append(engine.step(FORWARD).precision)
+            engine.close()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(run).result()
+    assert found == ["fp16", "fp32", "fp16", "bf16", "fp16", "bf16", "fp32", "fp16", "bf16", "fp16"]
+    assert _get_current_dispatch_mode() is None
 
 
 def test_a_frame_that_is_not_finite_begins_again_and_is_counted() -> None:

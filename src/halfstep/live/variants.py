@@ -24,7 +24,7 @@ class Variants:
         self._simulation = ExitStack()
         self._graphed = {"fp32": Graphed(network, device)}
         self.exact: Network = self._graphed["fp32"]
-        self.current: Network = self.exact
+        self._current: tuple[str, Network] = ("fp32", self.exact)
         self.name, self.simulated = "fp32", False
 
     @property
@@ -40,18 +40,30 @@ class Variants:
         return self._graphed["fp32"].stream()
 
     def use(self, name: str) -> None:
-        """From now on in `fp32`, `bf16` or `fp16`. Call it in the thread that computes."""
-        self.close()
-        self.name, self.simulated, self.current = name, False, self.exact
-        self._graphed = {"fp32": self._graphed["fp32"]}
-        if name == "fp32":
-            return
-        policy, copied = PrecisionPolicy.parse(POLICIES[name]), copy.deepcopy(self._network)
-        if probe(self._device).speedup(name, "sample") >= 1:
-            self.current = self._graphed[name] = Graphed(prepare(copied, policy), self._device)
-        else:
-            self.simulated = True
-            self.current = self._simulation.enter_context(simulate(copied, policy, Target(name)))
+        """From the next call on in `fp32`, `bf16` or `fp16`."""
+        self.name = name
+        self.simulated = name != "fp32" and probe(self._device).speedup(name, "sample") < 1
+
+    @property
+    def current(self) -> Network:
+        """The network in the precision that is used; made when it is first asked for. Ask for it, and `close`, in the
+        thread that computes: a simulation is entered and left in one thread."""
+        if self._current[0] != self.name:
+            self.close()
+            self._current = (self.name, self._made())
+        return self._current[1]
 
     def close(self) -> None:
+        """Leave a simulation; the next call begins another."""
         self._simulation.close()
+        self._graphed = {"fp32": self._graphed["fp32"]}
+        self._current = ("fp32", self.exact)
+
+    def _made(self) -> Network:
+        if self.name == "fp32":
+            return self.exact
+        policy, copied = PrecisionPolicy.parse(POLICIES[self.name]), copy.deepcopy(self._network)
+        if self.simulated:
+            return self._simulation.enter_context(simulate(copied, policy, Target(self.name)))
+        self._graphed[self.name] = Graphed(prepare(copied, policy), self._device)
+        return self._graphed[self.name]

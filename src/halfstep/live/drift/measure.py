@@ -76,7 +76,7 @@ def opened(variants: Variants, name: str) -> Iterator[Opened]:
     try:
         yield Opened(variants.current, variants.simulated)
     finally:
-        variants.use("fp32")
+        variants.close()
 
 
 @dataclass(frozen=True)
