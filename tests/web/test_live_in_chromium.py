@@ -135,9 +135,10 @@ def test_a_camera_whose_pictures_come_back(chromium: Any, camera_url: str) -> No
         context.close()
 
 
-def test_ctrl_c_ends_it_and_says_what_it_did() -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_it_and_it_says_what_it_did(name: str) -> None:
     with served("--port", 0, verb="live") as (process, _):
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, name))
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (0, "1 frames\n", "")
 

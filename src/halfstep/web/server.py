@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,8 +69,12 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=_PATIENCE_S,
         )
-        with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended: that is how one leaves
-            _Server(config, lambda: listening(url), over).run(sockets=[listener])
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with suppress(KeyboardInterrupt):  # uvicorn raises signals again once it has ended: that is how one leaves
+                _Server(config, lambda: listening(url), over).run(sockets=[listener])
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _listen(host: str, port: int) -> socket.socket:
