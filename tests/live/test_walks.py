@@ -12,7 +12,7 @@ import torch
 from halfstep.autoencoders import load_autoencoder
 from halfstep.data.navigation import to_actions
 from halfstep.data.sources import SourceConfig
-from halfstep.data.toy_world import STEP_METRES, write_toy_world
+from halfstep.data.toy_world import write_toy_world
 from halfstep.encode import EncodeOptions, encode
 from halfstep.errors import InputError
 from halfstep.live import STILL, Action, LiveEngine, WalkModel
@@ -82,7 +82,7 @@ def test_a_livestream_is_walked_through_too() -> None:
     assert np.abs(frames["bf16"][0] - frames["fp32"][0]).mean() < 0.1 * frames["fp32"][0].std()
 
 
-def test_keys_are_the_actions_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_the_actions_of_training() -> None:
     model, seen = walker(step=0.5), []
 
     def network(x: torch.Tensor, t: torch.Tensor, actions: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_keys_are_the_actions_of_training(monkeypatch: pytest.MonkeyPatch) -> No
     np.testing.assert_allclose(seen[0].numpy(), expected, rtol=1e-6)
 
 
-def test_half_types_stay_near(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_types_stay_near() -> None:
     frames = {}
     for precision in ("fp32", "bf16", "fp16"):
         engine = LiveEngine(walker(), CPU, steps=2, precision=precision)
@@ -107,7 +107,7 @@ def test_half_types_stay_near(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(frames["fp16"] - frames["fp32"]).mean() < 0.02 * spread  # eight times as fine
 
 
-def test_the_shipped_world_opens(tmp_path: Path) -> None:
+def test_the_shipped_world_opens() -> None:
     model = open_walk(None, CPU)
     assert (model.spec.width, model.spec.height) == (128, 96)
     engine = LiveEngine(model, CPU, steps=2)
@@ -132,7 +132,6 @@ def test_a_world_of_ones_own(tmp_path: Path) -> None:
     model = open_walk(folder, CPU, data_path=tmp_path / "latents")
     frames = [LiveEngine(model, CPU, steps=1, seed=seed).reset().picture for seed in range(5)]
     assert len({frame.tobytes() for frame in frames}) == 5  # five places to begin in six frames
-    assert STEP_METRES == 0.25
 
 
 def test_a_network_without_actions_is_refused(tmp_path: Path) -> None:

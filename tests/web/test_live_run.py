@@ -91,7 +91,9 @@ def test_of_a_damaged_video_what_can_be_read_is_a_film(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("--prompt", "a cat"), "--prompt: got 'a cat'; it is for --pipeline"),
+        (("--prompt", "a cat"), "--prompt: got a cat; it is for --pipeline"),
+        (("--strength", "0.3"), "--strength: got 0.3; it is for --pipeline"),
+        (("--size", "64x64"), "--size: got 64x64; it is for --pipeline"),
         (("--data-path", "store"), "--data-path: got store; it is for --ckpt"),
         (("--input", "none", "--output", "file", "-o", "lost/film.mp4"), "-o: lost/film.mp4: its folder is not there"),
         (("--input", "none", "--output", "file", "-o", "."), "-o: .: is a folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,9 +30,13 @@ def live(
     pipeline: Annotated[
         str | None, typer.Option(metavar="ID", help="A diffusers image-to-image pipeline, for --input camera or video.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What the pipeline makes of pictures.")] = "",
-    strength: Annotated[float, typer.Option(min=0.05, max=1.0, help="How far it goes from them.")] = 0.5,
-    size: Annotated[str, typer.Option(metavar="WxH", help="Pixels of the pipeline's pictures.")] = "512x512",
+    prompt: Annotated[str | None, typer.Option(help="What the pipeline makes of pictures.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0.05, max=1.0, help="How far it goes from them, by default 0.5.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Pixels of the pipeline's pictures, by default 512x512.")
+    ] = None,
     source: Annotated[
         str | None, typer.Option("--input", metavar="|".join(_SOURCES), help="By default keys, of a pipeline camera.")
     ] = None,
@@ -55,14 +60,20 @@ def live(
     """Walk through a world that a model makes frame by frame, in the browser."""
     source = source or ("keys" if pipeline is None else "camera")
     _require(source, output, file, video)
-    _require_use(ckpt, pipeline, {"--data-path": data_path, "--autoencoder": autoencoder}, prompt)
+    of_pipeline = {"--prompt": prompt, "--strength": strength, "--size": size}
+    if pipeline is not None and ckpt is not None:
+        raise InputError("--pipeline and --ckpt: give one of them")
+    _require_use("--ckpt", ckpt, {"--data-path": data_path, "--autoencoder": autoencoder})
+    _require_use("--pipeline", pipeline, of_pipeline)
     from halfstep.live import LiveEngine
     from halfstep.machine import open_device
     from halfstep.web.live.run import serve_live, write_live
     from halfstep.web.server import is_loopback
 
     place = open_device(device)
-    model, title = _open(ckpt, data_path, autoencoder, pipeline, prompt, strength, size, place)
+    model, title = _open(
+        ckpt, data_path, autoencoder, pipeline, prompt or "", strength or 0.5, size or "512x512", place
+    )
     spec = model.spec
     if source in ("keys", "none") and not spec.takes_actions:
         raise InputError(f"--input: got {source}; {title} takes pictures: give camera or video")
@@ -108,15 +119,11 @@ def _require(source: str, output: str, file: Path | None, video: Path | None) ->
         raise InputError(f"--output: got {output}; {source} come from a browser, give --input none or video")
 
 
-def _require_use(ckpt: Path | None, pipeline: str | None, of_ckpt: dict[str, object], prompt: str) -> None:
+def _require_use(given_with: str, present: object, options: Mapping[str, object]) -> None:
     """What nothing would look at is refused."""
-    if pipeline is not None and ckpt is not None:
-        raise InputError("--pipeline and --ckpt: give one of them")
-    for flag, value in of_ckpt.items():
-        if value is not None and ckpt is None:
-            raise InputError(f"{flag}: got {value}; it is for --ckpt, which is not given")
-    if prompt and pipeline is None:
-        raise InputError(f"--prompt: got {prompt!r}; it is for --pipeline, which is not given")
+    for flag, value in options.items():
+        if value is not None and present is None:
+            raise InputError(f"{flag}: got {value}; it is for {given_with}, which is not given")
 
 
 def _open(
