@@ -13,7 +13,8 @@ from torch import nn
 
 from halfstep.errors import InputError
 from halfstep.live import LiveEngine
-from halfstep.live.pictures import PictureModel, open_pipeline
+from halfstep.live.pictures import PictureModel
+from halfstep.live.pipelines import open_pipeline
 from halfstep.sampling.noise import own_generator
 from tests.live.worlds import CPU
 from tests.support.networks import tiny_autoencoder, tiny_stable_diffusion
@@ -52,7 +53,7 @@ class Plain(nn.Module):
 
 
 def model(unet: nn.Module, kind: str = "epsilon") -> PictureModel:
-    return PictureModel(unet, Plain(), torch.zeros(1, 5, 3), LEVELS, kind, CPU, size=SIZE, strength=0.6)
+    return PictureModel(unet, Plain(), (torch.zeros(1, 5, 3),), LEVELS, kind, CPU, size=SIZE, strength=0.6)
 
 
 def picture(value: int) -> np.ndarray:

@@ -17,6 +17,23 @@ def quiet_hub() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def quiet_pipelines() -> Iterator[None]:
+    """`quiet_hub`, and without the progress bars of those who load a pipeline, which are as they were afterwards."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [logging for logging in (of_diffusers, of_transformers) if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        with quiet_hub():
+            yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()
+
+
 def hub_answers(identifier: str, revision: str | None, alternatives: str) -> bool:
     """Ask once, because the download functions retry for most of a minute before they find that there is no network.
 

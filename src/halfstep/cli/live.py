@@ -138,7 +138,7 @@ def _open(
 ) -> tuple[FrameModel, str]:
     """The model, and what to call it."""
     if pipeline is not None:
-        from halfstep.live.pictures import open_pipeline
+        from halfstep.live.pipelines import open_pipeline
 
         model: Any = open_pipeline(pipeline, prompt, device, size=_parse_size(size), strength=strength)
         return model, pipeline

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
-Network = Callable[..., torch.Tensor]  # of tensors
+Network = Callable[..., torch.Tensor]
 
 _WARM_UP = 3  # calls before the recording, in which libraries choose their kernels
 
@@ -37,9 +38,12 @@ class Graphed:
             self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._own.graphs = {}
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: Any, **named: Any) -> torch.Tensor:
         if self._device.type != "cuda" or self.problem is not None:
-            return self._network(*inputs)
+            return self._network(*inputs, **named)
+        if named or not all(isinstance(given, torch.Tensor) for given in inputs):
+            self.problem = "its calls are not of tensors alone"
+            return self._network(*inputs, **named)
         self._begin()
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if key not in self._own.graphs:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halfstep.autoencoders.hub import cached_models, hub_answers, quiet_hub
+from halfstep.autoencoders.hub import cached_models, hub_answers, quiet_pipelines
 from halfstep.engine import Gate
 from halfstep.errors import InputError
 from halfstep.extras import missing
@@ -113,7 +111,7 @@ def load_generator(
     alternatives = f"available here: {', '.join(cached_models()) or 'none'}, or the folder of a pipeline on disk"
     offline = Path(identifier).is_dir() or not hub_answers(identifier, model.revision, alternatives)
     try:
-        with _quiet(), quiet_hub():
+        with quiet_pipelines():
             pipe = DiffusionPipeline.from_pretrained(
                 identifier,
                 revision=model.revision,
@@ -143,22 +141,6 @@ def load_generator(
     where = torch.device(device)
     _place(pipe, where, memory.offload_kind)
     return Generator(pipe, policy, decoder, where)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' progress bars, which are as they were afterwards."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    shown = [logging for logging in (of_diffusers, of_transformers) if logging.is_progress_bar_enabled()]
-    for logging in shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logging in shown:
-            logging.enable_progress_bar()
 
 
 def _place(pipe: Any, device: torch.device, offload: str) -> None:

@@ -10,19 +10,17 @@ Axes: S steps, C channels, h w latents, H height and W width of a picture.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from halfstep.autoencoders.hub import hub_answers, quiet_hub
-from halfstep.errors import InputError
 from halfstep.live.frames import Action, FrameSpec, Made, Network, Picture
 from halfstep.sampling.noise import own_generator
 
 _NEEDED = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
+_PLEASING = 6.0  # as the library has it
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,14 @@ class Passing:
 
 
 class PictureModel:
-    """`unet` between the encoder and the decoder of `vae`, for one prompt. `embedding` [1, L, D]: of the prompt;
+    """`unet` between the encoder and the decoder of `vae`, for one prompt. `conditions`: of `conditions_of`;
     `levels`: abar of the scheduler's timesteps; `strength`: the share of them that a picture is noised by."""
 
     def __init__(
         self,
         unet: nn.Module,
         vae: Any,
-        embedding: torch.Tensor,
+        conditions: tuple[torch.Tensor, ...],
         levels: torch.Tensor,
         prediction_type: str,
         device: torch.device,
@@ -50,9 +48,9 @@ class PictureModel:
         size: tuple[int, int],
         strength: float,
     ) -> None:
-        self.network = _Denoiser(unet).to(device).eval()
+        self.network: nn.Module = _Denoiser(unet).to(device).eval()
         self._vae, self._device = vae.to(device).eval(), device
-        self._embedding, self._levels = embedding.to(device), levels.to(device)
+        self._conditions, self._levels = [told.to(device) for told in conditions], levels.to(device)
         self._velocity, self._strength = prediction_type == "v_prediction", strength
         width, height = size
         self.spec = FrameSpec(height, width, takes_actions=False, takes_pictures=True)
@@ -71,7 +69,8 @@ class PictureModel:
         if kept is None or len(kept) != steps - 1:  # the first picture stands in for those that never came
             kept = self._noised(start, noise[1:], timesteps[1:])
         x = torch.cat([self._noised(start, noise[:1], timesteps[:1]), kept])
-        output = network(x, timesteps, self._embedding.expand(steps, -1, -1)).float()
+        told = [one.expand(steps, *one.shape[1:]) for one in self._conditions]
+        output = network(x, timesteps, *told).float()
         found = self._start_of(x, output, timesteps)
         return Made(self._decode(found[-1:]), Passing(state.seed, self._noised(found[:-1], noise[1:], timesteps[1:])))
 
@@ -107,49 +106,32 @@ class _Denoiser(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.unet(x, timesteps, encoder_hidden_states=embedding).sample
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor, *added: torch.Tensor
+    ) -> torch.Tensor:
+        more = {"added_cond_kwargs": dict(zip(("text_embeds", "time_ids"), added, strict=True))} if added else {}
+        output: torch.Tensor = self.unet(x, timesteps, encoder_hidden_states=embedding, **more).sample
         return output
 
 
-def open_pipeline(
-    identifier: str, prompt: str, device: torch.device, *, size: tuple[int, int], strength: float
-) -> PictureModel:
-    """An image-to-image pipeline of diffusers by hub id or folder, in fp32; the prompt is encoded here, once.
-
-    Raises InputError when it cannot be loaded, has no image-to-image form, or is not of a U-Net with one text encoder
-    that predicts noise or velocity, which steps side by side need.
-    """
-    from diffusers import AutoPipelineForImage2Image
-
-    offline = Path(identifier).is_dir() or not hub_answers(identifier, None, "give a folder or another hub id")
-    try:
-        with quiet_hub():
-            pipe = AutoPipelineForImage2Image.from_pretrained(
-                identifier, torch_dtype=torch.float32, local_files_only=offline, low_cpu_mem_usage=False
-            )
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--pipeline: {identifier}: cannot be had for image-to-image ({reason})") from error
-    kind = type(pipe).__name__
-    lacking = [name for name in _NEEDED if getattr(pipe, name, None) is None]
-    config = pipe.scheduler.config
-    if lacking or getattr(pipe, "text_encoder_2", None) is not None or not hasattr(pipe.scheduler, "alphas_cumprod"):
-        raise InputError(f"--pipeline: {identifier}: is a {kind}; expected one of a U-Net, as Stable Diffusion's are")
-    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        raise InputError(f"--pipeline: {identifier}: predicts {config.prediction_type}; expected noise or velocity")
-    factor = pipe.vae_scale_factor
-    if size[0] % factor or size[1] % factor:
-        raise InputError(f"--size: got {size[0]}x{size[1]}; {kind} needs multiples of {factor}")
+def conditions_of(pipe: Any, prompt: str, size: tuple[int, int]) -> tuple[torch.Tensor, ...] | None:
+    """What the U-Net of an image-to-image pipeline is told of `prompt` besides the timestep, each [1, ...]: the
+    embedding, and of Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952, section 2.2) its pooled form and the
+    picture's size. None where steps side by side are not for it: another network, another sampler, or more to be
+    told."""
+    unet = getattr(pipe, "unet", None)
+    if unet is None or any(getattr(pipe, name, None) is None for name in _NEEDED) or hasattr(pipe, "controlnet"):
+        return None
+    told = unet.config.get("addition_embed_type")
+    xl = getattr(pipe, "text_encoder_2", None) is not None and told == "text_time"
+    if not hasattr(pipe.scheduler, "alphas_cumprod") or unet.config.get("time_cond_proj_dim") or bool(told) != xl:
+        return None
     with torch.no_grad():
-        embedding, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
-    return PictureModel(
-        pipe.unet,
-        pipe.vae,
-        embedding,
-        pipe.scheduler.alphas_cumprod.float(),
-        config.get("prediction_type", "epsilon"),
-        device,
-        size=size,
-        strength=strength,
-    )
+        if not xl:
+            embedding, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
+            return (embedding,)
+        embedding, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+    width, height = size
+    # The size before and after a crop at 0, 0; in place of the latter the refiner is told how pleasing a picture is.
+    numbers = [height, width, 0, 0, *([_PLEASING] if pipe.config.get("requires_aesthetics_score") else [height, width])]
+    return embedding, pooled, torch.tensor([numbers], dtype=torch.float32)

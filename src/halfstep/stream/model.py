@@ -80,9 +80,13 @@ class Inference:
         self._ring = Ring(copies, self._device)
         network = self._network(policy)
         self.weight_bytes = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+
+        def margin(samples: torch.Tensor) -> torch.Tensor:
+            return _margin(network(samples))
+
+        self._graphed = Graphed(margin, self._device)
         # One that is compiled launches its kernels in its own way.
-        self._graphed = Graphed(lambda samples: _margin(network(samples)), self._device)
-        half = (lambda samples: _margin(network(samples))) if spec.compile_mode else self._graphed
+        half: Callable[[torch.Tensor], torch.Tensor] = margin if spec.compile_mode else self._graphed
         self._gate = Gate(lambda samples: (half(samples),), None if policy.compute == "fp32" else self._load_exact)
 
     def __reduce__(self) -> tuple[Callable[..., Inference], tuple[object, ...]]:
