@@ -25,8 +25,9 @@ def test_it_is_small() -> None:
 def test_the_autoencoder_shows_the_playground() -> None:
     facts = json.loads((shipped("autoencoder") / "facts.json").read_text())
     rng, world = np.random.default_rng(5), playground()
-    position, yaw = walk(world, 40, rng, play=True)
-    frames = np.stack([render(world, position[k], float(yaw[k]), PLAYGROUND_SIZE) for k in range(0, 40, 5)])
+    walked = walk(world, 40, rng, play=True)
+    shown = range(0, 40, 5)
+    frames = np.stack([render(world, walked.position[k], float(walked.yaw[k]), PLAYGROUND_SIZE) for k in shown])
     autoencoder = load_autoencoder("toy")
     latents = autoencoder.scaled(autoencoder.encode(to_pixels(torch.from_numpy(frames))).mean)
     error = np.mean((autoencoder.pictures(latents).astype(float) - frames) ** 2)

@@ -21,7 +21,9 @@ CELLS = 16  # the world is CELLS x CELLS meters, walled around
 STEP_METRES = 0.25
 TURN = 0.15  # radians a frame, of one who holds a key
 PLAYGROUND_SIZE = (128, 96)  # width and height of its pictures
-_SIDE = 0.3  # meters that a walker keeps from a wall
+_SIDE = 0.3  # meters that one who wanders keeps from a wall ahead
+_BODY = 0.4  # meters from the middle of one who plays to each side: walls keep them off
+_TOUCH = 1e-6  # meters that are left between them
 _FIELD_OF_VIEW = math.radians(75)
 _EYE_HEIGHT = 0.5  # of a wall one meter high
 
@@ -37,6 +39,16 @@ class World:
     tiles: int = 2
 
 
+@dataclass(frozen=True)
+class Walked:
+    """A walk: `position` [frames, 2] in meters and `yaw` [frames] in radians, not wrapped. `meant` [frames, 2] is where
+    the steps would have led had no wall been in the way, as the wheels of a robot that is held up count on."""
+
+    position: Float
+    yaw: Float
+    meant: Float
+
+
 def write_toy_world(
     root: Path,
     *,
@@ -49,9 +61,10 @@ def write_toy_world(
     """Write `walks` walks of `frames` pictures into `root`, as `walk_000/{0.jpg, ...}` and `traj_data.pkl`.
 
     With `play` the world is `playground`, the same for every seed, and who walks holds keys for a while: forward, back,
-    left, right. Pictures are JPEG of `size` (width, height), by default 160 x 120, of the playground PLAYGROUND_SIZE;
-    poses are meters and radians. The same arguments write the same bytes. Raises InputError when `root` holds something
-    already.
+    left, right. Its poses are those that were meant (`Walked.meant`), so that the step between two is what the keys
+    asked for, also where a wall was in the way. Pictures are JPEG of `size` (width, height), by default 160 x 120, of
+    the playground PLAYGROUND_SIZE; poses are meters and radians. The same arguments write the same bytes. Raises
+    InputError when `root` holds something already.
     """
     claim(root, "toy world")
     if walks < 1 or frames < 1:
@@ -63,15 +76,15 @@ def write_toy_world(
         for number in range(walks):
             folder = whole / f"walk_{number:03d}"
             folder.mkdir()
-            position, yaw = walk(world, frames, rng, play=play)
+            walked = walk(world, frames, rng, play=play)
             for frame in range(frames):
-                picture = render(world, position[frame], float(yaw[frame]), size)
+                picture = render(world, walked.position[frame], float(walked.yaw[frame]), size)
                 Image.fromarray(picture).save(folder / f"{frame}.jpg", quality=90)
-            (folder / POSES_FILE).write_bytes(pickle.dumps({"position": position, "yaw": yaw}))
+            (folder / POSES_FILE).write_bytes(pickle.dumps({"position": walked.meant, "yaw": walked.yaw}))
 
 
-def walk(world: World, frames: int, rng: np.random.Generator, *, play: bool) -> tuple[Float, Float]:
-    """Positions [frames, 2] and yaws [frames] of a walk: of one who holds keys, or who wanders on."""
+def walk(world: World, frames: int, rng: np.random.Generator, *, play: bool) -> Walked:
+    """A walk of so many frames: of one who holds keys, or who wanders on."""
     return (_play if play else _wander)(world.walls, frames, rng)
 
 
@@ -89,26 +102,38 @@ def _make_world(rng: np.random.Generator, cells: int, walled: float) -> World:
     return World(walls, colors)
 
 
-def _play(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -> tuple[Float, Float]:
-    """Keys held for some frames each, of a walker who turns away from walls now and then; yaw is not wrapped."""
+def _play(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -> Walked:
+    """Keys held for some frames each, by one who turns away from walls sooner or later and slides along them."""
     here, yaw = _start(walls, rng)
-    positions, yaws = [], []
+    meant = here.copy()
+    positions, yaws, meants = [], [], []
     held, forward, turn = 0, 0, 0
     for _ in range(frames):
-        positions.append(here.copy())
+        positions.append(here)
         yaws.append(yaw)
+        meants.append(meant)
         near = _distance(walls, here, np.array([yaw]))[0] < 0.8
-        if held == 0 or (near and forward > 0 and rng.random() < 0.5):
+        if held == 0 or (near and forward > 0 and rng.random() < 0.25):
             held = int(rng.geometric(0.15))
-            forward = int(rng.choice([1, 0, -1], p=[0.1, 0.7, 0.2] if near else [0.72, 0.16, 0.12]))
+            forward = int(rng.choice([1, 0, -1], p=[0.1, 0.5, 0.4] if near else [0.72, 0.16, 0.12]))
             turn = int(rng.choice([1, 0, -1], p=[0.45, 0.1, 0.45] if near else [0.3, 0.4, 0.3]))
         held -= 1
-        heading = yaw if forward >= 0 else yaw + math.pi
-        room = _distance(walls, here, np.array([heading]))[0] - _SIDE
-        step = abs(forward) * STEP_METRES * rng.uniform(0.8, 1.0)
-        here = here + max(0.0, min(step, room)) * np.array([math.cos(heading), math.sin(heading)])
+        step = forward * STEP_METRES * rng.uniform(0.8, 1.0) * np.array([math.cos(yaw), math.sin(yaw)])
+        here, meant = _moved(walls, here, step), meant + step
         yaw += turn * TURN * rng.uniform(0.8, 1.0)
-    return np.array(positions), np.array(yaws)
+    return Walked(np.array(positions), np.array(yaws), np.array(meants))
+
+
+def _moved(walls: npt.NDArray[np.bool_], here: Float, step: Float) -> Float:
+    """Where a step of less than _BODY leads: a square of _BODY to each side is stopped by walls on one axis after the
+    other, and so slides along them."""
+    after = here.copy()
+    for axis in (0, 1):
+        after[axis] += step[axis]
+        low, high = np.floor(after - _BODY).astype(int), np.floor(after + _BODY).astype(int)
+        if walls[low[0] : high[0] + 1, low[1] : high[1] + 1].any():
+            after[axis] = high[axis] - _BODY - _TOUCH if step[axis] > 0 else low[axis] + 1 + _BODY + _TOUCH
+    return after
 
 
 def _start(walls: npt.NDArray[np.bool_], rng: np.random.Generator) -> tuple[Float, float]:
@@ -116,8 +141,8 @@ def _start(walls: npt.NDArray[np.bool_], rng: np.random.Generator) -> tuple[Floa
     return free[rng.integers(len(free))] + 0.5, rng.uniform(-math.pi, math.pi)
 
 
-def _wander(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -> tuple[Float, Float]:
-    """Steps of up to STEP_METRES that steer away from walls; yaw is not wrapped, so that it stays smooth."""
+def _wander(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator) -> Walked:
+    """Steps of up to STEP_METRES that steer away from walls."""
     here, yaw = _start(walls, rng)
     turn = 0.0
     positions, yaws = [], []
@@ -132,7 +157,7 @@ def _wander(walls: npt.NDArray[np.bool_], frames: int, rng: np.random.Generator)
         yaw += turn
         room = _distance(walls, here, np.array([yaw]))[0] - _SIDE
         here = here + max(0.0, min(STEP_METRES, room)) * np.array([math.cos(yaw), math.sin(yaw)])
-    return np.array(positions), np.array(yaws)
+    return Walked(np.array(positions), np.array(yaws), np.array(positions))
 
 
 def _cast(walls: npt.NDArray[np.bool_], origin: Float, angles: Float) -> tuple[Float, npt.NDArray[np.int64], Float]:

@@ -30,7 +30,7 @@ from halfstep.models.layers import (
     token_grid,
     unpatchify,
 )
-from halfstep.models.objectives import Predicted, diffusion_loss
+from halfstep.models.objectives import Predicted, diffusion_loss, with_history_noise
 
 Positions = Literal["random", "sinusoidal"]
 
@@ -188,13 +188,15 @@ class CDiT(Network):
 
 
 def _objective(settings: Mapping[str, Any]) -> Objective:
-    context_size = settings["context_size"]
+    context_size, history_noise = settings["context_size"], settings["history_noise"]
     diffusion = partial(diffusion_loss, predicted=settings["predicted"], min_snr=settings["min_snr"])
 
     def losses(network: Any, items: Items) -> torch.Tensor:
         frames, actions, rel_t = items
         context, goals = frames.tensor_split([context_size], dim=1)
         context = context.repeat_interleave(goals.shape[1], dim=0)
+        if history_noise:
+            context, _ = with_history_noise(context.float(), history_noise)
         return diffusion(network, goals.flatten(0, 1), actions.flatten(0, 1), context, rel_t.flatten())
 
     return losses
@@ -220,7 +222,7 @@ FAMILY = Family(
     items="walks",
     settings=(
         *("context_size", "len_traj_pred", "distance", "goals_per_obs", "metric_waypoint_spacing", "datasets"),
-        *("predicted", "min_snr", "action_scale", "action_dropout", "positions"),
+        *("predicted", "min_snr", "action_scale", "action_dropout", "positions", "history_noise"),
     ),
     learning_rate=8e-5,
     clip_norm=10.0,

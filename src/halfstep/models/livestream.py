@@ -20,10 +20,11 @@ from torch.nn import functional
 from halfstep.errors import InputError
 from halfstep.models.family import Family, Items, Network, Objective
 from halfstep.models.layers import SelfAttention, group_norm, run_blocks
-from halfstep.models.objectives import EDM_SIGMA_DATA, edm_denoised, edm_loss
+from halfstep.models.objectives import EDM_SIGMA_DATA, edm_denoised, edm_loss, with_history_noise
 
 # Depth (levels, each half the size of the one before), width (channels of the first level), heads.
 LIVESTREAM_SIZES = {"S": (3, 32, 4), "M": (3, 64, 4), "L": (4, 96, 8)}
+HISTORY_NOISE = 0.7  # at most, of the training, as published by Valevski et al. 2024 (arXiv 2408.14837)
 _NUMBERS = 5  # that a sample is told: its noise, that of its context, and three of an action
 _OCTAVES = 6
 _MOST = 4  # times the first level's channels has no level more
@@ -208,14 +209,14 @@ def _told_history(context: torch.Tensor, history: torch.Tensor, sigma_data: floa
 
 def _objective(settings: Mapping[str, Any]) -> Objective:
     context_size, sigma_data, most = settings["context_size"], settings["sigma_data"], settings["history_noise"]
+    most = HISTORY_NOISE if most is None else most
 
     def losses(network: Any, items: Items) -> torch.Tensor:
         frames, actions, _ = items
         context, goals = frames.float().tensor_split([context_size], dim=1)
         context = context.repeat_interleave(goals.shape[1], dim=0)
-        history = most * torch.rand(len(context), device=context.device)
-        noise = torch.randn_like(context) * sigma_data * history.reshape(-1, 1, 1, 1, 1)
-        given = actions.flatten(0, 1), *_told_history(context + noise, history, sigma_data)
+        context, history = with_history_noise(context, most, sigma_data)
+        given = actions.flatten(0, 1), *_told_history(context, history, sigma_data)
         return edm_loss(network, goals.flatten(0, 1), *given, sigma_data=sigma_data)
 
     return losses

@@ -20,6 +20,16 @@ TIMESTEPS = 1000  # of the diffusion, with betas from 1e-4 to 0.02
 # "Progressive Distillation", app. D) on one that ends in pure noise.
 Predicted = Literal["noise", "velocity"]
 
+
+def with_history_noise(context: torch.Tensor, most: float, deviation: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context [N, K, C, H, W], fp32, with noise in all of a sample's frames, and its level [N], drawn between 0 and
+    `most` in units of the data's `deviation`: a network that goes on from frames of its own must bear their faults
+    (Valevski et al. 2024, "GameNGen", arXiv 2408.14837, section 3.2.1)."""
+    level = most * torch.rand(len(context), device=context.device)
+    noise = torch.randn_like(context) * deviation * level.reshape(-1, 1, 1, 1, 1)
+    return context + noise, level
+
+
 # --- Equilibrium Matching (arXiv 2510.02300) --------------------------------------------------------------------------
 
 

@@ -50,10 +50,11 @@ class TrainConfig(Config):
     its folder and split; an item of a walk has `goals_per_obs` samples; `predicted` and `min_snr` as in
     `diffusion_loss`, where velocity learns what noise, the published default, leaves unlearned; `action_scale` and
     `action_dropout` as in ActionEmbedder, 1 and 0 as published. livestream learns the next frame of such walks:
-    `sigma_data` is the deviation of the latents, `history_noise` how much noise, in units of it, context frames get at
-    most. batch_size: a process's items to a step, or `global_batch_size` those of all. gradient_accumulation_steps:
-    micro-batches of a step, whose gradients are summed in the type of the weights. activation_budget: the share of
-    blocks that keep their activations. memory: a size such as 8GB, into which a step is made to fit by the two before,
+    `sigma_data` is the deviation of the latents. `history_noise` is how much noise context frames get at most, in units
+    of the latents' deviation: livestream, which is told how much, gets 0.7 unless it is given, CDiT none. batch_size: a
+    process's items to a step, or `global_batch_size` those of all. gradient_accumulation_steps: micro-batches of a
+    step, whose gradients are summed in the type of the weights. activation_budget: the share of blocks that keep their
+    activations. memory: a size such as 8GB, into which a step is made to fit by the two before,
     from what they are. ckpt: weights to start from. fsdp: shard the weights over the processes.
     """
 
@@ -81,7 +82,7 @@ class TrainConfig(Config):
     action_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     positions: Positions = "random"
     sigma_data: Annotated[float, Field(gt=0, allow_inf_nan=False)] = EDM_SIGMA_DATA
-    history_noise: NotNegative = 0.7  # at most, as Valevski et al. 2024 have it (arXiv 2408.14837, section 3.2.1)
+    history_noise: NotNegative | None = None
     normalize: Literal[True] = True  # the published configs say it; actions are always normalized
 
     precision: Annotated[str, Field(coerce_numbers_to_str=True)] = "auto"  # 16 and 32 are among the spellings

@@ -63,14 +63,14 @@ def toy_truth(
         for number in range(walks)
     ]
     pictures = [
-        render(world, position[n], float(yaw[n]), PLAYGROUND_SIZE) for position, yaw in paths for n in range(shown)
+        render(world, path.position[n], float(path.yaw[n]), PLAYGROUND_SIZE) for path in paths for n in range(shown)
     ]
     pixels = to_pixels(torch.from_numpy(np.stack(pictures)))
     latents = torch.cat([autoencoder.scaled(autoencoder.encode(part).mean) for part in _batches(pixels)])
     return Truth(
         latents.view(walks, shown, *latents.shape[1:]).clone().to(device),
         pixels.view(walks, shown, *pixels.shape[1:]).to(device),
-        np.stack([local_steps(position, yaw) for position, yaw in paths]),
+        np.stack([local_steps(path.meant, path.yaw) for path in paths]),
         context_size,
     )
 
