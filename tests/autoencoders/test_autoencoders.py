@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from halfstep.autoencoders import load_autoencoder
+from halfstep.autoencoders import load_autoencoder, to_pixels
 from halfstep.errors import InputError
 from halfstep.precision import PRESETS, PrecisionPolicy
 
@@ -25,6 +25,17 @@ def test_dct8_gives_back_what_it_keeps(seed: int, rows: int, columns: int) -> No
     codec = load_autoencoder("dct8")
     latents = torch.randn(2, 16, rows, columns, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(codec.encode(codec.decode(latents)).mean, latents, rtol=0, atol=2e-5)
+
+
+def test_pixels_are_their_own_latents() -> None:
+    pictures = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codec = load_autoencoder("pixels")
+    latents = codec.scaled(codec.encode(to_pixels(pictures)).mean)
+    assert latents.shape == (2, 3, 5, 7) and latents.abs().max() <= 1
+    for stored in (latents, latents.half(), latents.bfloat16()):  # bf16 has 256 steps between 1/2 and 1
+        error = np.abs(codec.pictures(stored.float()).astype(int) - pictures.numpy().astype(int)).max()
+        assert error <= (1 if stored.dtype == torch.bfloat16 else 0)
+    assert codec.reload().spec == codec.spec
 
 
 def test_dct8_is_an_orthogonal_projection() -> None:

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from halfstep.data.frames import open_frames
 from halfstep.errors import InputError
+from halfstep.live.opening import open_walk
 from halfstep.models import read_checkpoint
 from halfstep.sample import SampleOptions, sample
 from halfstep.store import TrajectoryStore
@@ -56,6 +59,20 @@ def test_pixels_are_encoded_on_the_way(tmp_path: Path, toy_world: Path, latents:
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-4)
     saved = read_checkpoint(tmp_path / "pixels" / "run").about
     assert (saved.config["in_channels"], saved.config["sigma_data"], saved.spacing) == (16, 1.5, 0.25)
+
+
+@pytest.mark.slow
+def test_pixels_need_no_autoencoder(tmp_path: Path, toy_world: Path) -> None:
+    """Frames as they are: trained on, walked on from, and walked through."""
+    train(config(tmp_path, toy_world, **{**STREAM, "sigma_data": 0.5}, autoencoder="pixels", image_size=16))
+    about = read_checkpoint(tmp_path / "run").about
+    assert (about.config["in_channels"], about.config["input_size"]) == (3, (16, 16))
+    run_cli("encode", "-i", toy_world, "-o", tmp_path / "frames", "--autoencoder", "pixels", "--size", "16x16")
+    walks: dict[str, Any] = {"number": 1, "data_path": tmp_path / "frames", "frames": 2, "device": "cpu"}
+    assert sample(SampleOptions(tmp_path / "run", tmp_path / "out", **walks)).made == 1
+    begun = open_walk(tmp_path / "run", torch.device("cpu"), data_path=tmp_path / "frames").begin(0).pixels
+    first = open_frames(tmp_path / "frames")
+    np.testing.assert_array_equal(begun, first.read(first.keys()[0], 1, 2)[0])
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
-"""dct8: a fixed, orthonormal 8x8 cosine codec with 16 channels. No download, no weights, exact up to what it drops.
+"""What needs no download and no weights.
 
-Each 8x8 block is turned to three orthonormal color axes (Ohta, Kanade and Sakai 1980: intensity, red-blue, green) and
+dct8: a fixed, orthonormal 8x8 cosine codec with 16 channels, exact up to what it drops. pixels: nothing is changed.
+
+Each 8x8 block of dct8 is turned to three orthonormal color axes (Ohta, Kanade and Sakai 1980: intensity, red-blue, green) and
 transformed by the two-dimensional DCT-II. Kept are the coefficients with u + v <= 3 of the intensity and u + v <= 1 of
 the two color axes.
 """
@@ -60,3 +62,9 @@ def dct8() -> Autoencoder:
     encoder, decoder = _Analysis().eval(), _Synthesis().eval()
     spec = LatentSpec("dct8", 16, BLOCK, scale=_SCALE, weights_sha256=weights_sha256(encoder))
     return Autoencoder(spec, encoder, decoder, reload=dct8)
+
+
+def pixels() -> Autoencoder:
+    """No codec: the latents [B, 3, H, W] are the pixels, in [-1, 1]."""
+    encoder, decoder = nn.Identity(), nn.Identity()
+    return Autoencoder(LatentSpec("pixels", 3, 1, weights_sha256=weights_sha256(encoder)), encoder, decoder, pixels)
