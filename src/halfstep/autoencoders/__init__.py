@@ -1,4 +1,4 @@
-"""Autoencoders by name: `dct8`, `pixels` and `toy`, a diffusers hub id or folder, or a folder with the two files of taef2."""
+"""Autoencoders by name: those that are built in or shipped, a diffusers hub id or folder, or a folder of taef2."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-f
 def load_autoencoder(identifier: str = "dct8", revision: str | None = None, *, tiled: bool = False) -> Autoencoder:
     """Load an autoencoder in fp32 on the CPU.
 
-    `identifier` is `dct8` (built in), `pixels` (which are their own latents), `toy` (shipped: 4 channels, learned on the toy world's playground), a folder that
-    holds a diffusers autoencoder or pipeline, a folder with `taef2_encoder.pth` and `taef2_decoder.pth`, or a hub id
-    (`stabilityai/sd-vae-ft-ema`) with its `revision`; `ema` and `mse` are Stable Diffusion's two, as published trainers
-    call them. `tiled` turns on the library's tiling, for pictures that do not fit in memory. Raises InputError, naming
-    what is available locally, when it cannot be loaded.
+    `identifier` is `dct8` (built in), `pixels` (which are their own latents), `toy` (shipped: 4 channels, learned on
+    the toy world's playground), a folder that holds a diffusers autoencoder or pipeline, a folder with
+    `taef2_encoder.pth` and `taef2_decoder.pth`, or a hub id (`stabilityai/sd-vae-ft-ema`) with its `revision`; `ema`
+    and `mse` are Stable Diffusion's two, as published trainers call them. `tiled` turns on the library's tiling, for
+    pictures that do not fit in memory. Raises InputError, naming what is available locally, when it cannot be loaded.
     """
     from halfstep.autoencoders.builtin import dct8, pixels
     from halfstep.autoencoders.diffusers import from_diffusers

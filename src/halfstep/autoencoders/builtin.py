@@ -2,9 +2,9 @@
 
 dct8: a fixed, orthonormal 8x8 cosine codec with 16 channels, exact up to what it drops. pixels: nothing is changed.
 
-Each 8x8 block of dct8 is turned to three orthonormal color axes (Ohta, Kanade and Sakai 1980: intensity, red-blue, green) and
-transformed by the two-dimensional DCT-II. Kept are the coefficients with u + v <= 3 of the intensity and u + v <= 1 of
-the two color axes.
+Each 8x8 block of dct8 is turned to three orthonormal color axes (Ohta, Kanade and Sakai 1980: intensity, red-blue,
+green) and transformed by the two-dimensional DCT-II. Kept are the coefficients with u + v <= 3 of the intensity and u +
+v <= 1 of the two color axes.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""halfstep bench encode | read | trajectory | train | sample | precision | stream | suite | compare | report | canary |
-memory | live-load | drift | simulate | statistics"""
+"""halfstep bench: a command for each module of `halfstep.bench` that measures something."""
 
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from halfstep.cli import bench_lines
 
 app = typer.Typer(help="Measure halfstep against what people use today, in turn in one run.", no_args_is_help=True)
 
@@ -57,26 +59,7 @@ def trajectory(
     """Keep sampling trajectories: the predictive codec against what people use; and the cost of recording."""
     from halfstep.bench.trajectory import bench_trajectory
 
-    result = bench_trajectory(files=file or [], rounds=rounds, recorder=recorder)
-    if json:
-        typer.echo(json_module.dumps(result, indent=1))
-        return
-    for name, content in result["trajectories"].items():
-        typer.echo(f"{name}: {content['shape']}, {content['megabytes']} MB in fp32, MB of it a second")
-        for way, facts in content["ways"].items():
-            typer.echo(
-                f"  {way:34} {facts['share_of_fp32']:.3f}  error {facts['rms_error']:.1e}  encode "
-                f"{facts['encode_mb_per_s']:7.0f}  decode {facts['decode_mb_per_s']:7.0f}  a step "
-                f"{facts['random_step_ms']:8.2f} ms"
-            )
-    for name, reason in result["not_measured"].items():
-        typer.echo(f"  {name}: not measured ({reason})")
-    if result["recorder"]:
-        cost = result["recorder"]
-        typer.echo(
-            f"recording: {cost['overhead']:+.2%} of a sampler's time at {cost['step_ms']:.0f} ms a step "
-            f"({cost['overhead_with_finish']:+.2%} with the wait at the end), same samples: {cost['same_samples']}"
-        )
+    _print(bench_trajectory(files=file or [], rounds=rounds, recorder=recorder), json, bench_lines.trajectory)
 
 
 @app.command()
@@ -266,13 +249,7 @@ def canary(
 
     with Bar("comparing", "trials", hidden=json) as progress:
         result = bench_canary(trials=trials, progress=progress)
-    if json:
-        typer.echo(json_module.dumps(result, indent=1))
-        return
-    for name, facts in (("the same", result["same"]), ("10% more work", result["ten_percent_more"])):
-        found = ", ".join(f"{count} {verdict}" for verdict, count in facts["verdicts"].items())
-        by_wall = ", ".join(f"{count} {verdict}" for verdict, count in facts["verdicts_by_wall_seconds"].items())
-        typer.echo(f"{name}: {found} of {facts['trials']}; by wall seconds {by_wall}")
+    _print(result, json, bench_lines.canary)
 
 
 @app.command()
@@ -289,14 +266,7 @@ def live(
 
     with Bar("walking", "frames", hidden=json) as progress:
         result = bench_live(frames=frames, rounds=rounds, steps=steps, soak=soak, progress=progress)
-    if json:
-        typer.echo(json_module.dumps(result, indent=1))
-        return
-    for name, rate in result["frames_per_second"].items():
-        typer.echo(f"{name}: {rate} frames a second")
-    typer.echo(f"the engine adds {result['engine_adds']:.1%}")
-    if soak:
-        typer.echo(f"memory: {result['resident_mb']} MB, grew by {result['growth_after_the_first_tenth']:.1%}")
+    _print(result, json, bench_lines.live)
 
 
 @app.command()
@@ -310,14 +280,7 @@ def conditions(
 
     with Bar("training", "ways", hidden=json) as progress:
         result = bench_conditions(steps=steps, progress=progress)
-    if json:
-        typer.echo(json_module.dumps(result, indent=1))
-        return
-    for name, facts in result["ways"].items():
-        typer.echo(
-            f"{name}: the loss grows by {facts['action']:.1%} with another action, {facts['context']:.1%} with another "
-            f"context; loss {facts['loss']}"
-        )
+    _print(result, json, bench_lines.conditions)
 
 
 @app.command()
@@ -361,16 +324,7 @@ def simulate(rounds: Annotated[int, typer.Option(min=1)] = 5, json: _Json = Fals
 
     with Bar("simulating", "networks", hidden=json) as progress:
         result = bench_simulate(rounds=rounds, progress=progress)
-    if json:
-        typer.echo(json_module.dumps(result, indent=1))
-        return
-    for name, facts in result["networks"].items():
-        typer.echo(f"{name}: a simulated pass takes {facts['simulated_over_fp32']:.2f} times one in fp32")
-        for policy, errors in facts["policies"].items():
-            typer.echo(
-                f"  {policy:10} error {errors['simulated']:.2e} simulated, {errors['real']:.2e} on this device "
-                f"({errors['real_over_simulated']:.2f} times)"
-            )
+    _print(result, json, bench_lines.simulate)
 
 
 @app.command()
@@ -381,13 +335,7 @@ def memory(json: _Json = False) -> None:
 
     with Bar("measuring", "cases", hidden=json) as progress:
         result = bench_memory(progress=progress)
-    if json:
-        typer.echo(json_module.dumps(result, indent=1))
-        return
-    for row in result["cases"]:
-        typer.echo(
-            f"{row['name']:42} planned {row['planned']:7.1f} MB, measured {row['measured']:7.1f} ({row['off']:+.1%})"
-        )
+    _print(result, json, bench_lines.memory)
 
 
 @app.command("live-load")
@@ -418,16 +366,7 @@ def statistics(
 
     with Bar("analyzing", "sets", hidden=json) as progress:
         result = bench_statistics(sets=sets, progress=progress)
-    if json:
-        typer.echo(json_module.dumps(result, indent=1))
-        return
-    for design, changes in result["designs"].items():
-        for change, shares in changes.items():
-            typer.echo(
-                f"{design}; difference: {change}; a finding in {shares['sets_with_a_finding']:.1%} of {sets} sets"
-            )
-            for name, share in shares["below_alpha"].items():
-                typer.echo(f"  {name:20} p < 0.05 in {share:6.1%}, found in {shares['found'][name]:6.1%}")
+    _print(result, json, bench_lines.statistics)
 
 
 def _judge(result: dict[str, Any], json: bool) -> NoReturn:
@@ -441,16 +380,8 @@ def _judge(result: dict[str, Any], json: bool) -> NoReturn:
     raise typer.Exit(EXIT_CODES[result["verdict"]])
 
 
-def _print(result: dict[str, Any], json: bool) -> None:
-    if json:
-        typer.echo(json_module.dumps(result, indent=1))
-        return
-    typer.echo(f"{result['benchmark']} on {result['machine']['device']}, {result['machine']['cores']} cores")
-    for name, timing in result["seconds"].items():
-        typer.echo(
-            f"  {name:24} {timing['median']:9.4g} s   ({timing['smallest']:.4g} to {timing['largest']:.4g}, "
-            f"{timing['rounds']} rounds)"
-        )
-    for name, value in result.items():
-        if name not in ("benchmark", "command", "machine", "seconds", "curves"):
-            typer.echo(f"  {name}: {value}")
+def _print(
+    result: dict[str, Any], json: bool, lines: Callable[[dict[str, Any]], Iterable[str]] = bench_lines.timings
+) -> None:
+    for line in [json_module.dumps(result, indent=1)] if json else lines(result):
+        typer.echo(line)

@@ -25,7 +25,8 @@ def encode(
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder of the store.")] = ...,  # type: ignore[assignment]
     autoencoder: Annotated[
-        str | None, typer.Option(metavar="ID", help="dct8, pixels, toy, a diffusers hub id or folder, or the folder of taef2.")
+        str | None,
+        typer.Option(metavar="ID", help="dct8, pixels, toy, a diffusers hub id or folder, or the folder of taef2."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     precision: Annotated[
