@@ -348,6 +348,19 @@ def test_attributes_of_other_types_that_are_there_are_named(tmp_path: Path) -> N
     assert run_cli("analyze", "--batch-dir", tmp_path / "s", "--list-videos").stdout.startswith("a ")
 
 
+@pytest.mark.parametrize("noted", [7, "text", [1], {"a": 1}])
+def test_problems_that_are_no_lines_are_named(tmp_path: Path, noted: object) -> None:
+    store = TrajectoryStore.create(tmp_path / "s")
+    store.add("a", walk(5), sigmas=np.linspace(1, 0, 5), prompt="p", format=TrajectoryFormat("blosc", "fp16"))
+    group = zarr.open_group(str(tmp_path / "s"), path="a", mode="r+")
+    group.update_attributes(sealed({**group.attrs.asdict(), "problems": noted, "latents_error": noted}))
+    run = store["a"]
+    damage, odd = f"damaged: its problems are {noted!r}, which are no lines", "odd: its latents_error is"
+    assert run.problems == (damage, f"{odd} {noted!r}, which is left out") and run.prompt == "p"
+    assert "which are no lines" in run_cli("store", "verify", tmp_path / "s", check=1).stdout
+    run_cli("store", "inspect", tmp_path / "s")
+
+
 def run_odd(attributes: dict[str, object]) -> list[tuple[str, object]]:
     return [(name, value) for name, value in attributes.items() if name in ("prompt", "seed", "states", "dtype")]
 

@@ -168,17 +168,26 @@ def _require_usual(where: str, attributes: Mapping[str, Any]) -> None:
     for name, value in attributes.items():
         if name in _OWN:
             raise InputError(f"{where}: {name!r} is an attribute that the store keeps itself; choose another name")
-        kind = _USUAL.get(name)
-        if kind is not None and value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise InputError(f"{where}: got {name}={value!r}; expected {'text' if kind is str else 'a whole number'}")
+        if not _fits(name, value):
+            expected = "text" if _USUAL[name] is str else "a whole number"
+            raise InputError(f"{where}: got {name}={value!r}; expected {expected}")
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether an attribute is of the type that others rely on."""
+    if name == "latents_bytes":
+        return type(value) is int
+    if name == "latents_error":
+        shares = value.values() if isinstance(value, dict) and {"all", "state", "channel"} <= value.keys() else [None]
+        return all(type(share) in (int, float) for share in shares)
+    return name not in _USUAL or value is None or (isinstance(value, _USUAL[name]) and not isinstance(value, bool))
 
 
 def _usual(attributes: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """The attributes without those of another type than the usual one, which are named."""
     usual = {}
     for name, value in attributes.items():
-        kind = _USUAL.get(name, object)
-        if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+        if _fits(name, value):
             usual[name] = value
         else:
             problems.append(f"odd: its {name} is {value!r}, which is left out")
@@ -259,7 +268,9 @@ def _rounding(form: TrajectoryFormat, attributes: Mapping[str, Any]) -> Rounding
 
 
 def _problems(attributes: dict[str, Any], folder: Path | UPath) -> list[str]:
-    problems = list(attributes.get("problems", []))
+    noted = attributes.get("problems", [])
+    lines = isinstance(noted, list) and all(isinstance(line, str) for line in noted)
+    problems = list(noted) if lines else [f"damaged: its problems are {noted!r}, which are no lines"]
     if not attributes.get("complete"):
         alive = is_being_written(folder / JOURNAL_NAME)
         problems.insert(0, "incomplete: " + ("it is being recorded" if alive else "its recording did not finish"))
