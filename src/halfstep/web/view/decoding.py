@@ -69,11 +69,13 @@ class Decoder:
 
     def _load(self, spec: LatentSpec | None, channels: int) -> Autoencoder | str:
         from halfstep.autoencoders import load_for
+        from halfstep.precision import PrecisionPolicy
 
         try:
-            return load_for(spec, channels, None if spec is not None and spec.weights_sha256 else self._named)
+            found = load_for(spec, channels, None if spec is not None and spec.weights_sha256 else self._named)
         except HalfstepError as error:
             return str(error)
+        return found.prepared("cpu", PrecisionPolicy(), channels_last=True)  # a fifth faster for one picture
 
 
 def _at(latent: Array, t: int) -> Array:
