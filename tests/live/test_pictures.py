@@ -53,7 +53,9 @@ class Plain(nn.Module):
 
 
 def model(unet: nn.Module, kind: str = "epsilon") -> PictureModel:
-    return PictureModel(unet, Plain(), (torch.zeros(1, 5, 3),), LEVELS, kind, CPU, size=SIZE, strength=0.6)
+    return PictureModel(
+        unet, Plain(), (torch.zeros(1, 5, 3),), LEVELS, CPU, velocity=kind == "v_prediction", size=SIZE, strength=0.6
+    )
 
 
 def picture(value: int) -> np.ndarray:

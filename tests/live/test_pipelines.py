@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,16 @@ from halfstep.errors import InputError
 from halfstep.live import LiveEngine
 from halfstep.live.pictures import PictureModel
 from halfstep.live.pipelines import WholePipeline, open_pipeline, schedule
+from halfstep.precision import PrecisionPolicy, prepare
 from halfstep.sampling.noise import own_generator
 from tests.live.worlds import CPU
-from tests.support.networks import tiny_autoencoder, tiny_flux, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
+from tests.support.networks import (
+    tiny_autoencoder,
+    tiny_flux,
+    tiny_stable_diffusion,
+    tiny_stable_diffusion_3,
+    tiny_stable_diffusion_xl,
+)
 
 SEEN = np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)
 
@@ -123,6 +132,50 @@ def test_the_prompt_is_encoded_once_and_counts(folders: dict[str, Path]) -> None
     assert not np.array_equal(*(engine.step(SEEN).picture for engine in engines))
 
 
+def test_timesteps_are_not_rounded(folders: dict[str, Path]) -> None:
+    """bf16 has 256 steps between 512 and 1024; the library hands timesteps on in fp32."""
+    model = open_at(folders["sd3"])
+    told: list[torch.Tensor] = []
+    of = type(model.network.module)
+    called = of.forward
+
+    def listening(self: Any, *args: Any, **kwargs: Any) -> Any:
+        told.append(kwargs["timestep"])
+        assert kwargs["hidden_states"].dtype == torch.bfloat16
+        return called(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of, "forward", listening)
+        half = prepare(copy.deepcopy(model.network), PrecisionPolicy.parse("bf16-true"))
+        model.predict(half, model.begin(5).state, SEEN, 2)
+    assert [given.dtype for given in told] == [torch.float32] * 2
+
+
+def test_a_pipeline_without_one_of_its_encoders(tmp_path: Path) -> None:
+    """As it was saved: its list of parts says that there is none."""
+    pipe = tiny_stable_diffusion_3(tiny_autoencoder((4, 8), shift_factor=0.1))
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path)
+    engine = LiveEngine(open_at(tmp_path), CPU, steps=1)
+    engine.reset(5)
+    assert engine.step(SEEN).problem is None
+
+
+def test_what_steps_side_by_side_are_not_for_is_called_whole(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, EDMDPMSolverMultistepScheduler
+
+    for name, scheduler in {
+        "sample": DDIMScheduler(prediction_type="sample", clip_sample=False, steps_offset=1),
+        "edm": EDMDPMSolverMultistepScheduler(),
+    }.items():
+        tiny_stable_diffusion(tiny_autoencoder((4, 8)), scheduler).save_pretrained(tmp_path / name)
+        model = open_at(tmp_path / name)
+        assert isinstance(model, WholePipeline)
+        engine = LiveEngine(model, CPU, steps=2)
+        engine.reset(5)
+        assert engine.step(SEEN).problem is None
+
+
 def test_strength_is_as_near_as_the_steps_allow() -> None:
     for steps in range(1, 9):
         for hundredth in range(5, 101):
@@ -132,11 +185,38 @@ def test_strength_is_as_near_as_the_steps_allow() -> None:
     assert schedule(2, 0.5) == (4, 0.5) and schedule(8, 1.0) == (8, 1.0)
 
 
-def test_what_makes_nothing_of_a_picture_is_named(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers import StableDiffusion3Img2ImgPipeline
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model_index.json", b"{}"),
+        ("model_index.json", b"[]"),
+        ("text_encoder/model.safetensors", b""),
+        ("text_encoder/model.safetensors", b"\x10" + b"\0" * 20),
+        ("tokenizer/tokenizer.json", b"{}"),
+        ("scheduler/scheduler_config.json", b'{"_class_name": "DDIMScheduler", "num_train_timesteps": "x"}'),
+    ],
+)
+def test_damaged_folders_are_named(folders: dict[str, Path], tmp_path: Path, name: str, content: bytes) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders["xl"], damaged)
+    (damaged / name).write_bytes(content)
+    with pytest.raises(InputError, match="cannot be had for image-to-image") as caught:
+        open_at(damaged)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_makes_nothing_of_a_picture_is_named(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import DDIMScheduler, StableDiffusion3Img2ImgPipeline
 
     with pytest.raises(InputError, match=r"--size: got 33x16; StableDiffusion3Img2ImgPipeline needs multiples of 2"):
         open_at(folders["sd3"], size=(33, 16))
+    tiny_stable_diffusion(tiny_autoencoder((4, 8)), DDIMScheduler(steps_offset=1), in_channels=9).save_pretrained(
+        tmp_path / "inpaint"
+    )
+    with pytest.raises(InputError, match=r"makes nothing of .* \(RuntimeError: .* to have 9 channels"):
+        open_at(tmp_path / "inpaint")
     called = StableDiffusion3Img2ImgPipeline.__call__
 
     def wanting_more(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,5 +224,7 @@ def test_what_makes_nothing_of_a_picture_is_named(folders: dict[str, Path], monk
 
     wanting_more.__signature__ = inspect.signature(called)  # type: ignore[attr-defined]
     monkeypatch.setattr(StableDiffusion3Img2ImgPipeline, "__call__", wanting_more)
-    with pytest.raises(InputError, match=r"makes nothing of a prompt and a picture of 32x16 \(`control_image` has"):
+    with pytest.raises(
+        InputError, match=r"makes nothing of a prompt and a picture of 32x16 \(ValueError: `control_image` has"
+    ):
         open_at(folders["sd3"])

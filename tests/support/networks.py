@@ -32,8 +32,8 @@ def word_tokenizer(words: Sequence[str], **special: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
 
 
-def tiny_stable_diffusion(vae: Any, scheduler: Any) -> Any:
-    """A StableDiffusionPipeline around `vae` that knows the words "a cat"."""
+def tiny_stable_diffusion(vae: Any, scheduler: Any, **unet: Any) -> Any:
+    """A StableDiffusionPipeline around `vae` that knows the words "a cat"; `unet` goes to its network."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -54,6 +54,7 @@ def tiny_stable_diffusion(vae: Any, scheduler: Any) -> Any:
             attention_head_dim=4,
             norm_num_groups=4,
             sample_size=16,
+            **unet,
         ),
         scheduler,
         None,

@@ -84,6 +84,8 @@ def live(
         assert file is not None
         facts = write_live(engine, spec, file, frames=frames, video=video)
         line = f"{file}: {facts['frames']} frames, {facts['frames_per_second']} a second, in {facts['precision']}"
+        for name, count in facts["not_finite"].items():
+            line += f"; {count} were not finite in {name}"
     else:
 
         def listening(url: str) -> None:

@@ -20,7 +20,7 @@ from halfstep.live.frames import Action, FrameSpec, Made, Network, Picture
 from halfstep.sampling.noise import own_generator
 
 _NEEDED = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
-_PLEASING = 6.0  # as the library has it
+_PREDICTED = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Passing:
 
 class PictureModel:
     """`unet` between the encoder and the decoder of `vae`, for one prompt. `conditions`: of `conditions_of`;
-    `levels`: abar of the scheduler's timesteps; `strength`: the share of them that a picture is noised by."""
+    `levels`: abar of the scheduler's timesteps; `velocity`: that is predicted, not noise; `strength`: the share of the
+    levels that a picture is noised by."""
 
     def __init__(
         self,
@@ -42,16 +43,16 @@ class PictureModel:
         vae: Any,
         conditions: tuple[torch.Tensor, ...],
         levels: torch.Tensor,
-        prediction_type: str,
         device: torch.device,
         *,
+        velocity: bool,
         size: tuple[int, int],
         strength: float,
     ) -> None:
         self.network: nn.Module = _Denoiser(unet).to(device).eval()
         self._vae, self._device = vae.to(device).eval(), device
         self._conditions, self._levels = [told.to(device) for told in conditions], levels.to(device)
-        self._velocity, self._strength = prediction_type == "v_prediction", strength
+        self._velocity, self._strength = velocity, strength
         width, height = size
         self.spec = FrameSpec(height, width, takes_actions=False, takes_pictures=True)
 
@@ -114,6 +115,12 @@ class _Denoiser(nn.Module):
         return output
 
 
+def predicted_by(scheduler: Any) -> str:
+    """What a network predicts, as diffusers calls it."""
+    predicted: str = scheduler.config.get("prediction_type", "epsilon")
+    return predicted
+
+
 def conditions_of(pipe: Any, prompt: str, size: tuple[int, int]) -> tuple[torch.Tensor, ...] | None:
     """What the U-Net of an image-to-image pipeline is told of `prompt` besides the timestep, each [1, ...]: the
     embedding, and of Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952, section 2.2) its pooled form and the
@@ -126,12 +133,13 @@ def conditions_of(pipe: Any, prompt: str, size: tuple[int, int]) -> tuple[torch.
     xl = getattr(pipe, "text_encoder_2", None) is not None and told == "text_time"
     if not hasattr(pipe.scheduler, "alphas_cumprod") or unet.config.get("time_cond_proj_dim") or bool(told) != xl:
         return None
+    if pipe.vae.config.get("latents_mean") is not None or predicted_by(pipe.scheduler) not in _PREDICTED:
+        return None
     with torch.no_grad():
         if not xl:
             embedding, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
             return (embedding,)
         embedding, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
     width, height = size
-    # The size before and after a crop at 0, 0; in place of the latter the refiner is told how pleasing a picture is.
-    numbers = [height, width, 0, 0, *([_PLEASING] if pipe.config.get("requires_aesthetics_score") else [height, width])]
-    return embedding, pooled, torch.tensor([numbers], dtype=torch.float32)
+    sizes = [height, width, 0, 0, height, width]  # before a crop, its place, and after it
+    return embedding, pooled, torch.tensor([sizes], dtype=torch.float32)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,19 +16,18 @@ from halfstep.autoencoders.hub import hub_answers, quiet_pipelines
 from halfstep.errors import InputError
 from halfstep.extras import missing
 from halfstep.live.frames import Action, FrameModel, FrameSpec, Made, Network, Picture
-from halfstep.live.pictures import PictureModel, conditions_of
+from halfstep.live.pictures import PictureModel, conditions_of, predicted_by
 from halfstep.sampling.noise import own_generator
 
 _NETWORKS = ("transformer", "unet")
+_DISTILLED_STEPS = 50  # of the teacher of a consistency model, as the library has it
+_UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)  # of a library that finds it so
 
 
 class WholePipeline:
-    """Calls `pipe` for each picture, in so many steps and with the same noise; the prompt is encoded once and the text
-    encoders are let go. `strength`: the share of the noise levels that a picture is noised by, as near as so many steps
-    come to it; pipelines that edit pictures have none. Guidance that costs a second call of the network is off.
-
-    Raises InputError when a grey picture does not come through.
-    """
+    """Calls `pipe` for each picture, in so many steps and with the same noise. `strength`: the share of the noise
+    levels that a picture is noised by, as near as so many steps come to it; pipelines that edit pictures have none.
+    Guidance that costs a second call of the network is off."""
 
     def __init__(self, pipe: Any, prompt: str, device: torch.device, *, size: tuple[int, int], strength: float) -> None:
         self._pipe, self._strength, self._device = pipe.to(device), strength, device
@@ -43,19 +41,6 @@ class WholePipeline:
         width, height = size
         self.spec = FrameSpec(height, width, takes_actions=False, takes_pictures=True)
         self._fixed = self._arguments(prompt)
-        pipe.encode_prompt = _once(pipe.encode_prompt)
-        grey = np.full((height, width, 3), 128, np.uint8)
-        try:
-            made = self.predict(self.network, 0, grey, 1)
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            what = f"a prompt and a picture of {width}x{height}"
-            raise InputError(f"--pipeline: {type(pipe).__name__} makes nothing of {what} ({reason})") from error
-        if tuple(made.pixels.shape) != (3, height, width):
-            found = "x".join(str(side) for side in (*made.pixels.shape[:0:-1],))
-            raise InputError(f"--size: got {width}x{height}; {type(pipe).__name__} makes {found} of it: give that")
-        for encoder in [name for name in pipe.components if name.startswith("text_encoder")]:
-            setattr(pipe, encoder, None)
 
     def begin(self, seed: int) -> Made:
         """Grey: there is nothing to be seen before the first picture."""
@@ -64,28 +49,53 @@ class WholePipeline:
     def predict(self, network: Network, state: int, given: Action | Picture | None, steps: int) -> Made:
         if not isinstance(given, np.ndarray):
             return Made(self.begin(state).pixels, state)
-        self._stand.network = network
+        self._stand.called[:] = [network]
         with torch.no_grad():
-            images = self._pipe(
+            pictures = self._pipe(
                 image=Image.fromarray(given),
                 generator=own_generator(state),
-                output_type="pt",
+                output_type="np",
                 return_dict=False,
                 **self._schedule(steps),
                 **self._fixed,
             )[0]
-        return Made(images[0].float() * 2 - 1, state)
+        pixels = torch.from_numpy(np.asarray(pictures[0], np.float32)).permute(2, 0, 1) * 2 - 1
+        return Made(pixels.to(self._device), state)
+
+    def encode_once(self) -> None:
+        """The next call encodes the prompt for all that follow, and lets the text encoders go; not where the prompt is
+        encoded together with the picture."""
+        encode, found = self._pipe.encode_prompt, list[Any]()
+        if "image" in inspect.signature(encode).parameters:
+            return
+
+        def encoded(*args: Any, **kwargs: Any) -> Any:
+            if not found:
+                found.append(encode(*args, **kwargs))
+                for name in [name for name in self._pipe.components if name.startswith("text_encoder")]:
+                    setattr(self._pipe, name, None)
+            return found[0]
+
+        self._pipe.encode_prompt = encoded
 
     def _arguments(self, prompt: str) -> dict[str, Any]:
         """Of every call, as far as the pipeline has them."""
-        wanted: dict[str, Any] = {"prompt": prompt, "height": self.spec.height, "width": self.spec.width}
-        if not self._stand.config.get("guidance_embeds", False):  # which is told its guidance in the same call
+        width, height = self.spec.width, self.spec.height
+        wanted: dict[str, Any] = {"prompt": prompt, "height": height, "width": width, "pag_scale": 0.0}
+        wanted |= {"max_area": width * height, "_auto_resize": False}  # of those that would choose a size themselves
+        config = self._stand.config
+        told = config.get("guidance_embeds") or config.get("time_cond_proj_dim")  # its guidance, in the same call
+        if "true_cfg_scale" in self._takes:
+            wanted["true_cfg_scale"] = 1.0
+        elif not told:
             wanted["guidance_scale"] = 1.0
         return {name: value for name, value in wanted.items() if name in self._takes}
 
     def _schedule(self, steps: int) -> dict[str, Any]:
         if "strength" not in self._takes:
             return {"num_inference_steps": steps}
+        if "original_inference_steps" in self._takes:  # of a consistency model, which takes all steps at any strength
+            return {"num_inference_steps": steps, "strength": max(self._strength, steps / _DISTILLED_STEPS)}
         of, strength = schedule(steps, self._strength)
         return {"num_inference_steps": of, "strength": strength}
 
@@ -105,6 +115,8 @@ def schedule(steps: int, strength: float) -> tuple[int, float]:
 class _TensorsOut(nn.Module):
     """`module`, which returns its tensor alone, in fp32: the sampler's state is not a matter of the network's types."""
 
+    exact_scalars = True  # timesteps and guidance, which the library hands on in fp32
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module: Any = module
@@ -114,32 +126,29 @@ class _TensorsOut(nn.Module):
         return output.float() if isinstance(output, torch.Tensor) else output
 
 
-class _Stand:
-    """Stands in a pipeline for its network: calls `network`, and for all else is the one in fp32."""
+class _Sampled(NamedTuple):
+    """What a network returns, by its place or by its name."""
+
+    sample: torch.Tensor
+
+
+class _Stand(nn.Module):
+    """Stands in a pipeline for its network: calls the one in `called`, and for all else is the one in fp32."""
 
     def __init__(self, exact: _TensorsOut) -> None:
-        self.network: Network = exact
-        self._exact = exact.module
+        super().__init__()
+        self.exact = exact.module
+        self.called: list[Network] = [exact]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
-        if kwargs.pop("return_dict", True):
-            raise TypeError("the pipeline asks for its network's own kind of output")
-        return (self.network(*args, **kwargs),)
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> _Sampled:
+        (network,) = self.called
+        return _Sampled(network(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._exact, name)
-
-
-def _once(encode: Callable[..., Any]) -> Callable[..., Any]:
-    """`encode`, called the first time only."""
-    found: list[Any] = []
-
-    def encoded(*args: Any, **kwargs: Any) -> Any:
-        if not found:
-            found.append(encode(*args, **kwargs))
-        return found[0]
-
-    return encoded
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.exact, name)
 
 
 def open_pipeline(
@@ -154,33 +163,54 @@ def open_pipeline(
     pipe = _load(identifier)
     kind = type(pipe).__name__
     if all(getattr(pipe, name, None) is None for name in _NETWORKS) or getattr(pipe, "encode_prompt", None) is None:
-        raise InputError(
-            f"--pipeline: {identifier}: is a {kind}; expected one of a transformer or a U-Net and a prompt"
-        )
+        raise InputError(f"--pipeline: {identifier}: is a {kind}; expected one of a U-Net or transformer and a prompt")
     factor = getattr(pipe, "vae_scale_factor", 1)
     if size[0] % factor or size[1] % factor:
         raise InputError(f"--size: got {size[0]}x{size[1]}; {kind} needs multiples of {factor}")
+    try:
+        model = _model(pipe, prompt, device, size, strength)
+        with torch.no_grad():
+            made = model.predict(model.network, model.begin(0).state, np.full((*size[::-1], 3), 128, np.uint8), 1)
+    except _UNFIT as error:
+        what = f"a prompt and a picture of {size[0]}x{size[1]}"
+        raise InputError(f"--pipeline: {kind} makes nothing of {what} ({_reason(error)})") from error
+    if tuple(made.pixels.shape) != (3, *size[::-1]):
+        height, width = made.pixels.shape[1:]
+        raise InputError(f"--size: got {size[0]}x{size[1]}; {kind} makes {width}x{height} of it: give another")
+    return model
+
+
+def _model(pipe: Any, prompt: str, device: torch.device, size: tuple[int, int], strength: float) -> FrameModel:
     found = conditions_of(pipe, prompt, size)
     if found is None:
-        return WholePipeline(pipe, prompt, device, size=size, strength=strength)
-    predicts = pipe.scheduler.config.get("prediction_type", "epsilon")
-    if predicts not in ("epsilon", "v_prediction"):
-        raise InputError(f"--pipeline: {identifier}: predicts {predicts}; expected noise or velocity")
+        whole = WholePipeline(pipe, prompt, device, size=size, strength=strength)
+        whole.encode_once()
+        return whole
+    velocity = predicted_by(pipe.scheduler) == "v_prediction"
     levels = pipe.scheduler.alphas_cumprod.float()
-    return PictureModel(pipe.unet, pipe.vae, found, levels, predicts, device, size=size, strength=strength)
+    return PictureModel(pipe.unet, pipe.vae, found, levels, device, velocity=velocity, size=size, strength=strength)
 
 
 def _load(identifier: str) -> Any:
-    from diffusers import AutoPipelineForImage2Image
+    from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+    from safetensors import SafetensorError
 
     offline = Path(identifier).is_dir() or not hub_answers(identifier, None, "give a folder or another hub id")
     try:
         with quiet_pipelines():
+            parts = DiffusionPipeline.load_config(identifier, local_files_only=offline)
+            # What a pipeline was saved without has to be named, or it is missed.
+            absent = {name: None for name, part in parts.items() if part in ([None, None], (None, None))}
             return AutoPipelineForImage2Image.from_pretrained(
-                identifier, dtype=torch.float32, local_files_only=offline, low_cpu_mem_usage=False
+                identifier, dtype=torch.float32, local_files_only=offline, low_cpu_mem_usage=False, **absent
             )
     except ImportError as error:
         raise missing(error, "generate") or error from error
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--pipeline: {identifier}: cannot be had for image-to-image ({reason})") from error
+    except (*_UNFIT, OSError, SafetensorError) as error:
+        raise InputError(f"--pipeline: {identifier}: cannot be had for image-to-image ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """The library's words on one line; of many, the first and the last."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return words if len(words) <= 240 else f"{words[:160]} ... {words[-70:]}"

@@ -27,9 +27,10 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
     *true* policies cast weights, buffers and, at each call, inputs; *mixed* policies keep fp32 weights and run the call
     under autocast. Islands keep fp32 weights and run in fp32 also under autocast: modules that match `policy.islands`,
     and those that a network itself names. They return `policy.params`, or fp32 where the pattern ends with `+`; then
-    modules that need inputs of the type of their weights cast what they receive. Where there are islands, inputs of at
-    most one dimension (timesteps, sigmas) reach them unrounded. Results are cast to `policy.output`. Modules with 2-D
-    convolutions use channels_last where `probe` measured it faster on the module's device, or as `channels_last` says.
+    modules that need inputs of the type of their weights cast what they receive. Where there are islands, or the module
+    says `exact_scalars`, inputs of at most one dimension (timesteps, sigmas) come in unrounded. Results are cast to
+    `policy.output`. Modules with 2-D convolutions use channels_last where `probe` measured it faster on the module's
+    device, or as `channels_last` says.
 
     A network names what it wants kept in `keep_in_fp32` (submodules, parameters and buffers, in every policy), or as
     transformers and diffusers do in `_keep_in_fp32_modules` (in fp16; diffusers in bf16 too) and
@@ -74,7 +75,8 @@ def prepare(module: nn.Module, policy: PrecisionPolicy, *, channels_last: bool |
         _pin(island, _Island, policy)
         island._halfstep_hands_on_fp32 = wide  # type: ignore[assignment]
     _pin(module, _Prepared, policy)
-    module._halfstep_exact_scalars = bool(islands)  # type: ignore[assignment]
+    exact_scalars = bool(islands) or getattr(module, "exact_scalars", False)
+    module._halfstep_exact_scalars = exact_scalars  # type: ignore[assignment]
     module._halfstep_plain_attention = policy.compute in ("fp16", "bf16") and any(  # type: ignore[assignment]
         isinstance(child, nn.MultiheadAttention) for child in module.modules()
     )
