@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from halfstep.autoencoders import load_autoencoder, to_pixels
+from halfstep.config import load_yaml
 from halfstep.data.toy_world import PLAYGROUND_SIZE, playground, render, walk
 from halfstep.models import read_checkpoint
 from halfstep.shipped import shipped
+from halfstep.train.config import TrainConfig
 
 FOLDERS = ("autoencoder", "cdit", "eqm")
 
@@ -44,6 +46,18 @@ def test_networks_are_of_the_toy_autoencoders_latents(name: str) -> None:
     facts = json.loads((shipped(name) / "facts.json").read_text())
     assert facts["parameters"] == sum(value.numel() for value in checkpoint.weights.values())
     assert all(value.dtype == torch.float16 for value in checkpoint.weights.values())
+
+
+@pytest.mark.parametrize("name", ["cdit", "eqm"])
+def test_the_recipe_is_that_of_the_network(name: str) -> None:
+    recipe = load_yaml(shipped(name) / "train.yaml", TrainConfig)
+    about = read_checkpoint(shipped(name)).about
+    facts = json.loads((shipped(name) / "facts.json").read_text())
+    assert recipe.steps == facts["steps"]
+    assert about.latents is not None and about.latents.pixels is not None
+    height, width = (side // 8 for side in (about.latents.pixels.height, about.latents.pixels.width))
+    shape = (4, *([4] if name == "eqm" else []), height, width)
+    assert recipe.about(shape, about.config.get("num_classes", 0)).config == about.config
 
 
 def test_the_walker_is_better_than_a_world_that_stands_still() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from halfstep.analyze import analyze, write_output
 from halfstep.autoencoders import load_for
-from halfstep.config import validate
+from halfstep.config import load_yaml, validate
 from halfstep.data.base import Array
 from halfstep.demo.pictures import psnr
 from halfstep.machine import open_device
@@ -34,30 +34,8 @@ _YOUNG = 2  # samples of each network that began anew
 _SAMPLING_STEPS = 6  # of each predicted frame
 _HALVES = {"bf16": "bf16-true", "fp16": "16-true"}
 
-EQM: dict[str, Any] = {
-    "model": {"network": "EqM", "hidden_size": 128, "depth": 6, "num_heads": 4},
-    "clip_len": 4,
-    "global_batch_size": 16,
-    "lr": 3e-4,
-    "ema_decay": 0.99,
-    "warmup_steps": 20,
-}
-CDIT: dict[str, Any] = {
-    "model": {"network": "CDiT", "hidden_size": 160, "depth": 5, "num_heads": 5},
-    "context_size": 2,
-    "len_traj_pred": 1,
-    "distance": {"min_dist_cat": 1, "max_dist_cat": 1},
-    "goals_per_obs": 1,
-    "metric_waypoint_spacing": 0.25,
-    "predicted": "velocity",
-    "action_scale": 100.0,
-    "positions": "sinusoidal",
-    "batch_size": 16,
-    "lr": 3e-4,
-    "grad_clip_val": 1.0,
-    "ema_decay": 0.99,
-    "warmup_steps": 20,
-}
+# In place of the recipes' own: minutes, not an hour.
+_SHORT = {"batch_size": 16, "lr": 3e-4, "ema_decay": 0.99, "warmup_steps": 20}
 _SCRATCH = {"lr": 1e-3}  # of a network that begins anew
 
 
@@ -104,13 +82,13 @@ def learn(output: Path, progress: Progress, seconds: float) -> Learned:
     """Train an EqM on clips of the store in `output` and a CDiT on its walks, each for about `seconds` in all: half of
     it from shipped weights, half of it anew, in the precision that is measured to be fastest; sample from all four."""
     progress.note("5/9 train an EqM on clips of four frames, from shipped weights and from none")
-    eqm = _train_both(output, "eqm", EQM, seconds / 2, progress)
+    eqm = _train_both(output, "eqm", seconds / 2, progress)
     progress.note("6/9 train a CDiT to predict frames from actions, from shipped weights and from none")
-    cdit = _train_both(output, "cdit", CDIT, seconds / 2, progress)
+    cdit = _train_both(output, "cdit", seconds / 2, progress)
     progress.note("7/9 train the EqM in each precision, from the same weights with the same noise")
     steps = max(_CURVE_POINTS, min(80, int(seconds / 4 / eqm[0].seconds_per_step)))
     curves = {
-        name: _train(output, f"curve-{name}", {**EQM, **_SCRATCH}, steps, precision=name)
+        name: _train(output, f"curve-{name}", {**_recipe("eqm"), **_SCRATCH}, steps, precision=name)
         for name in worthwhile("train", "fp32", "bf16-mixed", "bf16-true", "16-mixed")
     }
     progress.note("8/9 sample from all of them, recording every step")
@@ -146,10 +124,14 @@ def worthwhile(task: str, *presets: str) -> list[str]:
     ]
 
 
-def _train_both(
-    output: Path, name: str, settings: dict[str, Any], seconds: float, progress: Progress
-) -> tuple[Curve, Curve]:
+def _recipe(name: str) -> dict[str, Any]:
+    """The settings by which the shipped network was trained."""
+    return {**load_yaml(shipped(name) / "train.yaml", dict[str, Any]), **_SHORT}
+
+
+def _train_both(output: Path, name: str, seconds: float, progress: Progress) -> tuple[Curve, Curve]:
     """From shipped weights, and anew."""
+    settings = _recipe(name)
     shipped_run = _train_for(output, name, {**settings, "ckpt": str(shipped(name))}, seconds)
     scratch = _train_for(output, f"{name}-scratch", {**settings, **_SCRATCH}, seconds)
     for how, curve in (("from shipped weights", shipped_run), ("anew", scratch)):

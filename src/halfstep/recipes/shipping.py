@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
@@ -34,6 +35,13 @@ def write_weights(run: Path, output: Path) -> Checkpoint:
     }
     save_file(half, output / "model.safetensors", checkpoint.about.to_metadata())
     return read_checkpoint(output)
+
+
+def nearest(some: torch.Tensor, known: torch.Tensor) -> npt.NDArray[np.float64]:
+    """The root mean square distance of each of `some` [n, ...] to the nearest one of `known` [m, ...]."""
+    found = torch.cdist(some.flatten(1), known.flatten(1)).min(dim=1).values / some[0].numel() ** 0.5
+    distances: npt.NDArray[np.float64] = found.double().numpy()
+    return distances
 
 
 def write_facts(run: Path, output: Path, checkpoint: Checkpoint, judged: dict[str, Any]) -> None:

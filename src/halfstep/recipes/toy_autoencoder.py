@@ -36,8 +36,8 @@ def pictures(number: int, seed: int) -> torch.Tensor:
     rng, world = np.random.default_rng(seed), playground()
     found: list[np.ndarray] = []
     while len(found) < number:
-        position, yaw = walk(world, 40, rng, play=True)
-        found += [render(world, position[k], float(yaw[k]), PLAYGROUND_SIZE) for k in range(0, 40, 4)]
+        walked = walk(world, 40, rng, play=True)
+        found += [render(world, walked.position[k], float(walked.yaw[k]), PLAYGROUND_SIZE) for k in range(0, 40, 4)]
     return torch.from_numpy(np.stack(found[:number]))
 
 
@@ -101,7 +101,7 @@ def judge(model: Any, frames: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def main(output: Path, steps: Annotated[int, typer.Option(min=100)] = 3000) -> None:
+def main(output: Path, steps: Annotated[int, typer.Option(min=100)] = 6000) -> None:
     """Train and write the folder OUTPUT, as diffusers loads it, with weights in fp16 and facts.json beside them."""
     started = time.monotonic()
     model = train(steps, pictures(_PICTURES, seed=0))

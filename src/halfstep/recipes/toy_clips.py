@@ -17,7 +17,7 @@ from scipy.linalg import sqrtm
 from torch.nn.functional import avg_pool2d
 
 from halfstep.models import Checkpoint
-from halfstep.recipes.shipping import write_facts, write_weights
+from halfstep.recipes.shipping import nearest, write_facts, write_weights
 from halfstep.sampling import GuidedField, drive, sample_eqm
 from halfstep.sampling.noise import draw, own_generator
 from halfstep.store import DatasetStore
@@ -57,13 +57,6 @@ def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
 def _moments(clip: torch.Tensor) -> tuple[Float64, Float64]:
     pooled = avg_pool2d(clip.transpose(1, 2).flatten(0, 1), POOLED).reshape(len(clip), -1).double().numpy()
     return pooled.mean(axis=0), np.cov(pooled, rowvar=False)
-
-
-def nearest(a: torch.Tensor, known: torch.Tensor) -> Float64:
-    """The root mean square distance of each clip to the nearest one that is known."""
-    found = torch.cdist(a.flatten(1), known.flatten(1)).min(dim=1).values / a[0].numel() ** 0.5
-    distances: Float64 = found.double().numpy()
-    return distances
 
 
 def judge(checkpoint: Checkpoint, latents: Path, held_out: Path) -> dict[str, Any]:

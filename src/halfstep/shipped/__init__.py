@@ -3,7 +3,7 @@
 autoencoder/: of diffusers' class AutoencoderTiny, `--autoencoder toy`
 cdit/:        a CDiT that walks through the playground, starts.npz with frames to begin from
 eqm/:         a video EqM of clips from there
-Each folder has facts.json: how it was made and how good it is.
+Each folder has facts.json: how it was made and how good it is. Networks have train.yaml, by which they were trained.
 """
 
 from importlib.resources import files
