@@ -38,7 +38,7 @@ def bench_drift(
     ckpt: Path | None = None,
     data_path: Path | None = None,
     precisions: Sequence[str] = PRECISIONS,
-    seeds: int = 8,
+    seeds: int = 12,
     frames: int = 512,
     output: Path | None = None,
     progress: Progress = SILENT,

@@ -292,7 +292,7 @@ def drift(
     precisions: Annotated[
         list[str] | None, typer.Option(metavar="bf16|fp16", help="Once each, held against fp32; both by default.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=4, help="Walks, each with its own noise.")] = 8,
+    seeds: Annotated[int, typer.Option(min=4, help="Walks, each with its own noise.")] = 12,
     frames: Annotated[int, typer.Option(min=4, help="Of each walk on the model's own frames.")] = 512,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="HTML", help="Write a page here.")] = None,
     json: _Json = False,
