@@ -77,9 +77,6 @@ def test_a_walk(page: Any, url: str) -> None:
     page.get_by_role("button", name="begin again").click()
     expect(page.locator("#number")).to_have_text("0")
     assert pixels(page) == begun  # the same seed, the same bits
-    page.get_by_label("steps").fill("9")
-    page.get_by_label("steps").press("Enter")
-    expect(page.locator("#line")).to_have_text("steps: got 9; the model makes a frame in 1 to 8")
 
 
 def test_a_film_of_it(page: Any, url: str) -> None:
@@ -143,10 +140,43 @@ def test_a_signal_ends_it_and_it_says_what_it_did(name: str) -> None:
     assert (process.returncode, output, errors) == (0, "1 frames\n", "")
 
 
+def test_keys_walk_again_after_a_number_was_typed(page: Any, url: str) -> None:
+    page.goto(url)
+    expect(page.locator("#role")).to_have_text("you play")
+    page.get_by_label("seed").fill("7")
+    page.get_by_role("button", name="begin again").click()
+    expect(page.locator("#number")).to_have_text("0")
+    page.get_by_label("steps").fill("2")
+    page.keyboard.press("Tab")  # to the seed: a letter there is a step, and no number
+    page.keyboard.down("w")
+    while int(page.locator("#number").inner_text()) < 2:
+        page.wait_for_timeout(20)
+    page.keyboard.up("w")
+    expect(page.get_by_label("seed")).to_have_value("7")
+    page.get_by_label("steps").fill("3")
+    page.keyboard.press("Enter")
+    at = int(page.locator("#number").inner_text())
+    page.keyboard.down("ArrowUp")
+    while int(page.locator("#number").inner_text()) < at + 2:
+        page.wait_for_timeout(20)
+    page.keyboard.up("ArrowUp")
+    expect(page.get_by_label("steps")).to_have_value("3")
+
+
+def test_steps_that_are_none_are_told_and_cost_nothing(page: Any, url: str) -> None:
+    page.goto(url)
+    expect(page.locator("#role")).to_have_text("you play")
+    for steps in ("0", "9", "2.5", ""):
+        page.get_by_label("steps").fill(steps)
+        page.keyboard.press("Enter")
+        assert not page.get_by_label("steps").evaluate("field => field.validity.valid")
+    expect(page.locator("#line")).to_have_text("")
+
+
 def test_a_seed_that_is_none_is_told_and_costs_nothing(page: Any, url: str) -> None:
     page.goto(url)
     expect(page.locator("#role")).to_have_text("you play")
-    for seed in ("-1", "99999999999", "1.5"):
+    for seed in ("-1", "99999999999", "1.5", ""):
         page.get_by_label("seed").fill(seed)
         page.get_by_role("button", name="begin again").click()
         assert not page.get_by_label("seed").evaluate("field => field.validity.valid")

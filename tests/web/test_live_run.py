@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,20 @@ def film(model: Any, output: Path, frames: int, video: Path | None = None) -> tu
     facts = write_live(LiveEngine(model, CPU, steps=1), model.spec, output, frames=frames, video=video)
     with av.open(io.BytesIO(output.read_bytes())) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], facts
+
+
+class Interrupted(Corridor):
+    """Ctrl-C comes while the fifth frame is made."""
+
+    def predict(self, network: Any, state: Any, given: Any, steps: int) -> Any:
+        if state.made == 4:
+            signal.raise_signal(signal.SIGINT)
+        return super().predict(network, state, given, steps)
+
+
+def test_a_film_that_is_interrupted_has_the_frames_so_far(tmp_path: Path) -> None:
+    frames, facts = film(Interrupted(), tmp_path / "film.mp4", 50)
+    assert len(frames) == facts["frames"] == 1 + 5
 
 
 @pytest.fixture

@@ -54,6 +54,8 @@ def test_what_is_none_of_ours_says_what_it_is_not(house: Path) -> None:
     browser = Browser(house / "photos")
     assert browser.json("/api/place", at="0")["kind"] == "folder"
     assert "no dataset store (manifest.json), no recorded runs" in browser.json("/api/places")["nothing"][0]
+    found = Browser(house / "results", house / "photos").json("/api/places")
+    assert len(found["places"]) == 2 and [line.split(":")[0] for line in found["nothing"]] == [str(house / "photos")]
     assert "has no checksums to verify" in browser.client.post("/api/verify?at=0").text
 
 

@@ -38,14 +38,19 @@ def live(
         str | None, typer.Option(metavar="WxH", help="Pixels of the pipeline's pictures, by default 512x512.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--input", metavar="|".join(_SOURCES), help="By default keys, of a pipeline camera.")
+        str | None,
+        typer.Option(
+            "--input",
+            metavar="|".join(_SOURCES),
+            help="By default keys, of a pipeline camera; none: nothing is pressed.",
+        ),
     ] = None,
     video: Annotated[Path | None, typer.Option(metavar="FILE", help="For --input video.")] = None,
     output: Annotated[str, typer.Option(metavar="|".join(_OUTPUTS), help="Where frames go.")] = "browser",
     file: Annotated[Path | None, typer.Option("-o", metavar="MP4", help="For --output file.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="At most so many, for --output file.")] = 240,
     seed: Annotated[int, typer.Option(min=0, help="Where it begins, and the noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of a frame.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of a frame, at most 8.")] = 4,
     precision: Annotated[str, typer.Option(metavar="fp32|bf16|fp16", help="May be changed while it runs.")] = "fp32",
     skip_below: Annotated[
         float | None,

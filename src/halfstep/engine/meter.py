@@ -10,6 +10,7 @@ import numpy as np
 
 _KEPT = 8192  # of the latest durations of each kind
 _RATE_S = 10.0
+_PACED, _PAUSE_S = 64, 2.0
 
 
 class Meter:
@@ -45,6 +46,18 @@ class Meter:
         with self._lock:
             events = sum(count for at, count in self._recent if now - at <= _RATE_S)
         return events / max(min(now - self.started, _RATE_S), 1e-3)
+
+    def pace(self) -> float:
+        """Events a second while they come: by the median of the latest intervals, without pauses; 0 before two came."""
+        with self._lock:
+            times = [at for at, _ in self._recent][-_PACED:]
+        intervals = [interval for interval in np.diff(times) if interval < _PAUSE_S]
+        return 1 / max(float(np.median(intervals)), 1e-6) if intervals else 0.0
+
+    def forget(self) -> None:
+        """Durations from here on are of something else."""
+        with self._lock:
+            self._durations.clear()
 
     def latency(self) -> dict[str, dict[str, float]]:
         """By name the median and the 99th percentile of the latest durations, in milliseconds."""

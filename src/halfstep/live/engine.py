@@ -69,6 +69,7 @@ class LiveEngine:
         if name not in POLICIES:
             raise InputError(f"precision: got {name!r}; a live model runs in {', '.join(POLICIES)}")
         self._variants.use(name)
+        self.meter.forget()
 
     def set_steps(self, steps: int) -> None:
         """From the next frame on. Raises InputError for more or fewer than the model can do."""
@@ -76,6 +77,7 @@ class LiveEngine:
         if not fewest <= steps <= most:
             raise InputError(f"steps: got {steps}; the model makes a frame in {fewest} to {most}")
         self._steps = steps
+        self.meter.forget()
 
     def reset(self, seed: int | None = None) -> LiveFrame:
         """Begin anew: the first frame of `seed`, or of the same one again."""
@@ -109,7 +111,7 @@ class LiveEngine:
         """What it did so far, and how long its stages take."""
         return {
             "frames": int(self.meter.total("frames")),
-            "frames_per_second": round(self.meter.rate(), 2),
+            "frames_per_second": round(self.meter.pace(), 2),
             "milliseconds": self.meter.latency(),
             "skipped": int(self.meter.total("skipped")),
             "not_finite": dict(self.not_finite),

@@ -13,6 +13,7 @@ from typing import Any
 from halfstep.data.base import SourceError
 from halfstep.data.outputs import write_video
 from halfstep.data.videos import VideoSequence
+from halfstep.engine import stop_request
 from halfstep.errors import InputError
 from halfstep.live import FrameSpec, LiveEngine
 from halfstep.live.frames import Picture
@@ -60,8 +61,8 @@ def serve_live(
 def write_live(
     engine: LiveEngine, spec: FrameSpec, output: Path, *, frames: int, video: Path | None, progress: Progress = SILENT
 ) -> dict[str, Any]:
-    """A film of `frames` frames, or of as many as the video has; returns the engine's facts. Raises InputError when the
-    video cannot be read."""
+    """A film of `frames` frames, or of as many as the video has, or as there are when Ctrl-C or SIGTERM comes; returns
+    the engine's facts. Raises InputError when the video cannot be read."""
     given: Iterator[Picture | None] = (
         repeat(None, frames - 1) if video is None else islice(_pictures(video, spec), frames)
     )
@@ -77,6 +78,8 @@ def write_live(
             if frame.problem is not None:
                 progress.note(frame.problem)
             yield frame.picture
+            if stop:
+                return
 
     def counted() -> Iterator[Picture]:
         nonlocal written
@@ -85,7 +88,8 @@ def write_live(
             progress.advance()
             yield picture
 
-    write_video(output, counted(), RATE)
+    with stop_request() as stop:
+        write_video(output, counted(), RATE)
     engine.close()
     return {**engine.facts(), "frames": written}
 

@@ -101,7 +101,9 @@ def view_app(paths: Sequence[Path], *, autoencoder: str | None = None) -> ASGIAp
 def _places(shown: Shown, path: Path | None) -> dict[str, Any]:
     found = shown.find(path)
     looked = shown.roots if path is None else (path,)
-    nothing = [none_of_ours(root) for root in looked] if found.complete and not found.places else []
+    holding = [shown.path(place.at) for place in found.places]
+    empty = [root for root in looked if not any(place.is_relative_to(root) for place in holding)]
+    nothing = [none_of_ours(root) for root in empty] if found.complete else []
     return {"places": [asdict(place) for place in found.places], "complete": found.complete, "nothing": nothing}
 
 

@@ -160,14 +160,15 @@ function press(key, down) {
 
 function key_of(event) {
   const key = event.key.toLowerCase();
-  const typing = event.target instanceof HTMLInputElement;
-  return key in MOVES && !typing && !event.ctrlKey && !event.metaKey && !event.altKey ? key : null;
+  const stepping = event.target instanceof HTMLInputElement && key.startsWith("arrow"); // a number up or down
+  return key in MOVES && !stepping && !event.ctrlKey && !event.metaKey && !event.altKey ? key : null;
 }
 
 addEventListener("keydown", (event) => {
   const key = key_of(event);
   if (key === null) return;
   event.preventDefault();
+  if (document.activeElement instanceof HTMLInputElement) canvas.focus();
   press(key, true);
 });
 addEventListener("keyup", (event) => {
@@ -189,11 +190,17 @@ at("precision").addEventListener("click", (event) => {
   const name = event.target.dataset.precision;
   if (!name) return;
   differences.length = 0;
+  say("", false);
   at("precision-line").textContent = `changing to ${name}`;
   send({ precision: name });
   canvas.focus();
 });
-at("steps").addEventListener("change", () => send({ steps: Math.round(Number(at("steps").value)) }));
+at("steps").addEventListener("change", () => {
+  if (!at("steps").reportValidity()) return;
+  say("", false);
+  send({ steps: Number(at("steps").value) });
+  canvas.focus();
+});
 at("again").addEventListener("click", () => {
   if (!at("seed").reportValidity()) return;
   say("", false);

@@ -122,10 +122,11 @@ function ticks({ low, high, log }, most, integers = false) {
 
 function axes(x, y, integers) {
   const parts = [];
-  for (const value of ticks(y, 4)) {
+  const values = ticks(y, 4), labels = apart(values);
+  for (const [n, value] of values.entries()) {
     const place = y.to(value);
     parts.push(el("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: place, y2: place }));
-    parts.push(el("text", { x: LEFT - 6, y: place + 4, "text-anchor": "end" }, brief(value)));
+    parts.push(el("text", { x: LEFT - 6, y: place + 4, "text-anchor": "end" }, labels[n]));
   }
   for (const value of ticks(x, 6, integers)) {
     parts.push(el("text", { x: x.to(value), y: HEIGHT - 6, "text-anchor": "middle" }, brief(value)));
@@ -133,12 +134,24 @@ function axes(x, y, integers) {
   return parts;
 }
 
-function brief(value) {
+/** Short words for numbers, with as many digits as tell them apart. */
+function apart(values) {
+  for (let digits = 4; digits < 12; digits++) {
+    const words = values.map((value) => brief(value, digits));
+    if (new Set(words).size === values.length) return words;
+  }
+  return values.map(String);
+}
+
+function brief(value, digits = 4) {
   const size = Math.abs(value);
-  if (size >= 1e9 || (size !== 0 && size < 1e-3)) return value.toExponential(0).replace("e+", "e");
-  if (size >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
-  if (size >= 1e4) return `${Number((value / 1e3).toPrecision(3))}k`;
-  return String(Number(value.toPrecision(4)));
+  if (size >= 1e9 || (size !== 0 && size < 1e-3)) {
+    const [mantissa, power] = value.toExponential(digits - 1).split("e");
+    return `${Number(mantissa)}e${Number(power)}`;
+  }
+  if (size >= 1e6) return `${Number((value / 1e6).toPrecision(digits))}M`;
+  if (size >= 1e4) return `${Number((value / 1e3).toPrecision(digits))}k`;
+  return String(Number(value.toPrecision(digits)));
 }
 
 function thinned(points) {

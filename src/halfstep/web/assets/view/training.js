@@ -51,7 +51,8 @@ async function describe(about, at) {
   try {
     const { settings, checkpoints, newest } = await get("/api/training", { at });
     const named = ["model", "precision", "steps", "epochs", "global_batch_size", "batch_size", "lr", "data_path", "device"];
-    const known = named.filter((name) => settings[name] !== null && settings[name] !== undefined);
+    const known = named.filter((name) => settings[name] !== null && settings[name] !== undefined
+      && !(name === "epochs" && settings.steps)); // which end it instead
     const rows = Object.entries(settings).map(([name, value]) => el("tr", {}, el("td", { class: "left" }, name), el("td", { class: "left" }, told(value))));
     const all = table([], rows);
     all.classList.add("attributes");
