@@ -60,7 +60,7 @@ LEFT = {
         "analysis/metrics.parquet",
     ],
     "docs/guides/precision.md": [],
-    "docs/guides/live.md": ["walk.mp4"],
+    "docs/guides/live.md": ["world.mp4"],
     "docs/guides/audit.md": [],
     "docs/guides/stream.md": ["run/run.json", "run/events/000000.parquet", "spots/run.json", "mine/run.json"],
     "docs/formats.md": [],
