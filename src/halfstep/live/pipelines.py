@@ -20,7 +20,6 @@ from halfstep.live.pictures import PictureModel, conditions_of, predicted_by
 from halfstep.sampling.noise import own_generator
 
 _NETWORKS = ("transformer", "unet")
-_DISTILLED_STEPS = 50  # of the teacher of a consistency model, as the library has it
 _UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)  # of a library that finds it so
 
 
@@ -95,7 +94,8 @@ class WholePipeline:
         if "strength" not in self._takes:
             return {"num_inference_steps": steps}
         if "original_inference_steps" in self._takes:  # of a consistency model, which takes all steps at any strength
-            return {"num_inference_steps": steps, "strength": max(self._strength, steps / _DISTILLED_STEPS)}
+            least = steps / self._pipe.scheduler.config.original_inference_steps
+            return {"num_inference_steps": steps, "strength": max(self._strength, least)}
         of, strength = schedule(steps, self._strength)
         return {"num_inference_steps": of, "strength": strength}
 
